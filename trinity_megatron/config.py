@@ -1,0 +1,253 @@
+"""``TrinityConfig``: Megatron's ``TransformerConfig`` plus only what Megatron lacks.
+
+Source: Trinity Large technical report (arXiv 2602.17004), Table 1 and section 2; transformers
+``models/afmoe``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+BiasUpdateRule = Literal["smebu", "sign"]
+
+# What every member of the family shares, in Megatron's own field names.
+TRINITY_ARCHITECTURE: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-5,
+    "gated_linear_unit": True,
+    "activation_func": F.silu,
+    "add_bias_linear": False,
+    "qk_layernorm": True,
+    "attention_output_gate": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_dtype": "fp32",
+    "moe_token_dispatcher_type": "alltoall",
+}
+
+
+@dataclass
+class TrinityConfig(TransformerConfig):
+    """Configuration of a Trinity (AFMoE) model.
+
+    ``num_dense_layers`` and ``global_attn_every_n_layers`` are the only places where the layer
+    pattern is stated: ``moe_layer_freq``, ``no_rope_freq`` and ``window_attn_skip_freq`` follow.
+
+    Raises:
+        ValueError: A field contradicts another one or the architecture; the message names the
+            field, its value and the remedy.
+    """
+
+    vocab_size: int = 200192
+    """Rows of the embedding and of the LM head, padding included."""
+
+    num_dense_layers: int = 0
+    """Leading layers with a dense MLP; the others are MoE layers."""
+
+    global_attn_every_n_layers: int = 4
+    """Layer i (1-based) is global (no window, no RoPE) if i is a multiple of this, else local."""
+
+    moe_router_bias_update_rule: BiasUpdateRule = "smebu"
+    """Rule of the expert bias: ``smebu`` (report eq 23-28) or ``sign`` (centred sign, 19-22)."""
+
+    moe_router_bias_momentum: float = 0.5
+    """SMEBU's beta, the momentum of the bias update (report eq 27)."""
+
+    moe_router_bias_clamp_scale: float = 2.0
+    """SMEBU's kappa, the scale inside the tanh (report eq 24)."""
+
+    init_seed: int = 1234
+    """Seed of the parameter initialisation, which does not depend on the parallel layout."""
+
+    finalize_model_grads_func: Callable | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields, derive the layer pattern and run Megatron's own checks."""
+        self._check()
+        self.moe_layer_freq = [
+            int(layer >= self.num_dense_layers) for layer in range(self.num_layers)
+        ]
+        pattern = [self.is_global_layer(layer + 1) for layer in range(self.num_layers)]
+        self.no_rope_freq = [int(is_global) for is_global in pattern]
+        self.window_attn_skip_freq = [int(not is_global) for is_global in pattern]
+        # Every matrix is drawn by initialization.initialize_parameters after the build, so that
+        # the values do not depend on the layout; the builders' own draws would be thrown away.
+        self.perform_initialization = False
+        self.init_method_std = self.initializer_std
+        super().__post_init__()
+
+    @classmethod
+    def from_transformer_config(cls, config: TransformerConfig) -> TrinityConfig:
+        """Turn a plain Megatron config (an unmodified ``pretrain_gpt.py``) into a Trinity one.
+
+        Args:
+            config: Finished Megatron config; returned as it is if it is a ``TrinityConfig``.
+
+        Raises:
+            ValueError: The config contradicts the architecture, e.g. a softmax router.
+        """
+        if isinstance(config, cls):
+            return config
+        values = {f.name: getattr(config, f.name) for f in fields(TransformerConfig)}
+        expected = {k: v for k, v in TRINITY_ARCHITECTURE.items() if k in _FIXED_FIELDS}
+        wrong = {k: values[k] for k, v in expected.items() if values[k] != v}
+        if wrong:
+            raise ValueError(
+                "The Trinity layer spec was asked for with a config of another architecture: "
+                + ", ".join(f"{k}={v!r} (Trinity: {expected[k]!r})" for k, v in wrong.items())
+                + ". Set the matching Megatron flags, or use examples/pretrain_trinity.py --preset."
+            )
+        pattern = values["moe_layer_freq"]
+        if isinstance(pattern, int):
+            pattern = [int(layer % pattern == 0) for layer in range(config.num_layers)]
+        values["num_dense_layers"] = list(pattern).index(1) if 1 in pattern else config.num_layers
+        if 0 in pattern[values["num_dense_layers"] :]:
+            raise ValueError(
+                f"moe_layer_freq={pattern!r}: Trinity has its dense layers first. Remedy: "
+                "--moe-layer-freq '([0]*D+[1]*M)'."
+            )
+        # Derived by __post_init__ once more; their finished values would be refused as input.
+        for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
+            values[name] = None
+        return cls(**values)
+
+    @property
+    def initializer_std(self) -> float:
+        """Sigma of the truncated normal of every matrix: 0.5/sqrt(d).  Source: report eq 37-38."""
+        return 0.5 / math.sqrt(self.hidden_size)
+
+    @property
+    def post_norm_gain(self) -> float:
+        """Initial gain of the two post-norms: 1/sqrt(L).  Source: report eq 34-35."""
+        return self.num_layers**-0.5
+
+    @property
+    def embedding_multiplier(self) -> float:
+        """Factor on the embedding: sqrt(d).  Source: report eq 39."""
+        return math.sqrt(self.hidden_size)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Number of layers with routed experts."""
+        return self.num_layers - self.num_dense_layers
+
+    def is_global_layer(self, layer_number: int) -> bool:
+        """Whether the layer (1-based) attends without window and without RoPE."""
+        return layer_number % self.global_attn_every_n_layers == 0
+
+    def num_parameters(self) -> int:
+        """Number of parameters of the whole model, by arithmetic (nothing is built).
+
+        The expert bias is counted, as in the released checkpoints.
+        """
+        return self._count(self.num_moe_experts or 0)
+
+    def num_active_parameters(self, *, embeddings: bool = True) -> int:
+        """Number of parameters that one token uses.
+
+        Args:
+            embeddings: Count the embedding and the LM head (the convention of the model cards).
+        """
+        active = self._count(self.moe_router_topk)
+        return active if embeddings else active - 2 * self.vocab_size * self.hidden_size
+
+    def _count(self, num_experts: int) -> int:
+        d, head_dim = self.hidden_size, self.kv_channels
+        assert head_dim is not None and self.num_query_groups is not None
+        query = self.num_attention_heads * head_dim * d  # the same for q, gate and o
+        attention = 3 * query + 2 * self.num_query_groups * head_dim * d + 2 * head_dim
+        norms = 4 * d
+        dense = 3 * d * (self.ffn_hidden_size or 0)
+        moe = 0
+        if self.num_moe_layers:
+            shared = 3 * d * (self.moe_shared_expert_intermediate_size or 0)
+            routed = num_experts * 3 * d * (self.moe_ffn_hidden_size or 0)
+            total = self.num_moe_experts or 0
+            moe = total * d + total + shared + routed  # router, expert bias, experts
+        layers = self.num_layers * (attention + norms)
+        layers += self.num_dense_layers * dense + self.num_moe_layers * moe
+        return 2 * self.vocab_size * d + d + layers
+
+    def _check(self) -> None:
+        experts, ep = self.num_moe_experts, self.expert_model_parallel_size
+        tp, heads, groups = (
+            self.tensor_model_parallel_size,
+            self.num_attention_heads,
+            self.num_query_groups,
+        )
+        if not 0 <= self.num_dense_layers <= self.num_layers:
+            raise ValueError(
+                f"num_dense_layers={self.num_dense_layers} is not within 0..num_layers="
+                f"{self.num_layers}. Remedy: set --num-dense-layers accordingly."
+            )
+        if self.num_moe_layers and not experts:
+            raise ValueError(
+                f"num_moe_experts={experts!r}, but {self.num_moe_layers} layers are MoE layers. "
+                "Remedy: set --num-experts, or --num-dense-layers to the number of layers."
+            )
+        if experts and experts % ep:
+            raise ValueError(
+                f"num_moe_experts={experts} is not divisible by expert_model_parallel_size={ep}. "
+                f"Remedy: choose --expert-model-parallel-size among the divisors of {experts}."
+            )
+        if experts and not 1 <= self.moe_router_topk <= experts:
+            raise ValueError(
+                f"moe_router_topk={self.moe_router_topk} is not within 1..num_moe_experts="
+                f"{experts}. Remedy: lower --moe-router-topk or raise --num-experts."
+            )
+        if heads % tp:
+            raise ValueError(
+                f"tensor_model_parallel_size={tp} does not divide num_attention_heads={heads}. "
+                f"Remedy: choose --tensor-model-parallel-size among the divisors of {heads}."
+            )
+        if groups and heads % groups:
+            raise ValueError(
+                f"num_query_groups={groups} does not divide num_attention_heads={heads}. "
+                f"Remedy: choose --num-query-groups among the divisors of {heads}."
+            )
+        if groups and tp > groups:
+            raise ValueError(
+                f"tensor_model_parallel_size={tp} is larger than num_query_groups={groups}: a key "
+                f"head would be split. Remedy: --tensor-model-parallel-size at most {groups}."
+            )
+        if self.global_attn_every_n_layers < 1:
+            raise ValueError(
+                f"global_attn_every_n_layers={self.global_attn_every_n_layers} must be positive. "
+                "Remedy: 4 is the released pattern."
+            )
+        if self.moe_router_bias_update_rule not in ("smebu", "sign"):
+            raise ValueError(
+                f"moe_router_bias_update_rule={self.moe_router_bias_update_rule!r} is unknown. "
+                "Remedy: --moe-router-bias-update-rule smebu or sign."
+            )
+        for name, what in _REFUSED_FEATURES.items():
+            value = getattr(self, name)
+            if value:
+                raise ValueError(
+                    f"{name}={value!r}: {what} is not supported by the Trinity layers. "
+                    f"Remedy: drop the flag --{name.replace('_', '-')}."
+                )
+
+
+_FIXED_FIELDS = (
+    "normalization gated_linear_unit activation_func add_bias_linear qk_layernorm "
+    "attention_output_gate moe_router_score_function"
+).split()
+
+# Paths that bypass the seams used here; refused until they are supported.
+_REFUSED_FEATURES = {
+    "overlap_moe_expert_parallel_comm": "overlapping the expert all-to-all with computation",
+    "moe_expert_capacity_factor": "dropping tokens (Trinity is dropless)",
+    "moe_router_num_groups": "group-limited routing",
+    "moe_latent_size": "a latent MoE",
+    "mtp_num_layers": "multi-token prediction",
+    "use_mup": "muP's set of scalings (Trinity scales the embedding only)",
+}

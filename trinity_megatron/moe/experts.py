@@ -1,0 +1,177 @@
+"""Routed experts of the ``local`` implementation: stacked weights, grouped matrix products."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import (
+    ReplicaId,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import divide
+
+from trinity_megatron.config import TrinityConfig
+
+
+def grouped_swiglu_experts(
+    hidden_states: torch.Tensor,
+    probs: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    fc1: torch.Tensor,
+    fc2: torch.Tensor,
+) -> torch.Tensor:
+    r"""``g * W_2 (silu(W_gate x) * (W_up x))`` for rows sorted by expert.
+
+    The routing weight multiplies the (narrow) activation instead of the output, which is the same
+    number because W_2 is linear.
+
+    Args:
+        hidden_states: ``[num_rows, d]``, the rows of expert 0 first.
+        probs: Routing weight of each row, ``[num_rows]``.
+        tokens_per_expert: Rows of each expert, integer ``[num_experts]``; may be zero.
+        fc1: ``[num_experts, 2 * ffn, d]``, gate rows first.
+        fc2: ``[num_experts, d, ffn]``.
+
+    Returns:
+        ``[num_rows, d]`` in the dtype of ``hidden_states``.
+
+    Source: report eq 15.
+    """
+    ends = torch.cumsum(tokens_per_expert, dim=0, dtype=torch.int32).to(hidden_states.device)
+    gate, up = F.grouped_mm(hidden_states, fc1.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    activation = F.silu(gate) * up * probs.unsqueeze(-1).to(gate.dtype)
+    return F.grouped_mm(activation, fc2.transpose(1, 2), offs=ends)
+
+
+class _StackedLinear(torch.nn.Module):
+    """Holds ``weight`` ``[num_local_experts, out, in]`` and how it is cut over ranks."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        *,
+        config: TrinityConfig,
+        partition_dim: int,
+        stride: int,
+        expert_parallel: bool,
+    ) -> None:
+        super().__init__()
+        device = torch.device("cpu")
+        if not config.use_cpu_initialization:
+            device = torch.device(torch.cuda.current_device())
+        self.weight = torch.nn.Parameter(
+            torch.empty(shape, dtype=config.params_dtype, device=device)
+        )
+        set_tensor_model_parallel_attributes(self.weight, True, partition_dim, stride)
+        # False sends the gradient to the expert-data-parallel group instead of the dense one.
+        self.weight.allreduce = not expert_parallel  # type: ignore[attr-defined]
+
+
+class TrinityGroupedMLP(MegatronModule):
+    """All experts of one rank in two stacked weights.
+
+    Parameters: ``linear_fc1.weight`` ``[num_local_experts, 2 * ffn / etp, d]`` (gate rows, then up
+    rows) and ``linear_fc2.weight`` ``[num_local_experts, d, ffn / etp]``.  In a distributed
+    checkpoint both have the keys and global shapes of Megatron's ``SequentialMLP`` and
+    ``TEGroupedMLP``, so that a checkpoint moves between the implementations and over any layout.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TrinityConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.num_local_experts = num_local_experts
+        self.ep_group = pg_collection.ep
+        self.tp_group = pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
+        assert config.moe_ffn_hidden_size is not None
+        ffn, hidden = divide(config.moe_ffn_hidden_size, self.tp_group.size()), config.hidden_size
+        options: dict[str, Any] = {
+            "config": config,
+            "expert_parallel": self.ep_group.size() > 1
+            or self.tp_group.size() != pg_collection.tp.size(),
+        }
+        self.linear_fc1 = _StackedLinear(
+            (num_local_experts, 2 * ffn, hidden), partition_dim=1, stride=2, **options
+        )
+        self.linear_fc2 = _StackedLinear(
+            (num_local_experts, hidden, ffn), partition_dim=2, stride=1, **options
+        )
+
+    def forward(
+        self,
+        permuted_hidden_states: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        permuted_probs: torch.Tensor,
+    ) -> tuple[torch.Tensor, None]:
+        """Run every local expert on its rows; see :func:`grouped_swiglu_experts`."""
+        output = grouped_swiglu_experts(
+            permuted_hidden_states,
+            permuted_probs,
+            tokens_per_expert,
+            self.linear_fc1.weight,
+            self.linear_fc2.weight,
+        )
+        return output, None
+
+    def backward_dw(self) -> None:
+        """Weight gradients are not delayed: nothing to do."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Describe the stacked weights as slices of ``[num_experts, out, in]``."""
+        axis = len(sharded_offsets)
+        expert_offset = (axis, self.ep_group.rank(), self.ep_group.size())
+        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+        replica_id = (0, 0, self.dp_group.rank())
+        common: dict[str, Any] = {"replica_id": replica_id, "prepend_axis_num": axis}
+
+        def build_gate_and_up(
+            key: str, tensor: torch.Tensor, replica_id: ReplicaId, flattened_range: slice | None
+        ) -> list[ShardedTensor]:
+            # The rank holds [its gate rows | its up rows]; the whole is [all gate | all up].
+            return [
+                ShardedTensor.from_rank_offsets(
+                    key,
+                    part,
+                    *sharded_offsets,
+                    expert_offset,
+                    (axis + 1, tp_rank + index * tp_size, 2 * tp_size),
+                    replica_id=replica_id,
+                    prepend_axis_num=axis,
+                )
+                for index, part in enumerate(tensor.chunk(2, dim=1))
+            ]
+
+        def merge_gate_and_up(parts: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat(parts, dim=1)
+
+        fc1_key, fc2_key = (f"{prefix}experts.{fc}.weight" for fc in ("linear_fc1", "linear_fc2"))
+        return {
+            f"{prefix}linear_fc1.weight": ShardedTensorFactory(
+                fc1_key,
+                self.linear_fc1.weight,
+                build_gate_and_up,
+                merge_gate_and_up,
+                replica_id,
+            ),
+            f"{prefix}linear_fc2.weight": ShardedTensor.from_rank_offsets(
+                fc2_key,
+                self.linear_fc2.weight,
+                *sharded_offsets,
+                expert_offset,
+                (axis + 2, tp_rank, tp_size),
+                **common,
+            ),
+        }

@@ -1,0 +1,153 @@
+"""When the expert bias moves: once per successful optimizer step, for all layers at once.
+
+    counters of all routers -> one all-reduce -> pending  (finalize_model_grads, after backward)
+    pending -> pure bias rule -> committed                (the optimizer has stepped)
+
+A step that is skipped (Inf, NaN, a spike) or run again leaves its counts pending, and the next
+finalize replaces them: bias and momentum stay as if the step had not been.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed.finalize_model_grads import (
+    finalize_model_grads as megatron_finalize_model_grads,
+)
+from megatron.core.parallel_state import get_tensor_and_data_parallel_group
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from trinity_megatron.config import TrinityConfig
+from trinity_megatron.moe.expert_bias import sign_update, smebu_update
+from trinity_megatron.moe.router import TrinityRouter
+
+
+@dataclass(frozen=True)
+class BiasUpdate:
+    """What one committed update did on this rank's layers.
+
+    Attributes:
+        layer_numbers: 1-based numbers of this rank's MoE layers.
+        tokens_per_expert: Global counts of the step, int64 ``[num_layers, num_experts]``.
+        expert_bias: Bias after the update, fp32, same shape.
+        bias_momentum: Momentum after the update, fp32, same shape.
+    """
+
+    layer_numbers: tuple[int, ...]
+    tokens_per_expert: torch.Tensor
+    expert_bias: torch.Tensor
+    bias_momentum: torch.Tensor
+
+
+class _Pending:
+    """Counts between the backward pass and the optimizer step; observers of committed updates."""
+
+    routers: Sequence[TrinityRouter] = ()
+    tokens_per_expert: torch.Tensor | None = None
+    hook: Any = None
+    observers: list[Callable[[BiasUpdate], None]] = []
+
+
+def observe_bias_updates(observer: Callable[[BiasUpdate], None]) -> Callable[[], None]:
+    """Call ``observer`` after every committed update, on every rank that has MoE layers.
+
+    Returns:
+        A function that removes the observer.
+    """
+    _Pending.observers.append(observer)
+    return lambda: _Pending.observers.remove(observer)
+
+
+def finalize_model_grads(
+    model: list[torch.nn.Module],
+    num_tokens: torch.Tensor | None = None,
+    pg_collection: Any = None,
+    force_all_reduce: bool | None = False,
+    **kwargs: Any,
+) -> None:
+    """Reduce the routing statistics, then do what Megatron does.
+
+    Goes into ``config.finalize_model_grads_func``.
+
+    Args:
+        model: DDP-wrapped pipeline chunks of this rank.
+        num_tokens: See Megatron.
+        pg_collection: Process groups; Megatron's global ones if None.
+        force_all_reduce: See Megatron.
+        **kwargs: Passed on.
+    """
+    groups = pg_collection
+    group = get_tensor_and_data_parallel_group(with_context_parallel=True)
+    if groups is not None:
+        group = groups.tp_dp_cp
+    collect_counts(model, group)
+    megatron_finalize_model_grads(
+        model, num_tokens, pg_collection, force_all_reduce=force_all_reduce, **kwargs
+    )
+
+
+def find_routers(model: Sequence[torch.nn.Module]) -> list[TrinityRouter]:
+    """Routers with an expert bias that are in training mode, in the order of the layers."""
+    return [
+        module
+        for chunk in model
+        for module in chunk.modules()
+        if isinstance(module, TrinityRouter) and module.enable_expert_bias and module.training
+    ]
+
+
+@torch.no_grad()
+def collect_counts(model: Sequence[torch.nn.Module], group: Any) -> None:
+    """Sum the counters of all layers over ``group`` in one all-reduce; reset them; set pending.
+
+    Args:
+        model: Pipeline chunks of this rank.
+        group: Tensor x context x data parallel group: every rank that saw other tokens.
+    """
+    routers = find_routers(model)
+    if not routers:
+        return
+    counts = torch.stack([router.local_tokens_per_expert for router in routers])
+    for router in routers:
+        router.local_tokens_per_expert.zero_()
+    if group.size() > 1:
+        torch.distributed.all_reduce(counts, group=group)
+    _Pending.routers, _Pending.tokens_per_expert = routers, counts
+    if _Pending.hook is None:
+        _Pending.hook = register_optimizer_step_post_hook(lambda *args: commit_bias_update())
+
+
+@torch.no_grad()
+def commit_bias_update() -> None:
+    """Apply the pending counts, if any, to bias and momentum of all layers.
+
+    Runs after the first inner optimizer's step: Megatron does not get there in a step it skips.
+    """
+    counts, routers = _Pending.tokens_per_expert, _Pending.routers
+    if counts is None:
+        return
+    _Pending.tokens_per_expert, _Pending.routers = None, ()
+    config: TrinityConfig = routers[0].config
+    bias = torch.stack([router.expert_bias for router in routers])
+    momentum = torch.stack([router.expert_bias_momentum for router in routers])
+    rate = config.moe_router_bias_update_rate
+    if config.moe_router_bias_update_rule == "smebu":
+        bias, momentum = smebu_update(
+            bias,
+            momentum,
+            counts,
+            update_rate=rate,
+            momentum=config.moe_router_bias_momentum,
+            clamp_scale=config.moe_router_bias_clamp_scale,
+        )
+    else:
+        bias = sign_update(bias, counts, update_rate=rate)
+    for index, router in enumerate(routers):
+        router.expert_bias.copy_(bias[index])
+        router.expert_bias_momentum.copy_(momentum[index])
+    if _Pending.observers:
+        numbers = tuple(int(router.layer_number or 0) for router in routers)
+        update = BiasUpdate(numbers, counts, bias, momentum)
+        for observer in _Pending.observers:
+            observer(update)

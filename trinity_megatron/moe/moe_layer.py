@@ -1,0 +1,19 @@
+"""The MoE layer."""
+
+from typing import Any
+
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from trinity_megatron.config import TrinityConfig
+from trinity_megatron.moe.token_dispatcher import LocalTokenDispatcher
+
+
+class TrinityMoELayer(MoELayer):
+    """Megatron's MoE layer, without Megatron's dispatcher where nothing has to be dispatched."""
+
+    def __init__(self, config: TrinityConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        dispatcher = self.token_dispatcher
+        assert dispatcher is not None
+        if config.moe_token_dispatcher_type == "alltoall" and dispatcher.tp_ep_group.size() == 1:
+            self.token_dispatcher = LocalTokenDispatcher(config, kwargs.get("pg_collection"))

@@ -1,0 +1,36 @@
+"""Tie a rank to the process that launched it, so that no launcher leaves orphans behind."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+LAUNCHER_PID_VARIABLE = "TRINITY_LAUNCHER_PID"
+_PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """End this rank the moment its launcher ends, even if that was killed by SIGKILL.
+
+    A training entry calls this before its slow imports.  Does nothing outside torchrun: there the
+    parent may be anything, for example a thread that ends early by design.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_poll_parent, args=(parent,), daemon=True).start()
+    # The parent may have ended before the line above.  Children of this rank are not ranks: popped.
+    launcher = os.environ.pop(LAUNCHER_PID_VARIABLE, str(parent))
+    if os.getppid() != int(launcher):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _poll_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,7 @@
+"""``python -m trinity_megatron.training``: what ``trinity-megatron train`` starts on every rank."""
+
+if __name__ == "__main__":
+    # Inside the guard: the helper processes of a checkpoint save import this module again.
+    from trinity_megatron.training.pretrain import run
+
+    run()

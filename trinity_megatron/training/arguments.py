@@ -1,0 +1,330 @@
+"""Arguments -> ``TrinityConfig``: Megatron's own parser, with a preset's values as defaults."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.package_info import __version__ as megatron_version
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.global_vars import set_global_variables
+
+from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
+from trinity_megatron.data.dataset import DataManifest, load_manifest
+from trinity_megatron.host import is_cpu_host
+from trinity_megatron.optimizer.builder import validate_muon_arguments
+from trinity_megatron.presets import PRESETS, Preset, get_preset
+
+SUPPORTED_MEGATRON = ((0, 19, 2), (0, 20, 0))
+
+# TransformerConfig field -> dest of Megatron's argument, where they differ.
+_DEST = {"num_moe_experts": "num_experts"}
+
+# Argument -> flag to name in the error, for requests that only a GPU can meet.
+_CUDA_ONLY = {
+    "fp8": "--fp8-format",
+    "fp4": "--fp4-format",
+    "tp_comm_overlap": "--tp-comm-overlap",
+    "moe_permute_fusion": "--moe-permute-fusion",
+    "moe_enable_deepep": "--moe-enable-deepep",
+    "use_nccl_ub": "--use-nccl-ub",
+    "use_megatron_fsdp": "--use-megatron-fsdp",
+    "use_torch_fsdp2": "--use-torch-fsdp2",
+    "optimizer_cpu_offload": "--optimizer-cpu-offload",
+    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
+}
+
+
+def check_megatron_version(version: str = megatron_version) -> None:
+    """Refuse a Megatron-Core outside the range that was run.
+
+    Raises:
+        ValueError: With the version found, the range and the remedy.
+    """
+    numbers = tuple(int(part) for part in version.split("+")[0].split("rc")[0].split(".")[:3])
+    low, high = SUPPORTED_MEGATRON
+    if not low <= numbers < high:
+        raise ValueError(
+            f"megatron-core {version} is installed, but trinity_megatron was built on and tested "
+            "with 0.19.2 <= version < 0.20 (Megatron changes the signature of pretrain() between "
+            "minor versions). Remedy: pip install 'megatron-core[training]>=0.19.2,<0.20'."
+        )
+
+
+def parse_trinity_args() -> argparse.Namespace:
+    """Parse ``sys.argv`` with Megatron's parser and ours, check, and set Megatron's globals.
+
+    Raises:
+        ValueError: An argument is wrong; names field, value and remedy.
+        FileNotFoundError: The data folder is missing.
+    """
+    check_megatron_version()
+    args = parse_args(extra_args_provider=add_trinity_args)
+    manifest = load_manifest(Path(args.data)) if args.data else None
+    check_args(args, manifest)
+    validate_args(args, {"tokenizer_type": "HuggingFaceTokenizer"})
+    set_global_variables(args)
+    return args
+
+
+def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add our flags; let ``--preset``, ``--data``, ``--out`` and the host set the defaults."""
+    group = parser.add_argument_group(title="trinity")
+    known = ", ".join(f"{name}: {preset.description}" for name, preset in PRESETS.items())
+    group.add_argument("--preset", default="tiny", help=f"Model and recipe. {known}.")
+    group.add_argument("--data", help="Folder made by trinity-megatron prepare-data.")
+    group.add_argument("--out", help="Folder of the run: checkpoints, logs, pictures.")
+    group.add_argument(
+        "--num-dense-layers", type=int, help="Leading layers with a dense MLP instead of experts."
+    )
+    group.add_argument(
+        "--global-attn-every-n-layers",
+        type=int,
+        default=4,
+        help="Every n-th layer attends globally and without RoPE.",
+    )
+    group.add_argument(
+        "--moe-router-bias-update-rule",
+        choices=["smebu", "sign"],
+        help="Rule of the expert bias: SMEBU (Large) or centred sign (Nano, Mini).",
+    )
+    group.add_argument(
+        "--moe-router-bias-momentum", type=float, default=0.5, help="SMEBU's momentum beta."
+    )
+    group.add_argument(
+        "--moe-router-bias-clamp-scale",
+        type=float,
+        default=2.0,
+        help="SMEBU's kappa, the scale inside the tanh.",
+    )
+    paths, _ = _paths_parser().parse_known_args()
+    parser.set_defaults(**default_arguments(get_preset(paths.preset), paths.data, paths.out))
+    return parser
+
+
+def _paths_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag, default in (("--preset", "tiny"), ("--data", None), ("--out", None)):
+        parser.add_argument(flag, default=default)
+    return parser
+
+
+def default_arguments(preset: Preset, data: str | None, out: str | None) -> dict[str, Any]:
+    """Defaults (by ``dest``) of a run; every one can be overridden by its Megatron flag."""
+    values = {_DEST.get(name, name): value for name, value in preset.model.items()}
+    for name, value in TRINITY_ARCHITECTURE.items():
+        if name not in ("gated_linear_unit", "activation_func"):  # --swiglu says both
+            values[_DEST.get(name, name)] = value
+    values.update(
+        swiglu=True,
+        group_query_attention=True,
+        position_embedding_type="rope",
+        rotary_base=10000,
+        untie_embeddings_and_output_weights=True,
+        max_position_embeddings=preset.training["seq_length"],
+        spec=["trinity_megatron.layer_specs", "get_trinity_layer_spec"],
+        optimizer="muon",
+        lr_warmup_init=0.0,
+        lr_wsd_decay_fraction=0.1,
+        eval_interval=100,
+        eval_iters=8,
+        log_interval=10,
+        # A resume with another --train-iters takes the schedule of the command line.
+        override_opt_param_scheduler=True,
+        ckpt_format="torch_dist",
+        create_attention_mask_in_dataloader=False,
+        **_UNPUBLISHED,
+    )
+    values.update(preset.training)
+    values.pop("vocab_size", None)  # the tokenizer says it
+    values.update(_host_arguments())
+    if data:
+        values.update(
+            train_data_path=[os.path.join(data, "train")],
+            valid_data_path=[os.path.join(data, "validation")],
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=os.path.join(data, "tokenizer"),
+        )
+    if out:
+        values.update(
+            save=os.path.join(out, "checkpoints"),
+            load=os.path.join(out, "checkpoints"),
+            save_interval=200,
+            data_cache_path=os.path.join(out, "data_cache"),
+            tensorboard_dir=os.path.join(out, "tensorboard"),
+            tensorboard_log_interval=1,
+            log_timers_to_tensorboard=True,
+            wandb_project="trinity-megatron",
+            wandb_exp_name=os.path.basename(os.path.normpath(out)),
+            wandb_save_dir=out,
+        )
+    return values
+
+
+# Not published for any of the models: common values stand in.
+_UNPUBLISHED = {
+    "weight_decay": 0.1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "clip_grad": 1.0,
+    "muon_momentum": 0.95,
+    "muon_scale_mode": "shape_scaling",
+}
+
+
+def _host_arguments() -> dict[str, Any]:
+    """What a host without a GPU (or without NVIDIA's extensions) has to do without."""
+    values: dict[str, Any] = {
+        "transformer_impl": "local",
+        # Both are extensions of apex or Transformer Engine, which are optional.
+        "gradient_accumulation_fusion": False,
+        "no_persist_layer_norm": True,
+    }
+    if is_cpu_host():
+        values.update(
+            distributed_backend="gloo",
+            masked_softmax_fusion=False,
+            apply_rope_fusion=False,
+            # Worker processes would take the two cores from the training.
+            num_workers=0,
+        )
+    else:
+        values.update(bf16=True, moe_grouped_gemm=True)
+    return values
+
+
+def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
+    """Check what Megatron would notice late, with an assertion, or not at all.
+
+    Raises:
+        ValueError: Names the flag, its value and the remedy.
+    """
+    if not args.data and not (args.mock_data or args.data_path or args.train_data_path):
+        raise ValueError(
+            "--data is missing. Remedy: trinity-megatron prepare-data --out DIR, then --data DIR "
+            "(or Megatron's own --data-path and --tokenizer-type)."
+        )
+    if is_cpu_host():
+        _refuse_cuda_only(args)
+    _check_parallel_sizes(args)
+    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None and args.train_iters:
+        args.lr_wsd_decay_iters = max(1, round(args.lr_wsd_decay_fraction * args.train_iters))
+    if args.optimizer == "muon":
+        validate_muon_arguments(args)
+    if manifest is not None and args.load:
+        check_checkpoint_vocabulary(args.load, manifest)
+    # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.
+    args.moe_layer_freq = [int(layer >= args.num_dense_layers) for layer in range(args.num_layers)]
+
+
+def _refuse_cuda_only(args: argparse.Namespace) -> None:
+    for name, flag in _CUDA_ONLY.items():
+        if getattr(args, name, None):
+            raise ValueError(
+                f"{flag}={getattr(args, name)!r} needs a CUDA device, and torch finds none on this "
+                f"machine. Remedy: drop {flag}, or run on a machine with a GPU."
+            )
+    if args.transformer_impl == "transformer_engine":
+        raise ValueError(
+            "--transformer-impl transformer_engine needs a CUDA device, and torch finds none on "
+            "this machine. Remedy: --transformer-impl local (the default here)."
+        )
+    if args.distributed_backend == "nccl":
+        raise ValueError(
+            "--distributed-backend nccl needs a CUDA device, and torch finds none on this machine. "
+            "Remedy: --distributed-backend gloo (the default here)."
+        )
+    if args.cuda_graph_impl != "none":
+        raise ValueError(
+            f"--cuda-graph-impl {args.cuda_graph_impl} needs a CUDA device, and torch finds none "
+            "on this machine. Remedy: drop --cuda-graph-impl."
+        )
+
+
+def _check_parallel_sizes(args: argparse.Namespace) -> None:
+    tp, heads = args.tensor_model_parallel_size, args.num_attention_heads
+    if heads % tp:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide --num-attention-heads {heads}. "
+            f"Remedy: choose a divisor of {heads}."
+        )
+    if args.num_experts and args.num_experts % args.expert_model_parallel_size:
+        raise ValueError(
+            f"--num-experts {args.num_experts} is not divisible by --expert-model-parallel-size "
+            f"{args.expert_model_parallel_size}. Remedy: choose a divisor of {args.num_experts}."
+        )
+    if args.num_experts and not 1 <= args.moe_router_topk <= args.num_experts:
+        raise ValueError(
+            f"--moe-router-topk {args.moe_router_topk} is not within 1..--num-experts "
+            f"{args.num_experts}. Remedy: lower --moe-router-topk."
+        )
+    if tp > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} without --sequence-parallel: Megatron's MoE layer "
+            "refuses to train so. Remedy: add --sequence-parallel."
+        )
+    size = tp * args.pipeline_model_parallel_size * args.context_parallel_size
+    if args.world_size % size:
+        raise ValueError(
+            f"{args.world_size} ranks cannot be divided into --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} x "
+            f"--context-parallel-size {args.context_parallel_size} = {size}. Remedy: start a "
+            f"multiple of {size} ranks (trinity-megatron train --nproc {size})."
+        )
+    dense = args.num_dense_layers
+    if not 0 <= dense <= args.num_layers:
+        raise ValueError(
+            f"--num-dense-layers {dense} is not within 0..--num-layers {args.num_layers}. "
+            "Remedy: set both."
+        )
+
+
+def check_checkpoint_vocabulary(load: str, manifest: DataManifest) -> None:
+    """Refuse to continue a checkpoint with data of another vocabulary.
+
+    The fingerprint of the tokenizer lies beside the checkpoints since the run's first start.
+
+    Raises:
+        ValueError: Names both vocabularies and the remedy.
+    """
+    stamp = Path(load) / "tokenizer.sha256"
+    if not stamp.exists():
+        return
+    known = stamp.read_text().strip()
+    if known != manifest.tokenizer_fingerprint:
+        raise ValueError(
+            f"--load {load}: the checkpoint was trained with the vocabulary {known[:12]}, but "
+            f"--data has {manifest.tokenizer_fingerprint[:12]} ({manifest.vocab_size} tokens). "
+            "Remedy: give the data folder of that run, or another --out to start anew."
+        )
+
+
+def stamp_vocabulary(save: str, manifest: DataManifest) -> None:
+    """Remember beside the checkpoints which vocabulary they speak."""
+    Path(save).mkdir(parents=True, exist_ok=True)
+    stamp = Path(save) / "tokenizer.sha256"
+    if not stamp.exists():
+        stamp.write_text(manifest.tokenizer_fingerprint + "\n")
+
+
+def trinity_config_from_args(args: argparse.Namespace) -> TrinityConfig:
+    """The one place where arguments become a :class:`TrinityConfig`.
+
+    Raises:
+        ValueError: Fields contradict each other.
+    """
+    given = argparse.Namespace(**vars(args))
+    given.vocab_size = args.padded_vocab_size or args.vocab_size
+    given.init_seed = args.seed
+    config = core_transformer_config_from_args(given, TrinityConfig)
+    assert isinstance(config, TrinityConfig)
+    return config
+
+
+def device_name() -> str:
+    """Name of the device that trains, for logs."""
+    return "cpu" if is_cpu_host() else torch.cuda.get_device_name()

@@ -1,0 +1,61 @@
+"""Train Trinity with Megatron's own ``pretrain()``: the entry that every rank runs.
+
+    torchrun --nproc-per-node 2 -m trinity_megatron.training.pretrain --preset tiny --data D --out O
+"""
+
+import os
+import sys
+from functools import partial
+
+from trinity_megatron.host import enter_host
+
+ON_CPU = enter_host()  # before anything of Megatron is imported
+
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.training import pretrain, training  # noqa: E402
+from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+
+from trinity_megatron.data.dataset import load_manifest  # noqa: E402
+from trinity_megatron.optimizer.builder import register_muon  # noqa: E402
+from trinity_megatron.process import die_with_parent  # noqa: E402
+from trinity_megatron.training.arguments import (  # noqa: E402
+    parse_trinity_args,
+    stamp_vocabulary,
+)
+from trinity_megatron.training.datasets import train_valid_test_datasets_provider  # noqa: E402
+from trinity_megatron.training.forward_step import forward_step  # noqa: E402
+from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
+
+
+def main() -> None:
+    """Parse the arguments, build the configuration, train."""
+    die_with_parent()
+    if ON_CPU:
+        # pretrain() never passes allow_no_cuda on.
+        training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
+    register_muon()
+    args = parse_trinity_args()
+    if args.data and args.save and args.rank == 0:
+        stamp_vocabulary(args.save, load_manifest(args.data))
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config_from_args(args)),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+
+
+def run() -> None:
+    """Run :func:`main`; say what is wrong with the input in one paragraph instead of a trace."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("TRINITY_DEBUG") == "1":
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()
