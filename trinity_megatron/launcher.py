@@ -1,6 +1,6 @@
 """``trinity-megatron train``: start the ranks of a run on this machine.
 
-It is torchrun over :mod:`trinity_megatron.training.pretrain`, with the settings that a machine
+It is torchrun over :mod:`trinity_megatron.training`, with the settings that a machine
 needs filled in.  A run over several machines is launched by torchrun or srun over
 ``examples/pretrain_trinity.py``, which takes the same flags.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from trinity_megatron.process import LAUNCHER_PID_VARIABLE
 
-TRAINING_MODULE = "trinity_megatron.training.pretrain"
+TRAINING_MODULE = "trinity_megatron.training"
 # Importing the presets imports Megatron, which takes seconds: these are known to be there.
 _RELEASED_PRESETS = ("tiny", "nano", "mini", "large")
 _SHUTDOWN_SECONDS = 20
@@ -245,7 +245,7 @@ def _run_torchrun(torchrun_arguments: Sequence[str]) -> int:
         os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGINT, stop)
-    if not os.environ.get("TRINITY_DEBUG"):
+    if os.environ.get("TRINITY_DEBUG") != "1":
         logging.disable(logging.ERROR)  # torchrun's reports; the ranks have written their own
     try:
         run.run(run.parse_args(list(torchrun_arguments)))

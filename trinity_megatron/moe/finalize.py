@@ -50,7 +50,7 @@ class _Pending:
 
 
 def observe_bias_updates(observer: Callable[[BiasUpdate], None]) -> Callable[[], None]:
-    """Call ``observer`` after every committed update, on every rank that has MoE layers.
+    """Call ``observer`` after every committed update, on every rank (also one without routers).
 
     Returns:
         A function that removes the observer.
@@ -106,12 +106,12 @@ def collect_counts(model: Sequence[torch.nn.Module], group: Any) -> None:
         group: Tensor x context x data parallel group: every rank that saw other tokens.
     """
     routers = find_routers(model)
-    if not routers:
-        return
-    counts = torch.stack([router.local_tokens_per_expert for router in routers])
+    counts = torch.zeros(0, 0, dtype=torch.int64)
+    if routers:
+        counts = torch.stack([router.local_tokens_per_expert for router in routers])
     for router in routers:
         router.local_tokens_per_expert.zero_()
-    if group.size() > 1:
+    if routers and group.size() > 1:
         torch.distributed.all_reduce(counts, group=group)
     _Pending.routers, _Pending.tokens_per_expert = routers, counts
     if _Pending.hook is None:
@@ -128,6 +128,17 @@ def commit_bias_update() -> None:
     if counts is None:
         return
     _Pending.tokens_per_expert, _Pending.routers = None, ()
+    bias, momentum = torch.zeros(0, 0), torch.zeros(0, 0)
+    if routers:
+        bias, momentum = _apply_rule(routers, counts)
+    numbers = tuple(int(router.layer_number or 0) for router in routers)
+    for observer in _Pending.observers:
+        observer(BiasUpdate(numbers, counts, bias, momentum))
+
+
+def _apply_rule(
+    routers: Sequence[TrinityRouter], counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     config: TrinityConfig = routers[0].config
     bias = torch.stack([router.expert_bias for router in routers])
     momentum = torch.stack([router.expert_bias_momentum for router in routers])
@@ -146,8 +157,4 @@ def commit_bias_update() -> None:
     for index, router in enumerate(routers):
         router.expert_bias.copy_(bias[index])
         router.expert_bias_momentum.copy_(momentum[index])
-    if _Pending.observers:
-        numbers = tuple(int(router.layer_number or 0) for router in routers)
-        update = BiasUpdate(numbers, counts, bias, momentum)
-        for observer in _Pending.observers:
-            observer(update)
+    return bias, momentum

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from trinity_megatron.data.dataset import DataManifest, load_manifest
 from trinity_megatron.host import is_cpu_host
 from trinity_megatron.optimizer.builder import validate_muon_arguments
 from trinity_megatron.presets import PRESETS, Preset, get_preset
+from trinity_megatron.tracking.wandb_run import prepare_wandb
 
 SUPPORTED_MEGATRON = ((0, 19, 2), (0, 20, 0))
 
@@ -66,9 +69,24 @@ def parse_trinity_args() -> argparse.Namespace:
     args = parse_args(extra_args_provider=add_trinity_args)
     manifest = load_manifest(Path(args.data)) if args.data else None
     check_args(args, manifest)
-    validate_args(args, {"tokenizer_type": "HuggingFaceTokenizer"})
+    if args.out:
+        prepare_wandb(args.out)
+    with _argument_dump(args):
+        validate_args(args, {"tokenizer_type": "HuggingFaceTokenizer"})
     set_global_variables(args)
     return args
+
+
+@contextlib.contextmanager
+def _argument_dump(args: argparse.Namespace) -> Iterator[None]:
+    """Send Megatron's list of some 900 arguments to a file of the run instead of the screen."""
+    if not args.out or args.rank != 0:
+        yield
+        return
+    path = Path(args.out) / "arguments.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file, contextlib.redirect_stdout(file):
+        yield
 
 
 def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -17,6 +17,8 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
+from trinity_megatron.training.finish import ValidationTokens
+
 BATCH_KEYS = (
     "attention_mask cu_seqlens cu_seqlens_padded hybrid_cp_group labels local_cp_size loss_mask "
     "max_seqlen position_ids tokens"
@@ -127,6 +129,7 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
+    ValidationTokens.observe(model, batch["labels"])
     output = model(
         batch["tokens"],
         batch["position_ids"],

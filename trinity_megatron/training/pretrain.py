@@ -1,14 +1,19 @@
 """Train Trinity with Megatron's own ``pretrain()``: the entry that every rank runs.
 
-    torchrun --nproc-per-node 2 -m trinity_megatron.training.pretrain --preset tiny --data D --out O
+    torchrun --nproc-per-node 2 examples/pretrain_trinity.py --preset tiny --data D --out O
 """
 
 import os
 import sys
+import warnings
 from functools import partial
 
 from trinity_megatron.host import enter_host
+from trinity_megatron.process import die_with_parent
 
+# Two dozen import-time warnings that apex and Transformer Engine are missing: both are optional.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+warnings.filterwarnings("ignore", category=SyntaxWarning)
 ON_CPU = enter_host()  # before anything of Megatron is imported
 
 from megatron.core.enums import ModelType  # noqa: E402
@@ -16,20 +21,21 @@ from megatron.training import pretrain, training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
 from trinity_megatron.data.dataset import load_manifest  # noqa: E402
+from trinity_megatron.moe.finalize import observe_bias_updates  # noqa: E402
 from trinity_megatron.optimizer.builder import register_muon  # noqa: E402
-from trinity_megatron.process import die_with_parent  # noqa: E402
 from trinity_megatron.training.arguments import (  # noqa: E402
     parse_trinity_args,
     stamp_vocabulary,
 )
 from trinity_megatron.training.datasets import train_valid_test_datasets_provider  # noqa: E402
+from trinity_megatron.training.finish import finish_run  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
+from trinity_megatron.training.metrics import log_bias_update  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
 
 
 def main() -> None:
-    """Parse the arguments, build the configuration, train."""
-    die_with_parent()
+    """Parse the arguments, build the configuration, train, show what came of it."""
     if ON_CPU:
         # pretrain() never passes allow_no_cuda on.
         training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
@@ -37,16 +43,23 @@ def main() -> None:
     args = parse_trinity_args()
     if args.data and args.save and args.rank == 0:
         stamp_vocabulary(args.save, load_manifest(args.data))
+    observe_bias_updates(log_bias_update)
+    config = model_config_from_args(args)
+    trained: list = []
+    config.post_wrap_hooks.append(lambda model: trained.extend(model) or model)
     pretrain(
-        pretrain_cfg_container_from_args(args, model_config_from_args(args)),
+        pretrain_cfg_container_from_args(args, config),
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
     )
+    if args.out:
+        finish_run(trained)
 
 
 def run() -> None:
     """Run :func:`main`; say what is wrong with the input in one paragraph instead of a trace."""
+    die_with_parent()
     try:
         main()
     except (ValueError, FileNotFoundError) as error:

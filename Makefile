@@ -1,0 +1,37 @@
+# `make` lists the targets.  Every variable can be set on the command line: make train NPROC=2
+DATA   ?= data/stdlib
+OUT    ?= runs/tiny
+PRESET ?= tiny
+NPROC  ?=
+ARGS   ?=
+BIN    := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint gpu-check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo '  Variables of train: DATA=$(DATA) OUT=$(OUT) PRESET=$(PRESET) NPROC=$(NPROC) ARGS=$(ARGS)'
+
+setup: ## find a Python, make .venv, install everything (again: nothing to do)
+	@sh scripts/bootstrap.sh
+
+train: setup ## prepare the data and train (tiny preset, on the CPU if there is no GPU)
+	test -f $(DATA)/manifest.json || $(BIN)/trinity-megatron prepare-data --out $(DATA)
+	$(BIN)/trinity-megatron train --preset $(PRESET) --data $(DATA) --out $(OUT) \
+		$(if $(NPROC),--nproc $(NPROC)) $(ARGS)
+
+test: setup ## all tests that need no GPU
+	$(BIN)/python -m pytest tests -m "not gpu and not te" $(ARGS)
+
+lint: setup ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy trinity_megatron
+
+gpu-check: setup ## check this machine's GPUs and the GPU path
+	$(BIN)/trinity-megatron gpu-check $(ARGS)
+
+clean: ## remove .venv and caches; data/ and runs/ stay
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find trinity_megatron tests examples -name __pycache__ -type d -prune -exec rm -rf {} + || true

@@ -1,0 +1,141 @@
+"""The manifest of a prepared data folder."""
+
+import dataclasses
+import hashlib
+import json
+
+import pytest
+
+from trinity_megatron.data.corpus import Skipped
+from trinity_megatron.data.manifest import (
+    DataInputs,
+    DataManifest,
+    SplitSummary,
+    UnsupportedFormatError,
+    load_manifest,
+    save_manifest,
+)
+
+INPUTS = DataInputs(
+    vocab_size=512,
+    validation_fraction=0.05,
+    min_split_tokens=2048,
+    pre_tokenizer="trinity-1",
+    sources=(("a.txt", "11"), ("b\udcff.txt", "22"), ("c.txt", "33")),
+)
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """A folder as it is after preparing, with its manifest."""
+    contents = {"train.bin": b"12", "train.idx": b"", "tokenizer/tokenizer.json": b"{}"}
+    (tmp_path / "tokenizer").mkdir()
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    manifest = DataManifest(
+        path=tmp_path,
+        inputs=INPUTS,
+        eod_id=0,
+        tokenizer_fingerprint=hashlib.sha256(b"{}").hexdigest(),
+        train=SplitSummary(10, 1000, 4000, 6.25),
+        validation=SplitSummary(1, 100, 400, 5.125),
+        skipped=(Skipped("d.png", "binary"),),
+        files={name: len(content) for name, content in contents.items()},
+    )
+    save_manifest(manifest)
+    return manifest
+
+
+def change(manifest, edit):
+    path = manifest.path / "manifest.json"
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+
+
+def test_what_is_saved_is_loaded(manifest):
+    loaded = load_manifest(manifest.path)
+
+    assert loaded == manifest
+    assert loaded.fingerprint == INPUTS.fingerprint
+    assert loaded.vocab_size == 512
+    assert loaded.train_prefix.with_suffix(".bin").is_file()
+    assert sorted(path.name for path in manifest.path.iterdir()) == [
+        "manifest.json",
+        "tokenizer",
+        "train.bin",
+        "train.idx",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": 513}, "vocab_size 512 -> 513"),
+        ({"validation_fraction": 0.1}, "validation_fraction 0.05 -> 0.1"),
+        ({"pre_tokenizer": "trinity-2"}, "pre_tokenizer trinity-1 -> trinity-2"),
+        ({"sources": (*INPUTS.sources, ("d", "44"))}, "1 source files added (d)"),
+        ({"sources": INPUTS.sources[1:]}, "1 source files removed (a.txt)"),
+        ({"sources": (("a.txt", "12"), *INPUTS.sources[1:])}, "1 source files changed (a.txt)"),
+        ({"sources": (INPUTS.sources[0], *INPUTS.sources)}, "how often a source file is given"),
+    ],
+)
+def test_every_input_counts_and_its_change_is_put_in_words(change, words):
+    other = dataclasses.replace(INPUTS, **change)
+
+    assert other.fingerprint != INPUTS.fingerprint
+    assert INPUTS.differences(other) == [words]
+    assert INPUTS.differences(INPUTS) == []
+
+
+def test_a_missing_folder_or_manifest_names_the_command(manifest):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist.*prepare-data --out"):
+        load_manifest(manifest.path / "nowhere")
+    (manifest.path / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="half-written.*trinity-megatron prepare-data"):
+        load_manifest(manifest.path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"format_version": 1}', b"\xff"])
+def test_a_manifest_that_cannot_be_read_is_corrupt(manifest, content):
+    (manifest.path / "manifest.json").write_bytes(content)
+
+    with pytest.raises(ValueError, match=r"manifest.json is corrupt.*prepare-data --out"):
+        load_manifest(manifest.path)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda values: values.pop("train"),
+        lambda values: values["train"].pop("tokens"),
+        lambda values: values["inputs"].update(vocab_size=1024),
+        lambda values: values["inputs"]["sources"].pop(),
+        lambda values: values.update(files=None),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_corrupt(manifest, edit):
+    change(manifest, edit)
+
+    with pytest.raises(ValueError, match="manifest.json is corrupt"):
+        load_manifest(manifest.path)
+
+
+def test_another_format_is_refused_as_such(manifest):
+    change(manifest, lambda values: values.update(format_version=2))
+
+    with pytest.raises(UnsupportedFormatError, match=r"format_version is 2.*reads 1; remove"):
+        load_manifest(manifest.path)
+
+
+def test_damaged_files_are_named(manifest):
+    folder = manifest.path
+    (folder / "tokenizer" / "tokenizer.json").write_bytes(b"[]")  # of the same size
+    with pytest.raises(ValueError, match=r"tokenizer.json is not the file.*prepare-data"):
+        load_manifest(folder)
+    (folder / "train.bin").write_bytes(b"1")
+    with pytest.raises(ValueError, match="train.bin has 1 bytes, not 2"):
+        load_manifest(folder)
+    (folder / "train.bin").unlink()
+    with pytest.raises(ValueError, match="damaged: train.bin is missing"):
+        load_manifest(folder)

@@ -1,0 +1,191 @@
+"""The byte-level BPE tokenizer and its pre-tokenisation."""
+
+import sysconfig
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from trinity_megatron.data.tokenizer import (
+    END_OF_TEXT,
+    MIN_VOCAB_SIZE,
+    encode_documents,
+    get_eod_id,
+    get_pre_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
+
+VOCAB_SIZE = 700
+
+TEXTS = [
+    "",
+    "The quick brown fox -- it's 12345 metres (3.14159) away!\n",
+    "  leading, trailing \t tabs\t\n\n\r\n   \r mixed   ",
+    "0 00 000 0000 1234567890123 3,000,000 ½²Ⅷ ١٢٣٤٥",
+    "日本語のテキスト、漢字12345とカナ。한국어 문장입니다 中文没有空格 ภาษาไทย ພາສາລາວ ខ្មែរ မြန်မာ",
+    "e\u0301 combining, \u200bzero width, \ufeffmark, \x00\x01\x7f\x85 controls \u2028 lines",
+    "👩‍👩‍👧‍👦 😀🏽 🇪🇺 ∑∞≠ ← \U0010ffff \ufffd \ue000",
+    "def f(x):\n    return x ** 2  # 1234\n\n\tif a != b: pass\n",
+    f"a {END_OF_TEXT} b{END_OF_TEXT}{END_OF_TEXT}",
+    "Ġ Ċ ĉ č Ā ÿ look like bytes in the vocabulary",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    return [path.read_text("utf-8") for path in sorted((stdlib / "json").glob("*.py"))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return train_tokenizer(corpus, vocab_size=VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "tokenizer"
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+def pieces(text: str) -> list[str]:
+    return [text[start:end] for _, (start, end) in get_pre_tokenizer().pre_tokenize_str(text)]
+
+
+def from_the_right(digits: str) -> list[str]:
+    """Slow reference: groups of three counted from the end."""
+    groups = []
+    while digits:
+        groups.insert(0, digits[-3:])
+        digits = digits[:-3]
+    return groups
+
+
+@pytest.mark.parametrize("length", [*range(1, 14), 3000, 3001])
+def test_digits_are_cut_in_threes_from_the_right(length):
+    digits = ("1234567890" * (length // 10 + 1))[:length]
+
+    assert pieces(digits) == from_the_right(digits)
+    assert pieces(f"x={digits};") == ["x", "=", *from_the_right(digits), ";"]
+    assert pieces(f"a {digits}b") == ["a", " ", *from_the_right(digits), "b"]
+    assert pieces(f"{digits}.{digits}\n") == [
+        *from_the_right(digits),
+        ".",
+        *from_the_right(digits),
+        "\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Hello world, again", ["Hello", " world", ",", " again"]),
+        ("don't self.name(arg)", ["don", "'t", " self", ".name", "(arg", ")"]),
+        ("a  b\n\n  c", ["a", " ", " b", "\n\n", " ", " c"]),
+        ("x == y;\r\nz", ["x", " ==", " y", ";\r\n", "z"]),
+        ("e\u0301te\u0301 naïve", ["e\u0301te\u0301", " naïve"]),
+        ("see 東京タワー12345階 there", ["see", " ", "東京タワー", "12", "345", "階", " there"]),
+        ("한국어abc ภาษาไทย", ["한국어", "abc", " ", "ภาษาไทย"]),
+        ("ok 😀😀", ["ok", " 😀😀"]),
+    ],
+)
+def test_text_is_cut_as_in_trinity(text, expected):
+    assert pieces(text) == expected
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_encoding_loses_nothing(tokenizer, text):
+    [ids] = encode_documents(tokenizer, [text])
+
+    assert tokenizer.decode(ids[:-1], skip_special_tokens=False) == text
+
+
+def test_every_character_survives(tokenizer):
+    codes = [*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 61)]
+    text = "".join(map(chr, codes))
+    [ids] = encode_documents(tokenizer, [text])
+
+    assert tokenizer.decode(ids[:-1], skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_only_the_end_of_a_document_is_the_end(tokenizer, text):
+    [ids] = encode_documents(tokenizer, [text])
+
+    assert ids[-1] == get_eod_id(tokenizer)
+    assert get_eod_id(tokenizer) not in ids[:-1]
+
+
+def test_the_vocabulary_has_the_asked_size_and_no_long_number(tokenizer):
+    vocabulary = tokenizer.get_vocab()
+
+    assert sorted(vocabulary.values()) == list(range(VOCAB_SIZE))
+    assert max(len(token) for token in vocabulary if token.isdigit()) <= 3
+
+
+def test_the_same_corpus_gives_the_same_tokenizer(tokenizer, corpus):
+    again = train_tokenizer(iter(corpus), vocab_size=VOCAB_SIZE)
+
+    assert again.to_str() == tokenizer.to_str()
+
+
+def test_training_compresses(tokenizer, corpus):
+    tokens = sum(map(len, encode_documents(tokenizer, corpus)))
+
+    assert tokens < 0.6 * sum(len(text.encode()) for text in corpus)
+
+
+def test_a_vocabulary_that_cannot_be_had_is_refused(corpus):
+    with pytest.raises(ValueError, match=f"vocab_size 256 .*--vocab-size {MIN_VOCAB_SIZE}"):
+        train_tokenizer(corpus, vocab_size=256)
+    with pytest.raises(ValueError, match=r"vocab_size 5000 cannot be filled.*258 tokens.*add more"):
+        train_tokenizer(["ab ab"], vocab_size=5000)
+    assert train_tokenizer(["ab ab"], vocab_size=258).get_vocab_size() == 258
+
+
+def test_transformers_loads_it_and_agrees(tokenizer, saved):
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(saved)
+
+    assert len(loaded) == VOCAB_SIZE
+    assert {loaded.bos_token, loaded.eos_token, loaded.pad_token} == {END_OF_TEXT}
+    assert loaded.eos_token_id == get_eod_id(tokenizer)
+    for text in TEXTS:
+        assert loaded.decode(loaded(text).input_ids) == text
+        if END_OF_TEXT not in text:
+            assert [loaded(text).input_ids + [loaded.eos_token_id]] == encode_documents(
+                tokenizer, [text]
+            )
+
+
+def test_megatron_loads_it_and_agrees(tokenizer, saved):
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    loaded = build_tokenizer(
+        Namespace(
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=str(saved),
+            metadata_path=None,
+            chat_template=None,
+            vocab_file=None,
+            merge_file=None,
+            special_tokens=None,
+            tokenizer_hf_no_use_fast=False,
+            tokenizer_hf_no_include_special_tokens=False,
+            trust_remote_code=False,
+            pad_vocab_size=True,
+            padded_vocab_size=None,
+            make_vocab_size_divisible_by=128,
+            tensor_model_parallel_size=1,
+            rank=0,
+        )
+    )
+
+    assert loaded.vocab_size == VOCAB_SIZE
+    assert loaded.eod == loaded.eos == loaded.bos == loaded.pad == get_eod_id(tokenizer)
+    text = TEXTS[4]
+    assert encode_documents(tokenizer, [text]) == [[*loaded.tokenize(text), loaded.eod]]
+    assert loaded.detokenize(loaded.tokenize(text)) == text

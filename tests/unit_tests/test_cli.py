@@ -1,0 +1,96 @@
+"""The command line: what reaches Megatron, and what a user sees when the input is at fault."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trinity_megatron import __version__
+from trinity_megatron.cli import build_parser, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from trinity_megatron.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "finally:\n    print('HEAVY', *({'torch', 'numpy', 'megatron'} & set(sys.modules)))\n"
+    )
+    result = run_python("-c", code)
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: trinity-megatron")
+    assert result.stdout.splitlines()[-1] == "HEAVY"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"trinity-megatron {__version__}\n"
+
+
+def test_flags_of_megatron_pass_through_in_order() -> None:
+    # --data-parallel-random-init and --nproc... must not be taken for abbreviations of ours.
+    flags = ["--lr", "1e-3", "--data-parallel-random-init", "--window-size", "-1", "--out-of=x"]
+    args, others = build_parser().parse_known_args(
+        ["train", *flags[:3], "--data", "D", *flags[3:], "--out", "O", "--nproc", "2"]
+    )
+    assert others == flags
+    assert (args.preset, args.data, args.out, args.nproc) == ("tiny", "D", "O", 2)
+
+
+def test_unknown_flag_of_prepare_data_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare-data", "--out", "D", "--vocab", "3"])
+    assert "unrecognized arguments: --vocab 3" in capsys.readouterr().err
+
+
+def test_error_is_one_paragraph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "missing"
+    assert main(["train", "--data", str(missing), "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("trinity-megatron: error: ")
+    assert err.count("\n") == 1
+    assert str(missing) in err and "prepare-data" in err
+
+
+def test_error_has_its_trace_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRINITY_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["train", "--data", str(tmp_path / "missing"), "--out", str(tmp_path / "out")])
+
+
+def test_nothing_is_written_before_the_input_is_checked(tmp_path: Path) -> None:
+    assert main(["train", "--data", str(tmp_path / "no"), "--out", str(tmp_path / "out")]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prepare_data_makes_data_that_train_accepts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trinity_megatron.launcher import check_data
+
+    source = tmp_path / "text"
+    source.mkdir()
+    for number in range(40):
+        words = " ".join(f"word{(number * i) % 97} of line {i}" for i in range(100))
+        (source / f"{number}.txt").write_text(words)
+    out = tmp_path / "data"
+    code = main(
+        ["prepare-data", "--out", str(out), "--sources", str(source), "--vocab-size", "300"]
+    )
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert f"{out} train: " in printed.out and f"{out} validation: " in printed.out
+    check_data(str(out))

@@ -1,0 +1,459 @@
+"""Prepare a corpus for Megatron: tokenizer, indexed training and validation data, manifest."""
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from tokenizers import Tokenizer
+
+from trinity_megatron.data.corpus import (
+    Document,
+    Skipped,
+    SourceFile,
+    find_files,
+    hash_file,
+    is_unchanged,
+    read_documents,
+)
+from trinity_megatron.data.manifest import (
+    MANIFEST_NAME,
+    DataInputs,
+    DataManifest,
+    SplitSummary,
+    UnsupportedFormatError,
+    load_manifest,
+    save_manifest,
+    sync_file,
+)
+from trinity_megatron.data.tokenizer import (
+    PRE_TOKENIZER_VERSION,
+    check_vocab_size,
+    encode_documents,
+    get_eod_id,
+    save_tokenizer,
+    train_tokenizer,
+)
+
+__all__ = [
+    "DataManifest",
+    "load_manifest",
+    "prepare_data",
+    "select_validation",
+    "unigram_entropy",
+]
+
+logger = logging.getLogger(__name__)
+
+# Fewer tokens than a sequence or two make a validation loss meaningless.
+MIN_SPLIT_TOKENS = 2048
+_SPLITS = ("train", "validation")
+_DATA_FILES = [f"{split}{suffix}" for split in _SPLITS for suffix in (".bin", ".idx")]
+_TOKENIZER_FILES = ["tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+# Everything that may lie in a folder of ours, Megatron's index cache beside the data included.
+_OWN_NAMES = {*_DATA_FILES, "tokenizer", MANIFEST_NAME, f".{MANIFEST_NAME}.tmp", "cache"}
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 4 * 2**20
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """The sources after a first reading.
+
+    Attributes:
+        files: The source files.
+        skipped: What was left out, files, folders and rows.
+        keys: Hash of every document's text, uint64, ``[num_documents]``.
+        sizes: UTF-8 bytes of every document, int64, ``[num_documents]``.
+    """
+
+    files: list[SourceFile]
+    skipped: list[Skipped]
+    keys: np.ndarray
+    sizes: np.ndarray
+
+    def documents(self) -> Iterator[Document]:
+        """Read the documents again, in the same order."""
+        entries = read_documents(self.files)
+        return (entry for entry in entries if isinstance(entry, Document))
+
+
+def prepare_data(
+    out: Path,
+    sources: Sequence[Path] = (),
+    *,
+    vocab_size: int = 4096,
+    validation_fraction: float = 0.05,
+) -> DataManifest:
+    """Train a tokenizer on a corpus and write the corpus as Megatron's indexed data.
+
+    The folder appears whole or not at all. A whole folder made from the same inputs is kept as it
+    is; a half-written one is replaced.
+
+    Args:
+        out: The folder to write: ``train`` and ``validation`` (``.bin``, ``.idx``),
+            ``tokenizer/`` and ``manifest.json``.
+        sources: Text and source code files, ``.jsonl`` and ``.parquet`` files with a ``text``,
+            and folders of them. Without any, Python's standard library.
+        vocab_size: Number of tokens.
+        validation_fraction: Share of the distinct documents that goes to validation; more if that
+            is fewer than one document or ``MIN_SPLIT_TOKENS`` tokens.
+
+    Raises:
+        ValueError: If an argument or a source is unusable, the corpus is too small to split or to
+            fill the vocabulary, or ``out`` holds other data.
+    """
+    check_vocab_size(vocab_size)
+    if not 0 < validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction {validation_fraction} is not between 0 and 1; 0.05 is usual"
+        )
+    out = Path(out).resolve()
+    _check_out(out)
+    files, skipped = find_files(sources, exclude=out)
+    hashes = sorted((file.name, hash_file(file.path)) for file in files)
+    inputs = DataInputs(
+        vocab_size=int(vocab_size),
+        validation_fraction=float(validation_fraction),
+        min_split_tokens=MIN_SPLIT_TOKENS,
+        pre_tokenizer=PRE_TOKENIZER_VERSION,
+        sources=tuple(hashes),
+    )
+    existing = _find_existing(out, inputs)
+    if existing is not None:
+        return existing
+    with _locked(out):
+        # Another process may have finished the same while this one waited.
+        return _find_existing(out, inputs) or _build(out, inputs, files, skipped)
+
+
+def unigram_entropy(counts: Sequence[int] | np.ndarray) -> float:
+    """Entropy of token frequencies in nats per token, ``-sum(p log p)`` with ``p = counts / sum``.
+
+    Args:
+        counts: How often each token occurs, ``[vocab_size]``.
+
+    Raises:
+        ValueError: If a count is negative or none is positive.
+    """
+    values = np.asarray(counts, dtype=np.float64)
+    if values.size == 0 or values.min() < 0 or values.sum() <= 0:
+        raise ValueError("counts must be non-negative with a positive sum; count some tokens first")
+    shares = values[values > 0] / values.sum()
+    return float(max(0.0, -np.sum(shares * np.log(shares))))
+
+
+def select_validation(
+    keys: np.ndarray, sizes: np.ndarray, *, fraction: float, min_bytes: int
+) -> np.ndarray:
+    """Choose the validation documents by their content alone.
+
+    Documents with the lowest hashes go to validation: those below ``fraction`` of the range, and
+    further ones while there are fewer than ``min_bytes`` bytes. Equal documents stay together, and
+    further documents in the corpus do not move one across, unless the minimum binds.
+
+    Args:
+        keys: Hash of every document, uint64, ``[num_documents]``.
+        sizes: Bytes of every document, ``[num_documents]``.
+        fraction: Share of the distinct documents.
+        min_bytes: Fewest bytes of validation text.
+
+    Returns:
+        Whether each document is validation, bool, ``[num_documents]``.
+
+    Raises:
+        ValueError: If no document would be left for training.
+    """
+    distinct, group = np.unique(keys, return_inverse=True)
+    if len(distinct) < 2:
+        raise ValueError(
+            f"sources hold {len(distinct)} distinct documents ({len(keys)} in all), which cannot "
+            "be split into training and validation; add documents, or cut the text into several"
+        )
+    cumulative = np.cumsum(np.bincount(group, weights=sizes))
+    by_share = int(np.sum(distinct.astype(np.float64) < fraction * 2.0**64))
+    by_bytes = int(np.searchsorted(cumulative, min_bytes)) + 1
+    if by_bytes >= len(distinct):
+        raise ValueError(
+            f"sources are too small: {len(distinct)} distinct documents with {int(cumulative[-1])} "
+            f"bytes do not hold {MIN_SPLIT_TOKENS} tokens of validation and leave something to "
+            "train on; add documents, or cut the text into several"
+        )
+    return group < max(by_bytes, min(by_share, len(distinct) - 1))
+
+
+def _build(
+    out: Path, inputs: DataInputs, files: list[SourceFile], skipped: list[Skipped]
+) -> DataManifest:
+    _remove_half_written(out)
+    corpus = _scan(files, skipped)
+    building = out.with_name(f"{_building_prefix(out)}{uuid.uuid4().hex}")
+    building.mkdir()
+    try:
+        manifest = _write(building, inputs, corpus)
+        for file in files:
+            if not is_unchanged(file):
+                raise ValueError(f"source {file.path} changed while it was read; run again")
+        save_manifest(manifest)
+        return _publish(building, out, inputs)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _scan(files: list[SourceFile], skipped: list[Skipped]) -> _Corpus:
+    keys, sizes, left_out = [], [], list(skipped)
+    for entry in read_documents(files):
+        if isinstance(entry, Skipped):
+            left_out.append(entry)
+            continue
+        content = entry.text.encode("utf-8")
+        keys.append(int.from_bytes(hashlib.sha256(content).digest()[:8], "big"))
+        sizes.append(len(content))
+    _report_skipped(left_out)
+    return _Corpus(files, left_out, np.array(keys, np.uint64), np.array(sizes, np.int64))
+
+
+def _report_skipped(skipped: Sequence[Skipped]) -> None:
+    reasons = Counter(entry.reason.partition(":")[0] for entry in skipped)
+    for reason, count in reasons.most_common():
+        first = next(entry.name for entry in skipped if entry.reason.startswith(reason))
+        logger.warning("left out %d: %s (first: %s)", count, reason, first)
+
+
+def _write(folder: Path, inputs: DataInputs, corpus: _Corpus) -> DataManifest:
+    """Write tokenizer and splits; validation grows until it holds enough tokens."""
+    min_bytes = MIN_SPLIT_TOKENS  # a token covers a byte or more
+    while True:
+        is_validation = select_validation(
+            corpus.keys, corpus.sizes, fraction=inputs.validation_fraction, min_bytes=min_bytes
+        )
+        tokenizer = _train(corpus, is_validation, inputs.vocab_size)
+        train, validation = _encode(folder, tokenizer, corpus, is_validation)
+        if validation.tokens >= MIN_SPLIT_TOKENS:
+            break
+        logger.info("%d validation tokens are too few; holding out more", validation.tokens)
+        min_bytes = 2 * validation.bytes
+    if train.tokens < MIN_SPLIT_TOKENS:
+        raise ValueError(
+            f"sources leave {train.tokens} tokens for training, fewer than {MIN_SPLIT_TOKENS}; add "
+            "documents, or cut the text into several"
+        )
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    names = [*_DATA_FILES, *_TOKENIZER_FILES]
+    for name in names:
+        sync_file(folder / name)
+    return DataManifest(
+        path=folder,
+        inputs=inputs,
+        eod_id=get_eod_id(tokenizer),
+        tokenizer_fingerprint=hash_file(folder / "tokenizer" / "tokenizer.json"),
+        train=train,
+        validation=validation,
+        skipped=tuple(corpus.skipped),
+        files={name: (folder / name).stat().st_size for name in names},
+    )
+
+
+def _train(corpus: _Corpus, is_validation: np.ndarray, vocab_size: int) -> Tokenizer:
+    """Train on the training documents only, so that validation stays unseen."""
+    with _progress("Training the tokenizer", int(corpus.sizes.sum())) as advance:
+
+        def texts() -> Iterator[str]:
+            rows = zip(corpus.documents(), is_validation, corpus.sizes, strict=True)
+            for document, held_out, size in rows:
+                advance(int(size))
+                if not held_out:
+                    yield document.text
+
+        return train_tokenizer(texts(), vocab_size=vocab_size)
+
+
+def _encode(
+    folder: Path, tokenizer: Tokenizer, corpus: _Corpus, is_validation: np.ndarray
+) -> tuple[SplitSummary, SplitSummary]:
+    vocab_size = tokenizer.get_vocab_size()
+    writers = [_SplitWriter(folder / split, vocab_size) for split in _SPLITS]
+    rows = zip(corpus.documents(), is_validation, corpus.sizes, strict=True)
+    with _progress("Encoding", int(corpus.sizes.sum())) as advance:
+        for batch in _batches(rows):
+            encoded = encode_documents(tokenizer, [document.text for document, _, _ in batch])
+            for (_, held_out, size), ids in zip(batch, encoded, strict=True):
+                writers[int(held_out)].add(ids, int(size))
+                advance(int(size))
+    train, validation = (writer.finish() for writer in writers)
+    return train, validation
+
+
+def _batches(
+    rows: Iterable[tuple[Document, bool, int]],
+) -> Iterator[list[tuple[Document, bool, int]]]:
+    batch: list[tuple[Document, bool, int]] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row[0].text)
+        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _SplitWriter:
+    """Writes one split and counts what goes into it."""
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        # Here, for it takes seconds and nothing else needs it: megatron.core imports all of torch.
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        self._prefix = prefix
+        self._dtype = DType.optimal_dtype(vocab_size)
+        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self._dtype)
+        self._counts = np.zeros(vocab_size, np.int64)
+        self._documents = 0
+        self._bytes = 0
+
+    def add(self, ids: list[int], num_bytes: int) -> None:
+        """Append a document, its end-of-text token included."""
+        tokens = np.array(ids, dtype=self._dtype)
+        self._builder.add_document(tokens, [len(ids)])
+        self._counts += np.bincount(tokens, minlength=len(self._counts))
+        self._documents += 1
+        self._bytes += num_bytes
+
+    def finish(self) -> SplitSummary:
+        """Close the files and sum up."""
+        self._builder.finalize(f"{self._prefix}.idx")
+        tokens = int(self._counts.sum())
+        return SplitSummary(self._documents, tokens, self._bytes, unigram_entropy(self._counts))
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out {out} is a file; pass --out with a folder")
+    if out.is_mount():
+        raise ValueError(
+            f"out {out} is a mount point, which cannot be replaced as a whole; pass --out with a "
+            "folder inside it"
+        )
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Let one process at a time write ``out``; the lock ends with the process."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("another process is preparing %s; waiting for it", out)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _find_existing(out: Path, inputs: DataInputs) -> DataManifest | None:
+    """The whole folder with the same inputs, or None if there is none to keep."""
+    try:
+        manifest = load_manifest(out)
+    except UnsupportedFormatError:
+        raise
+    except (FileNotFoundError, ValueError):
+        return None
+    if manifest.fingerprint != inputs.fingerprint:
+        differences = "; ".join(manifest.inputs.differences(inputs))
+        raise ValueError(
+            f"out {out} holds data made from other inputs: {differences}; pass another --out, or "
+            f"remove {out} first"
+        )
+    logger.info("%s is already prepared from the same inputs; nothing to do", out)
+    return manifest
+
+
+def _building_prefix(out: Path) -> str:
+    return f".{out.name}.building-"
+
+
+def _remove_half_written(out: Path) -> None:
+    """Remove what earlier attempts left; holding the lock, none of them is still at work.
+
+    Raises:
+        ValueError: If ``out`` holds anything which was not written here.
+    """
+    for path in out.parent.iterdir():
+        if path.name.startswith(_building_prefix(out)):
+            shutil.rmtree(path, ignore_errors=True)
+    if not out.exists():
+        return
+    names = sorted(path.name for path in out.iterdir())
+    foreign = [name for name in names if name not in _OWN_NAMES]
+    if foreign:
+        raise ValueError(
+            f"out {out} is not a prepared data folder and holds other files "
+            f"({', '.join(foreign[:3])}); pass --out with a new or empty folder"
+        )
+    if names:
+        logger.warning("%s is half-written or damaged; preparing it again", out)
+    shutil.rmtree(out)
+
+
+def _publish(building: Path, out: Path, inputs: DataInputs) -> DataManifest:
+    try:
+        os.rename(building, out)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        # Some network filesystems do not carry the lock to other machines: one was faster.
+        faster = _find_existing(out, inputs)
+        if faster is None:
+            raise
+        return faster
+    manifest = load_manifest(out)
+    _report(manifest)
+    return manifest
+
+
+def _report(manifest: DataManifest) -> None:
+    for name, split in (("train", manifest.train), ("validation", manifest.validation)):
+        logger.info(
+            "%s: %d documents, %d tokens, %.2f bytes per token, unigram entropy %.3f nats",
+            name,
+            split.documents,
+            split.tokens,
+            split.bytes / split.tokens,
+            split.unigram_entropy,
+        )
+    logger.info("prepared %s", manifest.path)
+
+
+@contextlib.contextmanager
+def _progress(description: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over bytes on a terminal; elsewhere one log line at the start and the end."""
+    console = Console(stderr=True)
+    logger.info("%s: %.1f MB", description, num_bytes / 1e6)
+    start = time.monotonic()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(description, total=num_bytes)
+        yield lambda done: progress.advance(task, done)
+    logger.info("%s: %.1f s", description, time.monotonic() - start)

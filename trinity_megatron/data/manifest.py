@@ -1,0 +1,225 @@
+"""What a prepared data folder holds, what it was made from, and whether it is whole."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trinity_megatron.data.corpus import Skipped, hash_file
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class UnsupportedFormatError(ValueError):
+    """A data folder written in a format that this release does not read."""
+
+
+@dataclass(frozen=True)
+class DataInputs:
+    """Everything that decides the content of a data folder.
+
+    Attributes:
+        vocab_size: Number of tokens of the tokenizer.
+        validation_fraction: Share of the documents that goes to validation.
+        min_split_tokens: The fewest tokens of a split.
+        pre_tokenizer: Version of the pre-tokenisation.
+        sources: Name and SHA-256 of every source file, sorted.
+    """
+
+    vocab_size: int
+    validation_fraction: float
+    min_split_tokens: int
+    pre_tokenizer: str
+    sources: tuple[tuple[str, str], ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Content address: equal exactly when the prepared data are equal."""
+        content = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(content.encode("ascii")).hexdigest()
+
+    def differences(self, other: "DataInputs") -> list[str]:
+        """What differs in ``other``, in words; empty if nothing does."""
+        mine, theirs = asdict(self), asdict(other)
+        lines = [
+            f"{name} {mine[name]} -> {theirs[name]}"
+            for name in mine
+            if name != "sources" and mine[name] != theirs[name]
+        ]
+        old, new = set(self.sources), set(other.sources)
+        old_names, new_names = {name for name, _ in old - new}, {name for name, _ in new - old}
+        for words, names in (
+            ("changed", old_names & new_names),
+            ("removed", old_names - new_names),
+            ("added", new_names - old_names),
+        ):
+            if names:
+                shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+                lines.append(f"{len(names)} source files {words} ({shown})")
+        if not lines and self.sources != other.sources:
+            lines.append("how often a source file is given")
+        return lines
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """One split in numbers.
+
+    Attributes:
+        documents: Number of documents.
+        tokens: Number of tokens, the end-of-text tokens included.
+        bytes: Number of UTF-8 bytes of text.
+        unigram_entropy: Entropy of its token frequencies, in nats per token: the loss of the best
+            model that ignores the context.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    unigram_entropy: float
+
+
+@dataclass(frozen=True)
+class DataManifest:
+    """A prepared data folder.
+
+    Attributes:
+        path: The folder.
+        inputs: What it was made from.
+        eod_id: Id of the token that ends every document.
+        tokenizer_fingerprint: SHA-256 of ``tokenizer/tokenizer.json``.
+        train: The training split.
+        validation: The validation split.
+        skipped: What was found in the sources and is not part of the data.
+        files: Size in bytes of every file of the folder, by relative name.
+    """
+
+    path: Path
+    inputs: DataInputs
+    eod_id: int
+    tokenizer_fingerprint: str
+    train: SplitSummary
+    validation: SplitSummary
+    skipped: tuple[Skipped, ...]
+    files: Mapping[str, int]
+
+    @property
+    def fingerprint(self) -> str:
+        """Content address of the data."""
+        return self.inputs.fingerprint
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens of the tokenizer."""
+        return self.inputs.vocab_size
+
+    @property
+    def train_prefix(self) -> Path:
+        """Value for Megatron's ``--train-data-path``."""
+        return self.path / "train"
+
+    @property
+    def validation_prefix(self) -> Path:
+        """Value for Megatron's ``--valid-data-path``."""
+        return self.path / "validation"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Value for Megatron's ``--tokenizer-model``."""
+        return self.path / "tokenizer"
+
+
+def load_manifest(path: Path) -> DataManifest:
+    """Read the manifest of a data folder and check that the folder is whole.
+
+    Raises:
+        FileNotFoundError: If the folder or its manifest is missing.
+        UnsupportedFormatError: If it was written in another format.
+        ValueError: If the manifest is corrupt, or a file is missing or not what it records.
+    """
+    path = Path(path)
+    remedy = f"run `trinity-megatron prepare-data --out {path}` to prepare it"
+    if not path.is_dir():
+        raise FileNotFoundError(f"data folder {path} does not exist; {remedy}")
+    try:
+        values = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+        _check_version(path, values["format_version"])
+        manifest = _from_json(path, values)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"data folder {path} is half-written: it has no {MANIFEST_NAME}; {remedy} again"
+        ) from error
+    except UnsupportedFormatError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"data folder {path}: {MANIFEST_NAME} is corrupt "
+            f"({type(error).__name__}: {error}); {remedy} again"
+        ) from error
+    damage = _find_damage(manifest)
+    if damage is not None:
+        raise ValueError(f"data folder {path} is damaged: {damage}; {remedy} again")
+    return manifest
+
+
+def save_manifest(manifest: DataManifest) -> None:
+    """Write the manifest; the last step, which makes the folder count as whole."""
+    values = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": manifest.fingerprint,
+        **{name: value for name, value in asdict(manifest).items() if name != "path"},
+    }
+    temporary = manifest.path / f".{MANIFEST_NAME}.tmp"
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    sync_file(temporary)
+    os.replace(temporary, manifest.path / MANIFEST_NAME)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _check_version(path: Path, version: Any) -> None:
+    if version != FORMAT_VERSION:
+        raise UnsupportedFormatError(
+            f"data folder {path}: format_version is {version}, this release reads "
+            f"{FORMAT_VERSION}; remove {path}, or pass another --out, and run "
+            "`trinity-megatron prepare-data --out ...`"
+        )
+
+
+def _from_json(path: Path, values: dict[str, Any]) -> DataManifest:
+    given = values["inputs"]
+    sources = tuple((str(name), str(digest)) for name, digest in given["sources"])
+    manifest = DataManifest(
+        path=path,
+        inputs=DataInputs(**{**given, "sources": sources}),
+        eod_id=values["eod_id"],
+        tokenizer_fingerprint=values["tokenizer_fingerprint"],
+        train=SplitSummary(**values["train"]),
+        validation=SplitSummary(**values["validation"]),
+        skipped=tuple(Skipped(**entry) for entry in values["skipped"]),
+        files=dict(values["files"].items()),
+    )
+    if manifest.fingerprint != values["fingerprint"]:
+        raise ValueError("its fingerprint does not match its inputs")
+    return manifest
+
+
+def _find_damage(manifest: DataManifest) -> str | None:
+    for name, size in manifest.files.items():
+        path = manifest.path / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+    found = hash_file(manifest.tokenizer_path / "tokenizer.json")
+    if found != manifest.tokenizer_fingerprint:
+        return "tokenizer/tokenizer.json is not the file that was written"
+    return None

@@ -1,0 +1,1 @@
+"""Muon for Megatron: orthogonalization, the optimizer, its parameter table and its registration."""

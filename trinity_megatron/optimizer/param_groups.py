@@ -1,0 +1,140 @@
+"""Which optimizer owns each parameter, and how fused parameters split: the one table of it.
+
+Muon takes the matrices of the hidden layers, AdamW the embedding, the output layer and everything
+with one dimension.  Source: Trinity report section 3.4.2; the router under Muon as in prime-rl.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import Tensor
+
+from trinity_megatron.optimizer.muon import MatrixSplit
+
+
+@dataclass(frozen=True)
+class ParamRow:
+    """A row of the table.
+
+    Attributes:
+        name: Glob on the last components of the parameter's name; wrappers, layer numbers and
+            whatever else comes before do not matter.
+        optimizer: Who updates it.
+        split: How its rows divide into matrices: per query group into query, gate, key and value,
+            or into gate and up projection.
+    """
+
+    name: str
+    optimizer: Literal["muon", "adam"]
+    split: Literal["query_groups", "gate_up"] | None = None
+
+
+PARAM_TABLE: tuple[ParamRow, ...] = (
+    ParamRow("embedding.word_embeddings.weight", "adam"),
+    ParamRow("output_layer.weight", "adam"),
+    # Every norm, those of queries and keys included; inside a Transformer Engine linear the norm
+    # has the second name.
+    ParamRow("*layernorm.weight", "adam"),
+    ParamRow("layer_norm_weight", "adam"),
+    ParamRow("self_attention.linear_qkv.weight", "muon", "query_groups"),
+    ParamRow("self_attention.linear_proj.weight", "muon"),
+    ParamRow("mlp.linear_fc1.weight", "muon", "gate_up"),
+    ParamRow("mlp.linear_fc2.weight", "muon"),
+    ParamRow("mlp.shared_experts.linear_fc1.weight", "muon", "gate_up"),
+    ParamRow("mlp.shared_experts.linear_fc2.weight", "muon"),
+    # Stacked [E, out, in] or, in Transformer Engine, one parameter weight0, weight1, ... an expert.
+    ParamRow("mlp.experts.linear_fc1.weight*", "muon", "gate_up"),
+    ParamRow("mlp.experts.linear_fc2.weight*", "muon"),
+    ParamRow("mlp.experts.local_experts.*.linear_fc1.weight", "muon", "gate_up"),
+    ParamRow("mlp.experts.local_experts.*.linear_fc2.weight", "muon"),
+    ParamRow("mlp.router.weight", "muon"),
+)
+
+
+def find_row(name: str) -> ParamRow:
+    """Return the row of a parameter.
+
+    Args:
+        name: Name from ``named_parameters()``, with any prefix.
+
+    Raises:
+        ValueError: No row matches.
+    """
+    rows = [row for row in PARAM_TABLE if fnmatchcase(f".{name}", f"*.{row.name}")]
+    if not rows:
+        raise ValueError(
+            f"parameter {name!r} is in no row of PARAM_TABLE, so no optimizer would own it; add a "
+            "row in trinity_megatron/optimizer/param_groups.py"
+        )
+    assert len(rows) == 1, f"{name} is in several rows of PARAM_TABLE: {rows}"
+    return rows[0]
+
+
+def is_adam_parameter(param: Tensor, name: str) -> bool:
+    """Whether AdamW owns a parameter, as a predicate for Megatron's ``ParamKey``.
+
+    Args:
+        param: The parameter, ``[n]``, ``[out, in]`` or ``[E, out, in]``.
+        name: Its name, with any prefix.
+
+    Raises:
+        ValueError: No row matches, or the row gives Muon something that is not a matrix.
+    """
+    row = find_row(name)
+    if row.optimizer == "muon" and param.dim() not in (2, 3):
+        raise ValueError(
+            f"parameter {name!r} of shape {tuple(param.shape)} is Muon's by the row {row.name!r} "
+            "of PARAM_TABLE (trinity_megatron/optimizer/param_groups.py), but Muon takes matrices "
+            "[out, in] and stacks [E, out, in] only"
+        )
+    return row.optimizer == "adam"
+
+
+def attach_muon_splits(
+    named_parameters: Iterable[tuple[str, Tensor]], config: Any, *, split_qkv: bool = True
+) -> None:
+    """Set ``muon_split`` on every fused parameter.
+
+    Args:
+        named_parameters: Names and parameters of this rank's part of the model.
+        config: Megatron's ``TransformerConfig``.
+        split_qkv: Whether query, gate, key and value are separate matrices.
+
+    Raises:
+        ValueError: A parameter is in no row of the table, the model interleaves gate and up rows,
+            or a query group is divided over tensor-parallel ranks.
+    """
+    for field in ("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"):
+        if getattr(config, field, None) is not None:
+            raise ValueError(
+                f"{field}={getattr(config, field)}: Muon splits gate and up as two blocks of rows "
+                "and has no split for interleaved ones; leave it unset"
+            )
+    for name, param in named_parameters:
+        split = find_row(name).split
+        if split == "gate_up" and config.gated_linear_unit:
+            half = param.shape[-2] // 2
+            param.muon_split = MatrixSplit((half, half))  # type: ignore[attr-defined]
+        elif split == "query_groups" and split_qkv:
+            sizes = _query_group_rows(config)
+            if param.shape[-2] % sum(sizes):
+                raise ValueError(
+                    f"parameter {name!r} has {param.shape[-2]} rows, which is no multiple of the "
+                    f"{sum(sizes)} rows of a query group: num_query_groups="
+                    f"{config.num_query_groups} must be a multiple of the tensor-parallel size for "
+                    "Muon to split it; lower --tensor-model-parallel-size"
+                )
+            param.muon_split = MatrixSplit(sizes)  # type: ignore[attr-defined]
+
+
+def _query_group_rows(config: Any) -> tuple[int, ...]:
+    """Rows of one query group: queries, gates (with an output gate), key, value.
+
+    Source: Megatron-Core, attention.py, SelfAttention.get_query_key_value_tensors.
+    """
+    head = config.kv_channels
+    queries = config.num_attention_heads // config.num_query_groups * head
+    gates = (queries,) if config.attention_output_gate else ()
+    return (queries, *gates, head, head)

@@ -1,0 +1,55 @@
+"""Read a run's TensorBoard files: the one record from which tests, reports and pictures draw."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+# Tags under which training/metrics.py writes; ``[num_moe_layers, num_experts]`` each.
+TOKENS_TAG = "moe/tokens_per_expert"
+BIAS_TAG = "moe/expert_bias"
+
+
+class RunLog:
+    """All scalars and tensors of a run, resumed parts included; the last value of a step counts.
+
+    Args:
+        tensorboard_dir: The folder given as ``--tensorboard-dir``.
+
+    Raises:
+        FileNotFoundError: The folder has no event file.
+    """
+
+    def __init__(self, tensorboard_dir: Path | str) -> None:
+        directory = Path(tensorboard_dir)
+        files = sorted(directory.glob("events.out.tfevents.*"), key=lambda f: f.stat().st_mtime)
+        if not files:
+            raise FileNotFoundError(
+                f"{directory} has no TensorBoard event file. Remedy: give the folder of a run that "
+                "was started with --out (or --tensorboard-dir)."
+            )
+        self._parts = [
+            EventAccumulator(str(f), size_guidance={"scalars": 0, "tensors": 0}) for f in files
+        ]
+        for part in self._parts:
+            part.Reload()
+
+    def scalars(self, tag: str) -> dict[int, float]:
+        """Values of a scalar by step, in the order of the steps; empty if it was never written."""
+        values: dict[int, float] = {}
+        for part in self._having("scalars", tag):
+            values.update({event.step: event.value for event in part.Scalars(tag)})
+        return dict(sorted(values.items()))
+
+    def tensors(self, tag: str) -> dict[int, np.ndarray]:
+        """Values of a tensor by step, in the order of the steps; empty if it was never written."""
+        values: dict[int, np.ndarray] = {}
+        for part in self._having("tensors", tag):
+            for event in part.Tensors(tag):
+                values[event.step] = tensor_util.make_ndarray(event.tensor_proto)
+        return dict(sorted(values.items()))
+
+    def _having(self, kind: str, tag: str) -> Iterable[EventAccumulator]:
+        return (part for part in self._parts if tag in part.Tags()[kind])
