@@ -26,7 +26,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Rows of a block.  CPU: 64 was the fastest, or within 3% of it, of 32, 64, 128 and 256 for windows
+# Rows of a block.  CPU: 64 was the fastest, or within 7% of it, of 32, 64, 128 and 256 for windows
 # of 128 to 512, head sizes 32 and 128, batch sizes 1 and 8.  CUDA: not measured.
 _BLOCK_ROWS = {"cpu": 64}
 _BLOCK_ROWS_OF_ACCELERATORS = 512

@@ -76,6 +76,8 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
+        # Page-locked memory exists only for copies to a device.
+        kwargs.pop("pin_memory", None)
         return function(*args, **kwargs)
 
     return wrapper
@@ -241,7 +243,7 @@ def _stand_in_for_collectives() -> None:
 
 
 def _stand_in_for_megatron_paths() -> None:
-    from megatron.core import optimizer as _  # noqa: F401  (the modules below need it imported)
+    from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -256,6 +258,25 @@ def _stand_in_for_megatron_paths() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_host
+    # On a CPU one running fp32 sum over a large tensor (torch.norm) is wrong in the fifth digit,
+    # so that the gradient norm depended on how tensors are cut; scaling made a copy of each.
+    clip_grads.l2_norm_impl = _multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_impl = _multi_tensor_scale
+
+
+def _multi_tensor_l2_norm(
+    chunk_size: int, noop_flag: Any, tensor_lists: list, per_tensor: bool, *args: Any
+) -> tuple[torch.Tensor, None]:
+    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensor_lists[0]]
+    norms = torch.cat([torch.linalg.vector_norm(matrix, dim=-1) for matrix in rows])
+    return torch.linalg.vector_norm(norms.double()).float().view(1), None
+
+
+def _multi_tensor_scale(chunk_size: int, noop_flag: Any, tensor_lists: list, scale: float) -> None:
+    sources, destinations = tensor_lists
+    if any(a.data_ptr() != b.data_ptr() for a, b in zip(sources, destinations, strict=True)):
+        torch._foreach_copy_(destinations, sources)
+    torch._foreach_mul_(destinations, scale)
 
 
 def _skip_needless_helper_build() -> None:

@@ -151,6 +151,8 @@ def default_arguments(preset: Preset, data: str | None, out: str | None) -> dict
         eval_interval=100,
         eval_iters=8,
         log_interval=10,
+        # Mean over the tokens of the global batch, however they lie on ranks and micro-batches.
+        calculate_per_token_loss=True,
         # A resume with another --train-iters takes the schedule of the command line.
         override_opt_param_scheduler=True,
         ckpt_format="torch_dist",
@@ -191,6 +193,7 @@ _UNPUBLISHED = {
     "clip_grad": 1.0,
     "muon_momentum": 0.95,
     "muon_scale_mode": "shape_scaling",
+    "muon_tp_mode": "duplicated",
 }
 
 

@@ -31,8 +31,7 @@ def gpt_dataset_config_from_args(args: Any) -> GPTDatasetConfig:
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        # The end-of-document token doubles as padding; it is never masked out of the loss.
-        allow_ambiguous_pad_tokens=True,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
