@@ -66,7 +66,7 @@ def _add_prepare_data(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
     parser.add_argument(
-        "--sources",
+        "--source",
         nargs="+",
         type=Path,
         default=(),
@@ -126,7 +126,7 @@ def _prepare_data(args: argparse.Namespace, others: Sequence[str]) -> int:
 
     manifest = prepare_data(
         args.out,
-        args.sources,
+        args.source,
         vocab_size=args.vocab_size,
         validation_fraction=args.validation_fraction,
     )

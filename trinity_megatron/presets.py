@@ -6,9 +6,10 @@ Source of the released numbers: report Table 1 and section 3.4; hub ``config.jso
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
+if TYPE_CHECKING:
+    from trinity_megatron.config import TrinityConfig
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ PRESETS: dict[str, Preset] = {
             "min_lr": 1e-3,
             "decoupled_lr": 3e-3,
             "decoupled_min_lr": 3e-4,
-            "lr_warmup_fraction": 0.025,
+            "lr_warmup_iters": 20,
             "lr_decay_style": "WSD",
             "lr_wsd_decay_style": "linear",
             "lr_wsd_decay_fraction": 0.4,
@@ -205,4 +206,7 @@ def trinity_preset(name: str, **overrides: Any) -> TrinityConfig:
 
     Source: report Table 1; ``tiny`` is ours.
     """
+    # Here, because it imports Megatron (seconds): the names of the presets come at once.
+    from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
+
     return TrinityConfig(**{**TRINITY_ARCHITECTURE, **get_preset(name).model, **overrides})

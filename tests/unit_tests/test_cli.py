@@ -88,7 +88,7 @@ def test_prepare_data_makes_data_that_train_accepts(
         (source / f"{number}.txt").write_text(words)
     out = tmp_path / "data"
     code = main(
-        ["prepare-data", "--out", str(out), "--sources", str(source), "--vocab-size", "300"]
+        ["prepare-data", "--out", str(out), "--source", str(source), "--vocab-size", "300"]
     )
     printed = capsys.readouterr()
     assert code == 0, printed.err

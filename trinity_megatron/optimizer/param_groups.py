@@ -104,7 +104,7 @@ def attach_muon_splits(
 
     Raises:
         ValueError: A parameter is in no row of the table, the model interleaves gate and up rows,
-            or a query group is divided over tensor-parallel ranks.
+            a query group is divided over tensor-parallel ranks, or weights are sharded further.
     """
     for field in ("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"):
         if getattr(config, field, None) is not None:
@@ -113,6 +113,12 @@ def attach_muon_splits(
                 "and has no split for interleaved ones; leave it unset"
             )
     for name, param in named_parameters:
+        if getattr(param, "is_gtp_weight_remat", False):
+            raise ValueError(
+                f"parameter {name!r} is divided beyond tensor parallelism, and Muon would take its "
+                "shards for whole matrices; drop --tensor-parallel-num-weight-shards and "
+                "--expert-tensor-parallel-num-weight-shards"
+            )
         split = find_row(name).split
         if split == "gate_up" and config.gated_linear_unit:
             half = param.shape[-2] // 2

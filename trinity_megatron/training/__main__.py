@@ -2,6 +2,9 @@
 
 if __name__ == "__main__":
     # Inside the guard: the helper processes of a checkpoint save import this module again.
+    from trinity_megatron.process import die_with_parent
+
+    die_with_parent()  # before the imports, which take seconds
     from trinity_megatron.training.pretrain import run
 
     run()

@@ -14,6 +14,7 @@ from megatron.core.package_info import __version__ as megatron_version
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
+from megatron.training.utils import print_rank_0
 
 from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
 from trinity_megatron.data.dataset import DataManifest, load_manifest
@@ -232,14 +233,30 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     if is_cpu_host():
         _refuse_cuda_only(args)
     _check_parallel_sizes(args)
-    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None and args.train_iters:
-        args.lr_wsd_decay_iters = max(1, round(args.lr_wsd_decay_fraction * args.train_iters))
+    _fit_schedule(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)
     if manifest is not None and args.load:
         check_checkpoint_vocabulary(args.load, manifest)
     # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.
     args.moe_layer_freq = [int(layer >= args.num_dense_layers) for layer in range(args.num_layers)]
+
+
+def _fit_schedule(args: argparse.Namespace) -> None:
+    """Fit the preset's warm-up and decay into ``--train-iters``."""
+    if args.lr_warmup_fraction is not None:
+        args.lr_warmup_iters = 0
+    if not args.train_iters:
+        return
+    if args.lr_warmup_iters >= args.train_iters:
+        shorter = args.train_iters // 2
+        print_rank_0(
+            f"> warm-up shortened from {args.lr_warmup_iters} to {shorter} of --train-iters "
+            f"{args.train_iters} steps"
+        )
+        args.lr_warmup_iters = shorter
+    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
+        args.lr_wsd_decay_iters = max(1, round(args.lr_wsd_decay_fraction * args.train_iters))
 
 
 def _refuse_cuda_only(args: argparse.Namespace) -> None:
@@ -287,6 +304,12 @@ def _check_parallel_sizes(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--tensor-model-parallel-size {tp} without --sequence-parallel: Megatron's MoE layer "
             "refuses to train so. Remedy: add --sequence-parallel."
+        )
+    if args.context_parallel_size > 1 and args.dataloader_inter_document_masking:
+        raise ValueError(
+            f"--context-parallel-size {args.context_parallel_size} with "
+            "--dataloader-inter-document-masking is not supported by the Trinity layers yet. "
+            "Remedy: drop one of the two."
         )
     size = tp * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.world_size % size:

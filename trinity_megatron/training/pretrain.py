@@ -9,7 +9,6 @@ import warnings
 from functools import partial
 
 from trinity_megatron.host import enter_host
-from trinity_megatron.process import die_with_parent
 
 # Two dozen import-time warnings that apex and Transformer Engine are missing: both are optional.
 warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -59,7 +58,6 @@ def main() -> None:
 
 def run() -> None:
     """Run :func:`main`; say what is wrong with the input in one paragraph instead of a trace."""
-    die_with_parent()
     try:
         main()
     except (ValueError, FileNotFoundError) as error:
@@ -68,7 +66,5 @@ def run() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    run()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -151,3 +151,7 @@ def test_split_refusals_name_the_remedy() -> None:
         attach_muon_splits([half_a_group], config())
     with pytest.raises(ValueError, match="moe_mlp_glu_interleave_size=32.*leave it unset"):
         attach_muon_splits([], config(moe_mlp_glu_interleave_size=32))
+    sharded = torch.empty(24, 24)
+    sharded.is_gtp_weight_remat = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="drop --tensor-parallel-num-weight-shards"):
+        attach_muon_splits([("self_attention.linear_proj.weight", sharded)], config())
