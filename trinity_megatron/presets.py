@@ -67,7 +67,7 @@ PRESETS: dict[str, Preset] = {
             "seq_length": 512,
             "global_batch_size": 8,
             "micro_batch_size": 8,
-            "train_iters": 800,
+            "train_iters": 400,
             "lr": 1e-2,
             "min_lr": 1e-3,
             "decoupled_lr": 3e-3,

@@ -195,6 +195,7 @@ _UNPUBLISHED = {
     "muon_momentum": 0.95,
     "muon_scale_mode": "shape_scaling",
     "muon_tp_mode": "duplicated",
+    "muon_coefficient_type": "dion",
 }
 
 

@@ -1,0 +1,75 @@
+"""``trinity-megatron gpu-check``: does this machine's GPU train Trinity, and how fast?"""
+
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+def main(flags: list[str] | None = None) -> int:
+    """Run the functional tests and the tiny preset in bf16 on the GPU and print its figures.
+
+    Args:
+        flags: More Megatron flags for the tiny run.
+
+    Returns:
+        Exit status: 0 if all passed, or if the machine has no CUDA device (which is said).
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu-check: torch finds no CUDA device on this machine; nothing was checked.")
+        return 0
+    tests = Path(__file__).resolve().parents[1] / "tests" / "functional_tests"
+    if tests.is_dir():
+        status = subprocess.run([sys.executable, "-m", "pytest", "-q", str(tests)]).returncode
+        if status:
+            return status
+    with tempfile.TemporaryDirectory() as folder:
+        return _tiny_run(Path(folder), flags or [])
+
+
+def measured_matmul_rate() -> float:
+    """FLOP/s of a large bf16 matrix product on the current device."""
+    import torch
+
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ a
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):
+        a @ a
+    torch.cuda.synchronize()
+    return 20 * 2 * 8192**3 / (time.perf_counter() - start)
+
+
+def _tiny_run(folder: Path, flags: list[str]) -> int:
+    import torch
+
+    from trinity_megatron.flops import training_flops_per_token
+    from trinity_megatron.presets import get_preset, trinity_preset
+    from trinity_megatron.tracking.run_log import RunLog
+
+    command = [sys.executable, "-m", "trinity_megatron.cli"]
+    data, out = folder / "data", folder / "run"
+    options = "--bf16 --train-iters 60 --log-interval 10 --log-memory-to-tensorboard".split()
+    train = ["train", "--preset", "tiny", "--data", str(data), "--out", str(out), "--nproc", "1"]
+    for part in (["prepare-data", "--out", str(data)], [*train, *options, *flags]):
+        status = subprocess.run([*command, *part]).returncode
+        if status:
+            return status
+    recipe, log = get_preset("tiny").training, RunLog(out / "tensorboard")
+    seconds = min(log.scalars("iteration-time").values())
+    tokens = recipe["global_batch_size"] * recipe["seq_length"] / seconds
+    flops = training_flops_per_token(trinity_preset("tiny"), recipe["seq_length"])
+    peak = max(log.scalars("mem-max-allocated-bytes").values(), default=0.0)
+    print(f"gpu-check: {torch.cuda.get_device_name()}, tiny preset in bf16")
+    print(f"  tokens/s      {tokens:,.0f}")
+    print(f"  MFU           {flops * tokens / measured_matmul_rate():.1%} of the matmul rate")
+    print(f"  peak memory   {peak / 2**30:.2f} GiB")
+    return 0
