@@ -1,6 +1,6 @@
 """Pretrain Trinity with Megatron-Core; the twin of Megatron's ``pretrain_gpt.py``.
 
-    torchrun --nproc-per-node 8 examples/pretrain_trinity.py --preset nano --data D --out O [flags]
+torchrun --nproc-per-node 8 examples/pretrain_trinity.py --preset nano --data D --out O [flags]
 """
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """``trinity-megatron gpu-check``: does this machine's GPU train Trinity, and how fast?"""
 
-import logging
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
 
-
-def main(flags: list[str] | None = None) -> int:
+def main(flags: Sequence[str] = ()) -> int:
     """Run the functional tests and the tiny preset in bf16 on the GPU and print its figures.
 
     Args:
@@ -30,7 +28,7 @@ def main(flags: list[str] | None = None) -> int:
         if status:
             return status
     with tempfile.TemporaryDirectory() as folder:
-        return _tiny_run(Path(folder), flags or [])
+        return _tiny_run(Path(folder), flags)
 
 
 def measured_matmul_rate() -> float:
@@ -48,7 +46,7 @@ def measured_matmul_rate() -> float:
     return 20 * 2 * 8192**3 / (time.perf_counter() - start)
 
 
-def _tiny_run(folder: Path, flags: list[str]) -> int:
+def _tiny_run(folder: Path, flags: Sequence[str]) -> int:
     import torch
 
     from trinity_megatron.flops import training_flops_per_token

@@ -196,7 +196,7 @@ def _stand_in_for_memory_and_properties() -> None:
         setattr(torch.cuda, name, lambda *args, **kwargs: 0)
     torch.cuda.memory_stats = lambda *args, **kwargs: _Zeros()  # type: ignore[assignment]
     torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
-    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(  # type: ignore[assignment]
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(  # type: ignore[assignment, return-value]
         name="cpu", major=0, minor=0, multi_processor_count=1, total_memory=0
     )
     torch.cuda.get_device_capability = lambda device=None: (0, 0)  # type: ignore[assignment]
@@ -238,8 +238,8 @@ def _stand_in_for_collectives() -> None:
         output.copy_(total[start : start + inputs[rank].shape[0]])
         return work
 
-    distributed.all_gather = all_gather
-    distributed.reduce_scatter = reduce_scatter
+    distributed.all_gather = all_gather  # type: ignore[assignment]
+    distributed.reduce_scatter = reduce_scatter  # type: ignore[assignment]
 
 
 def _stand_in_for_megatron_paths() -> None:

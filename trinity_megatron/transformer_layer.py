@@ -56,7 +56,8 @@ class TrinityTransformerLayer(TransformerLayer):
             torch.nn.init.constant_(norm.weight, config.post_norm_gain)  # type: ignore[attr-defined]
         # The bias-dropout-add is where the sublayer's output meets the residual on every path of
         # Megatron, those that bypass forward() included.
-        del self.self_attn_bda, self.mlp_bda
+        for name in ("self_attn_bda", "mlp_bda"):
+            self._modules.pop(name, None)
         self.self_attn_bda = self._norm_then_add(self.post_attention_layernorm)
         self.mlp_bda = self._norm_then_add(self.post_mlp_layernorm)
 

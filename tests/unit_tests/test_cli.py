@@ -87,9 +87,7 @@ def test_prepare_data_makes_data_that_train_accepts(
         words = " ".join(f"word{(number * i) % 97} of line {i}" for i in range(100))
         (source / f"{number}.txt").write_text(words)
     out = tmp_path / "data"
-    code = main(
-        ["prepare-data", "--out", str(out), "--source", str(source), "--vocab-size", "300"]
-    )
+    code = main(["prepare-data", "--out", str(out), "--source", str(source), "--vocab-size", "300"])
     printed = capsys.readouterr()
     assert code == 0, printed.err
     assert f"{out} train: " in printed.out and f"{out} validation: " in printed.out

@@ -13,7 +13,7 @@ class TrinityMoELayer(MoELayer):
 
     def __init__(self, config: TrinityConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        dispatcher = self.token_dispatcher
+        dispatcher: Any = getattr(self, "token_dispatcher")  # noqa: B009  (untyped upstream)
         assert dispatcher is not None
         if config.moe_token_dispatcher_type == "alltoall" and dispatcher.tp_ep_group.size() == 1:
             self.token_dispatcher = LocalTokenDispatcher(config, kwargs.get("pg_collection"))

@@ -114,9 +114,7 @@ class TrinityRouter(TopKRouter):
             # Neither in evaluation nor in the first pass of a recomputed layer (no gradients).
             counted = routing_map if padding_mask is None else routing_map & ~padding_mask[:, None]
             if self.is_aux_loss_enabled():
-                probs = self._balance(
-                    probs, scores, counted, seq_length, batch_size, padding_mask
-                )
+                probs = self._balance(probs, scores, counted, seq_length, batch_size, padding_mask)
             if self.enable_expert_bias:
                 self.local_tokens_per_expert += counted.sum(dim=0)
         return probs, routing_map

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from megatron.core import mpu
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from megatron.training import get_args, get_tensorboard_writer, get_tokenizer
 from megatron.core.utils import unwrap_model
+from megatron.training import get_args, get_tensorboard_writer, get_tokenizer
 from megatron.training.utils import print_rank_last
 
 from trinity_megatron.data.dataset import unigram_entropy
@@ -66,7 +66,17 @@ def finish_run(model: list[torch.nn.Module]) -> None:
     draw_loss(log, out / "loss.png", unigram_entropy=entropy)
     draw_expert_load(log, out / "expert_load.png")
     valid = log.scalars("lm loss validation")
-    lines = ["", f"Run folder            {out}", "Pictures              loss.png, expert_load.png"]
+    done = (
+        f"{args.iteration} before, now {args.train_iters}" if args.iteration else args.train_iters
+    )
+    lines = [
+        "",
+        f"Steps                 {done}",
+        "To go on              the same command with a larger --train-iters N",
+        f"To start anew         remove {out}",
+        f"Run folder            {out}",
+        "Pictures              loss.png, expert_load.png",
+    ]
     if valid and entropy is not None:
         loss = list(valid.values())[-1]
         lines += [
@@ -114,5 +124,7 @@ def continue_text(model: list[torch.nn.Module]) -> tuple[str, ...]:
     prompt, continuation = sequence[:PROMPT_TOKENS], sequence[PROMPT_TOKENS:]
     texts = (tokenizer.detokenize(part.tolist()) for part in (prompt, continuation))
     return tuple(
-        f"  {mark} {line}" for mark, text in zip("|>", texts, strict=True) for line in text.split("\n")
+        f"  {mark} {line}"
+        for mark, text in zip("|>", texts, strict=True)
+        for line in text.split("\n")
     )

@@ -1,6 +1,6 @@
 """Train Trinity with Megatron's own ``pretrain()``: the entry that every rank runs.
 
-    torchrun --nproc-per-node 2 examples/pretrain_trinity.py --preset tiny --data D --out O
+torchrun --nproc-per-node 2 examples/pretrain_trinity.py --preset tiny --data D --out O
 """
 
 import os
@@ -45,7 +45,12 @@ def main() -> None:
     observe_bias_updates(log_bias_update)
     config = model_config_from_args(args)
     trained: list = []
-    config.post_wrap_hooks.append(lambda model: trained.extend(model) or model)
+
+    def keep(model: list) -> list:
+        trained.extend(model)
+        return model
+
+    config.post_wrap_hooks.append(keep)
     pretrain(
         pretrain_cfg_container_from_args(args, config),
         train_valid_test_datasets_provider,

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Pretrain Trinity nano with torchrun. Usage: DATA=... OUT=... bash examples/trinity_nano/pretrain.sh [Megatron flags]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+torchrun \
+    --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
+    --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
+    --nproc-per-node "${NPROC:-8}" \
+    examples/pretrain_trinity.py \
+    --preset nano --data "${DATA:?folder made by trinity-megatron prepare-data}" \
+    --out "${OUT:?folder of the run}" \
+    --expert-model-parallel-size 8 \
+    --train-iters ${TRAIN_ITERS:-100000} --save-interval 1000 "$@"

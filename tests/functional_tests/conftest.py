@@ -1,0 +1,17 @@
+"""A small prepared data folder for all functional tests."""
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from trinity_megatron.data.dataset import prepare_data
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three dozen files of the standard library, 512 tokens."""
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-f]*.py"))[:36]
+    prepare_data(out, sources, vocab_size=512)
+    return out

@@ -1,0 +1,88 @@
+"""Start real trainings on one or more gloo ranks of this machine."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trinity_megatron.tracking.run_log import RunLog
+
+ROOT = Path(__file__).resolve().parents[2]
+# Small enough for a tenth of a second a step, and still three MoE layers with 32 experts each.
+SMALL = (
+    "--preset tiny --seq-length 64 --max-position-embeddings 64 --window-size 15,0 "
+    "--global-batch-size 8 --micro-batch-size 2 --train-iters 10 --lr-warmup-fraction 0.5 "
+    "--log-interval 1 --tensorboard-log-interval 1 --eval-iters 0 --seed 7"
+).split()
+ADAM = "--optimizer adam --lr 3e-3 --decoupled-lr 3e-3".split()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run.
+
+    Attributes:
+        name: Folder of the run.
+        flags: What is added to ``SMALL``; later flags win.
+        checkpoints: Folder to load from and save to; nothing is loaded or saved without.
+        probe: Arguments of ``worker.probed``.
+    """
+
+    name: str
+    flags: str = ""
+    checkpoints: Path | None = None
+    probe: dict[str, Any] = field(default_factory=dict)
+
+
+def environment() -> dict[str, str]:
+    """For child processes: one thread, no compiler, nothing of W&B."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "WANDB_MODE": "disabled",
+    }
+
+
+def train(data: Path, folder: Path, worlds: list[tuple[int, list[Job]]]) -> dict[str, RunLog]:
+    """Run the jobs one after the other, the ranks of each world in fresh processes.
+
+    Args:
+        data: Prepared data.
+        folder: Parent of the jobs' folders.
+        worlds: Number of ranks and the jobs to run on them.
+
+    Returns:
+        What each job has logged, by name.
+    """
+    plan = [
+        {"ranks": ranks, "jobs": [entry(data, folder, j) for j in jobs]} for ranks, jobs in worlds
+    ]
+    path = folder / "plan.json"
+    path.write_text(json.dumps(plan))
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("worker.py")), str(path)],
+        env=environment(),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, "\n".join(result.stdout.splitlines()[-60:])
+    return {job.name: RunLog(folder / job.name) for _, jobs in worlds for job in jobs}
+
+
+def entry(data: Path, folder: Path, job: Job) -> dict[str, Any]:
+    """A job as the worker reads it."""
+    flags = [*SMALL, "--data", str(data), "--tensorboard-dir", str(folder / job.name)]
+    flags += ["--data-cache-path", str(folder / "data_cache")]
+    if job.checkpoints:
+        flags += ["--save", str(job.checkpoints), "--load", str(job.checkpoints)]
+        flags += ["--save-interval", "10"]
+    return {"flags": flags + job.flags.split(), "probe": job.probe}

@@ -1,0 +1,111 @@
+"""What a user sees when the input is at fault: the field, the value and the remedy."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.functional_tests.launch import environment
+
+pytestmark = pytest.mark.slow  # imports megatron.training
+
+Parse = Callable[..., None]
+
+
+@pytest.fixture
+def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
+    """Parse a command line of the training entry, up to Megatron's own checks."""
+    from trinity_megatron.host import enter_host
+
+    enter_host()
+    from trinity_megatron.training.arguments import parse_trinity_args
+
+    def run(flags: str, *, world: int = 1) -> None:
+        for name, value in (("WANDB_MODE", "disabled"), ("RANK", "0"), ("WORLD_SIZE", str(world))):
+            monkeypatch.setenv(name, value)
+        given = f"--data {data} --out {tmp_path / 'out'}".split() if "--data" not in flags else []
+        monkeypatch.setattr(sys, "argv", ["pretrain", *given, *flags.split()])
+        parse_trinity_args()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "expected"),
+    [
+        ("--preset huge", 1, ("--preset", "'huge'", "large")),
+        (
+            "--num-experts 30 --expert-model-parallel-size 4",
+            4,
+            ("--num-experts 30", "--expert-model-parallel-size 4"),
+        ),
+        ("--moe-router-topk 64", 1, ("--moe-router-topk 64", "32")),
+        (
+            "--tensor-model-parallel-size 3 --sequence-parallel",
+            3,
+            ("--tensor-model-parallel-size 3", "--num-attention-heads 8"),
+        ),
+        ("--tensor-model-parallel-size 2", 2, ("--sequence-parallel",)),
+        ("--pipeline-model-parallel-size 2", 1, ("--pipeline-model-parallel-size 2", "--nproc 2")),
+        ("--num-dense-layers 9", 1, ("--num-dense-layers 9", "--num-layers 4")),
+        ("--transformer-impl transformer_engine", 1, ("transformer_engine", "CUDA", "local")),
+        ("--fp8-format hybrid", 1, ("--fp8-format", "'hybrid'", "CUDA")),
+        ("--distributed-backend nccl", 1, ("nccl", "CUDA", "gloo")),
+    ],
+)
+def test_refused(flags: str, world: int, expected: tuple[str, ...], parse: Parse) -> None:
+    with pytest.raises(ValueError) as error:
+        parse(flags, world=world)
+    message = str(error.value)
+    assert all(part in message for part in (*expected, "Remedy: ")), message
+    assert "\n" not in message
+
+
+def test_no_data(parse: Parse, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        parse(f"--data {tmp_path / 'nowhere'}")
+    assert all(part in str(error.value) for part in (str(tmp_path / "nowhere"), "prepare-data"))
+
+
+def test_other_vocabulary_than_the_checkpoint(parse: Parse, data: Path, tmp_path: Path) -> None:
+    from trinity_megatron.data.dataset import load_manifest
+    from trinity_megatron.training.arguments import check_checkpoint_vocabulary, stamp_vocabulary
+
+    manifest, checkpoints = load_manifest(data), tmp_path / "out" / "checkpoints"
+    stamp_vocabulary(str(checkpoints), manifest)
+    check_checkpoint_vocabulary(str(checkpoints), manifest)
+    (checkpoints / "tokenizer.sha256").write_text("0123456789abcdef" * 4)
+    with pytest.raises(ValueError, match="--load .*0123456789ab.*512 tokens.*Remedy: "):
+        parse("--preset tiny")
+
+
+def test_wrong_megatron() -> None:
+    from trinity_megatron.training.arguments import check_megatron_version
+
+    for version in ("0.19.2", "0.19.3+local"):
+        check_megatron_version(version)
+    for version in ("0.18.0", "0.19.1", "0.20.0rc1", "1.0.0"):
+        with pytest.raises(ValueError, match=f"megatron-core {version} .*Remedy: pip install"):
+            check_megatron_version(version)
+
+
+@pytest.mark.parametrize("fault", ["experts", "data"])
+def test_a_command_fails_with_one_paragraph(fault: str, data: Path, tmp_path: Path) -> None:
+    flags, expected = ["--moe-router-topk", "64"], ("--moe-router-topk 64", "Remedy: ")
+    if fault == "data":
+        broken = tmp_path / "data"
+        shutil.copytree(data, broken)
+        (broken / "train.bin").unlink()
+        data, flags, expected = broken, [], (str(broken), "train.bin is missing", "prepare-data")
+    command = [sys.executable, "-m", "trinity_megatron.cli", "train", "--nproc", "1"]
+    command += ["--data", str(data), "--out", str(tmp_path / "out"), *flags]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0
+    assert all(part in result.stderr for part in expected), result.stderr
+    assert "Traceback" not in result.stderr and "Traceback" not in result.stdout
+    # torch says on stderr when it finds a CUDA toolkit but no device.
+    lines = [line for line in result.stderr.strip().splitlines() if "cpp_extension" not in line]
+    assert len(lines) == 1, result.stderr

@@ -1,0 +1,127 @@
+"""A run that was stopped and continued equals one that was not, bit for bit."""
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tests.functional_tests.launch import Job, train
+from trinity_megatron.tracking.run_log import BIAS_TAG, TOKENS_TAG, RunLog
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+# The schedule depends on --train-iters: the first half stops early instead.
+WHOLE = "--train-iters 20"
+HALF = f"{WHOLE} --exit-interval 10"
+EP2 = "--expert-model-parallel-size 2"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("resume")
+    ckpt = {name: folder / f"{name}_checkpoints" for name in ("whole", "half", "ep2", "longer")}
+    first = [
+        (1, [Job("whole", WHOLE, ckpt["whole"]), Job("half", HALF, ckpt["half"])]),
+        (2, [Job("ep2_half", f"{HALF} {EP2}", ckpt["ep2"])]),
+    ]
+    logs = train(data, folder, first)
+    shutil.copytree(ckpt["half"], ckpt["longer"])
+    # The ranks above are gone.  Each of these only loads (and "half" saves again at its end).
+    load = f"--load {ckpt['ep2']}"
+    second = [
+        (
+            1,
+            [
+                Job("half", WHOLE, ckpt["half"]),
+                Job("longer", "--train-iters 13 --save-interval 100", ckpt["longer"]),
+                Job("ep2_on_one", f"{WHOLE} {load}"),
+            ],
+        ),
+        (
+            2,
+            [
+                Job("ep2_on_ep2", f"{WHOLE} {EP2} {load}"),
+                Job("ep2_on_tp2", f"{WHOLE} {TP2} {load}"),
+            ],
+        ),
+    ]
+    logs.update(train(data, folder, second))
+    return SimpleNamespace(logs=logs, checkpoints=ckpt)
+
+
+def test_losses_are_equal_bit_for_bit(runs: SimpleNamespace) -> None:
+    whole, resumed = runs.logs["whole"], runs.logs["half"]
+    for tag in ("lm loss", "grad-norm", "learning-rate"):
+        assert list(whole.scalars(tag)) == list(range(1, 21))
+        assert resumed.scalars(tag) == whole.scalars(tag), tag
+    for tag in (TOKENS_TAG, BIAS_TAG):
+        a, b = whole.tensors(tag), resumed.tensors(tag)
+        assert list(a) == list(b) and all(np.array_equal(a[step], b[step]) for step in a)
+
+
+def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a distributed checkpoint, whole."""
+    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    names = {name for name, item in metadata.items() if isinstance(item, TensorStorageMetadata)}
+    file = checkpoint.with_suffix(".pt")
+    dcp_to_torch_save(checkpoint, file)
+    content = torch.load(file, weights_only=False)
+    os.remove(file)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def collect(value: object, name: str) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                collect(item, f"{name}.{key}" if name else str(key))
+
+    collect(content, "")
+    assert names <= set(tensors)
+    return tensors
+
+
+def test_checkpoints_are_equal_bit_for_bit(runs: SimpleNamespace) -> None:
+    whole = read_tensors(runs.checkpoints["whole"] / "iter_0000020")
+    resumed = read_tensors(runs.checkpoints["half"] / "iter_0000020")
+    assert set(whole) == set(resumed)
+    different = [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert not different
+    for part in (
+        "self_attention.linear_qkv.weight",
+        "mlp.experts.experts.linear_fc1.weight",
+        "mlp.router.expert_bias",
+        "mlp.router.expert_bias_momentum",
+        "optimizer.state.momentum_buffer",
+        "optimizer.state.exp_avg_sq",
+    ):
+        found = [tensor for name, tensor in whole.items() if part in name]
+        assert found and all(tensor.abs().max() > 0 for tensor in found), (part, sorted(whole))
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2"])
+def test_a_checkpoint_continues_in_another_layout(layout: str, runs: SimpleNamespace) -> None:
+    def losses(log: RunLog) -> list[float]:
+        values = log.scalars("lm loss")
+        assert list(values) == list(range(11, 21))
+        return list(values.values())
+
+    # fp32 sums in another order, as in test_parallel_parity.
+    np.testing.assert_allclose(
+        losses(runs.logs[f"ep2_on_{layout}"]), losses(runs.logs["ep2_on_ep2"]), rtol=2e-5
+    )
+
+
+def test_the_number_of_steps_may_change(runs: SimpleNamespace) -> None:
+    losses, whole = runs.logs["longer"].scalars("lm loss"), runs.logs["whole"].scalars("lm loss")
+    assert list(losses) == [11, 12, 13]
+    # The step's loss comes before its update: not yet touched by the other schedule.
+    assert losses[11] == whole[11]

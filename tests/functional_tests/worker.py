@@ -1,0 +1,112 @@
+"""Import Megatron once (10 s), then fork the ranks of several worlds, which train several times.
+
+python worker.py PLAN.json
+"""
+
+import gc
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def train(job: dict[str, Any]) -> None:
+    """Run the training entry once, and leave the process as it was before."""
+    from megatron.training import get_tensorboard_writer, training
+
+    from trinity_megatron.moe import finalize
+    from trinity_megatron.training import finish, pretrain
+
+    initialize_megatron = training.initialize_megatron
+    sys.argv = ["worker.py", *job["flags"]]
+    try:
+        with probed(**job["probe"]):
+            pretrain.main()
+    except SystemExit as stop:  # --exit-interval
+        if stop.code:
+            raise
+    finally:
+        training.initialize_megatron = initialize_megatron
+        finalize._Pending.observers.clear()
+        finalize._Pending.routers, finalize._Pending.tokens_per_expert = (), None
+        finish.ValidationTokens.counts = None
+    if writer := get_tensorboard_writer():
+        writer.close()
+    training.destroy_global_state()
+    gc.collect()
+
+
+@contextmanager
+def probed(*, record: str | None = None, spoil: dict[str, float] | None = None) -> Iterator[None]:
+    """Record the routers' state as each step finds it; spoil the gradient of some steps.
+
+    Args:
+        record: File for the list of states, one a step.
+        spoil: Value to put into one gradient after the reduction, by step (1-based).
+    """
+    from trinity_megatron import layer_specs
+    from trinity_megatron.moe.finalize import find_routers
+
+    states: list[dict[str, torch.Tensor]] = []
+    real = layer_specs.finalize_model_grads
+
+    def finalize_model_grads(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        routers = find_routers(model)
+        names = ("expert_bias", "expert_bias_momentum", "local_tokens_per_expert")
+        states.append(
+            {
+                name: torch.stack([getattr(r, name).detach().clone() for r in routers])
+                for name in names
+            }
+        )
+        real(model, *args, **kwargs)
+        if spoil and str(len(states)) in spoil:
+            gradient = next(p for p in model[0].parameters() if p.requires_grad).main_grad
+            gradient.view(-1)[0] = spoil[str(len(states))]
+
+    if record or spoil:
+        layer_specs.finalize_model_grads = finalize_model_grads
+    try:
+        yield
+    finally:
+        layer_specs.finalize_model_grads = real
+        if record and torch.distributed.get_rank() == 0:
+            torch.save(states, record)
+
+
+def run_rank(rank: int, ranks: int, jobs: list[dict[str, Any]], store: str) -> None:
+    """Set up what torchrun would, and train."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ.update({name: str(value) for name, value in values.items()})
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
+    )
+    for job in jobs:
+        train(job)
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    """Run the worlds of the plan one after the other."""
+    torch.set_num_threads(1)
+    import trinity_megatron.training.pretrain  # noqa: F401  enters the host
+
+    for world in json.loads(Path(sys.argv[1]).read_text()):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.start_processes(
+                run_rank,
+                (world["ranks"], world["jobs"], f"{folder}/store"),
+                nprocs=world["ranks"],
+                start_method="fork",
+            )
+
+
+if __name__ == "__main__":
+    # Inside the guard: the helper processes of a checkpoint save import this module again.
+    main()

@@ -1,0 +1,74 @@
+"""Sorting tokens by expert and back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from trinity_megatron.moe.token_dispatcher import LocalTokenDispatcher
+
+TOPK, EXPERTS, HIDDEN = 2, 8, 64
+
+
+@pytest.fixture
+def dispatcher(build: Callable[..., Any]) -> LocalTokenDispatcher:
+    found = build().decoder.layers[1].mlp.token_dispatcher
+    assert isinstance(found, LocalTokenDispatcher)
+    return found
+
+
+def random_routing(num_tokens: int, seed: int, *, experts: int = EXPERTS) -> tuple:
+    """Routing over the first ``experts``: the others stay empty."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(num_tokens, EXPERTS, generator=generator)
+    scores[:, experts:] = 0
+    routing_map = torch.zeros_like(scores, dtype=torch.bool)
+    routing_map.scatter_(1, scores.topk(TOPK).indices, True)
+    hidden = torch.randn(num_tokens // 2, 2, HIDDEN, generator=generator)
+    return hidden, routing_map, scores * routing_map
+
+
+@pytest.mark.parametrize("experts", [EXPERTS, 3, TOPK])
+def test_equals_plain_indexing(experts: int, dispatcher: LocalTokenDispatcher) -> None:
+    hidden, routing_map, probs = random_routing(20, experts, experts=experts)
+    ours, plain = (
+        [hidden.clone().requires_grad_(), probs.clone().requires_grad_()] for _ in range(2)
+    )
+    rows, weights = dispatcher.dispatch_preprocess(ours[0], routing_map, ours[1])
+    rows, weights = dispatcher.token_dispatch(rows, weights)
+    rows, counts, weights = dispatcher.dispatch_postprocess(rows, weights)
+    assert torch.equal(counts, routing_map.sum(0))
+
+    flat, expected_rows, expected_weights = plain[0].view(-1, HIDDEN), [], []
+    for expert in range(EXPERTS):
+        tokens = routing_map[:, expert].nonzero().view(-1)
+        expected_rows.append(flat[tokens])
+        expected_weights.append(plain[1][tokens, expert])
+    assert torch.equal(rows, torch.cat(expected_rows))
+    assert torch.equal(weights, torch.cat(expected_weights))
+
+    # A transformation that is another one for each row, as the experts' is.
+    scale = torch.linspace(0.5, 1.5, rows.shape[0])[:, None]
+    output = dispatcher.combine_preprocess(rows * scale * weights[:, None])
+    output = dispatcher.combine_postprocess(dispatcher.token_combine(output))
+    transformed = torch.cat(expected_rows) * scale * torch.cat(expected_weights)[:, None]
+    token_of_row = routing_map.t().nonzero()[:, 1]
+    expected = torch.zeros_like(flat).index_add(0, token_of_row, transformed)
+    assert output.shape == hidden.shape
+    # Sums of two fp32 numbers do not depend on their order.
+    assert torch.equal(output.view(-1, HIDDEN), expected)
+
+    target = torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
+    (output * target).sum().backward()
+    (expected.view_as(target) * target).sum().backward()
+    # Gradients of the weights are sums over 64 products, in another order.
+    for mine, reference in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_inverse(dispatcher: LocalTokenDispatcher) -> None:
+    hidden, routing_map, probs = random_routing(16, 0)
+    rows, _ = dispatcher.dispatch_preprocess(hidden, routing_map, probs)
+    # Every token comes back as often as it was sent: exactly twice itself.
+    assert torch.equal(dispatcher.combine_postprocess(rows), TOPK * hidden)
