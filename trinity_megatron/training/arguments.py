@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,6 +153,7 @@ def default_arguments(preset: Preset, data: str | None, out: str | None) -> dict
         eval_interval=100,
         eval_iters=8,
         log_interval=10,
+        logging_level=logging.WARNING,  # progress is printed; INFO lists every parameter
         # Mean over the tokens of the global batch, however they lie on ranks and micro-batches.
         calculate_per_token_loss=True,
         # A resume with another --train-iters takes the schedule of the command line.
