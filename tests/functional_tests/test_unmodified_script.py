@@ -1,5 +1,6 @@
 """``--spec trinity_megatron.layer_specs get_trinity_layer_spec`` with Megatron's own classes."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -39,13 +40,13 @@ def test_a_plain_config_builds_the_same_model(tmp_path: Path) -> None:
         "moe_router_topk_scaling_factor": 2.5,
         "window_size": (7, 0),
     }
+    models: list = []
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     try:
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
-        models = []
         for config_type, transformer in (
             (GPTModelConfig, TransformerConfig(**fields, moe_layer_freq=[0, 1, 1, 1])),
             (TrinityModelConfig, TrinityConfig(**fields, num_dense_layers=1)),
@@ -78,3 +79,7 @@ def test_a_plain_config_builds_the_same_model(tmp_path: Path) -> None:
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+        # As in tests/unit_tests/conftest.py: nothing for later forked ranks to inherit.
+        parallel_state._global_process_group_list = None
+        models.clear()
+        gc.collect()

@@ -1,5 +1,6 @@
 """Megatron's parallel state for one rank, and small models on it."""
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
+    # Megatron keeps this list.  A forked rank that frees an inherited gloo group waits for ever,
+    # for threads that only the parent has.
+    parallel_state._global_process_group_list = None
+    gc.collect()
     torch.set_num_threads(threads)
 
 

@@ -20,19 +20,22 @@ class ValidationTokens:
     """Histogram of the label tokens of the latest evaluation."""
 
     counts: torch.Tensor | None = None
-    stale = True
+    samples = 0
 
     @classmethod
     def observe(cls, model: torch.nn.Module, labels: torch.Tensor | None) -> None:
-        """Count the labels of a validation batch; a training batch ends the evaluation."""
-        if model.training:
-            cls.stale = True
-        elif labels is not None:
-            vocab_size = get_args().padded_vocab_size
-            if cls.stale or cls.counts is None:
-                cls.counts = torch.zeros(vocab_size, dtype=torch.int64, device=labels.device)
-                cls.stale = False
-            cls.counts += torch.bincount(labels.flatten(), minlength=vocab_size)
+        """Count the labels of a validation batch; ``[b, s / cp]`` on this rank."""
+        if model.training or labels is None:
+            return
+        args = get_args()
+        complete = args.eval_iters * args.eval_global_batch_size // args.data_parallel_size
+        if cls.counts is None or cls.samples >= complete:  # another evaluation begins
+            cls.samples = 0
+            cls.counts = torch.zeros(
+                args.padded_vocab_size, dtype=torch.int64, device=labels.device
+            )
+        cls.samples += labels.shape[0]
+        cls.counts += torch.bincount(labels.flatten(), minlength=args.padded_vocab_size)
 
     @classmethod
     def entropy(cls) -> float | None:
@@ -66,9 +69,7 @@ def finish_run(model: list[torch.nn.Module]) -> None:
     draw_loss(log, out / "loss.png", unigram_entropy=entropy)
     draw_expert_load(log, out / "expert_load.png")
     valid = log.scalars("lm loss validation")
-    done = (
-        f"{args.iteration} before, now {args.train_iters}" if args.iteration else args.train_iters
-    )
+    done = f"{args.train_iters}, of which {args.iteration} before this start"
     lines = [
         "",
         f"Steps                 {done}",
