@@ -1,10 +1,11 @@
 """``--spec trinity_megatron.layer_specs get_trinity_layer_spec`` with Megatron's own classes."""
 
-import gc
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.unit_tests.parallel_state import one_rank_world
 
 pytestmark = pytest.mark.slow  # imports megatron.training
 
@@ -13,9 +14,7 @@ def test_a_plain_config_builds_the_same_model(tmp_path: Path) -> None:
     from trinity_megatron.host import enter_host
 
     enter_host()
-    from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
@@ -40,13 +39,8 @@ def test_a_plain_config_builds_the_same_model(tmp_path: Path) -> None:
         "moe_router_topk_scaling_factor": 2.5,
         "window_size": (7, 0),
     }
-    models: list = []
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(1)
+    models = []
+    with one_rank_world(tmp_path / "store"):
         for config_type, transformer in (
             (GPTModelConfig, TransformerConfig(**fields, moe_layer_freq=[0, 1, 1, 1])),
             (TrinityModelConfig, TrinityConfig(**fields, num_dense_layers=1)),
@@ -76,10 +70,5 @@ def test_a_plain_config_builds_the_same_model(tmp_path: Path) -> None:
         with torch.no_grad():
             logits = [model.eval()(tokens, tokens, None) for model in models]
         assert torch.equal(*logits) and logits[0].std() > 0
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-        # As in tests/unit_tests/conftest.py: nothing for later forked ranks to inherit.
-        parallel_state._global_process_group_list = None
-        models.clear()
-        gc.collect()
+        models.clear()  # they hold process groups
+        del model, config, groups

@@ -1,12 +1,12 @@
 """Megatron's parallel state for one rank, and small models on it."""
 
-import gc
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.unit_tests.parallel_state import one_rank_world
 
 SMALL: dict[str, Any] = {
     "transformer_impl": "local",
@@ -31,27 +31,10 @@ SMALL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A gloo world of one.  Taken down after the module: other tests fork ranks of their own."""
-    from trinity_megatron.host import enter_host
-
-    enter_host()
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    store: Path = tmp_path_factory.mktemp("store") / "store"
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=0, world_size=1
-    )
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
-    # Megatron keeps this list.  A forked rank that frees an inherited gloo group waits for ever,
-    # for threads that only the parent has.
-    parallel_state._global_process_group_list = None
-    gc.collect()
+    with one_rank_world(tmp_path_factory.mktemp("store") / "store"):
+        yield
     torch.set_num_threads(threads)
 
 

@@ -27,6 +27,7 @@ LEVELS = {
     # 1: parts of the model and of the optimizer.
     "config": 1,
     "presets": 1,
+    "flops": 1,
     "attention": 1,
     "norms": 1,
     "initialization": 1,

@@ -58,7 +58,6 @@ class _StackedLinear(torch.nn.Module):
         config: TrinityConfig,
         partition_dim: int,
         stride: int,
-        expert_parallel: bool,
     ) -> None:
         super().__init__()
         device = torch.device("cpu")
@@ -68,8 +67,9 @@ class _StackedLinear(torch.nn.Module):
             torch.empty(shape, dtype=config.params_dtype, device=device)
         )
         set_tensor_model_parallel_attributes(self.weight, True, partition_dim, stride)
-        # False sends the gradient to the expert-data-parallel group instead of the dense one.
-        self.weight.allreduce = not expert_parallel  # type: ignore[attr-defined]
+        # The gradient goes to the expert-data-parallel group in every layout: with it the optimizer
+        # has the same parts with and without expert parallelism, and a checkpoint fits all.
+        self.weight.allreduce = False  # type: ignore[attr-defined]
 
 
 class TrinityGroupedMLP(MegatronModule):
@@ -96,16 +96,11 @@ class TrinityGroupedMLP(MegatronModule):
         self.dp_group = pg_collection.expt_dp
         assert config.moe_ffn_hidden_size is not None
         ffn, hidden = divide(config.moe_ffn_hidden_size, self.tp_group.size()), config.hidden_size
-        options: dict[str, Any] = {
-            "config": config,
-            "expert_parallel": self.ep_group.size() > 1
-            or self.tp_group.size() != pg_collection.tp.size(),
-        }
         self.linear_fc1 = _StackedLinear(
-            (num_local_experts, 2 * ffn, hidden), partition_dim=1, stride=2, **options
+            (num_local_experts, 2 * ffn, hidden), config=config, partition_dim=1, stride=2
         )
         self.linear_fc2 = _StackedLinear(
-            (num_local_experts, hidden, ffn), partition_dim=2, stride=1, **options
+            (num_local_experts, hidden, ffn), config=config, partition_dim=2, stride=1
         )
 
     def forward(

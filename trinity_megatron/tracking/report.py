@@ -26,8 +26,16 @@ def draw_loss(log: RunLog, path: Path, *, unigram_entropy: float | None = None) 
     figure, (axis, rate_axis) = plt.subplots(
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(4, 1), layout="constrained"
     )
-    axis.plot(list(train), list(train.values()), color=_BLUE, alpha=0.3, linewidth=0.8)
-    if len(train) > 20:
+    smoothed = len(train) > 20
+    axis.plot(
+        list(train),
+        list(train.values()),
+        color=_BLUE,
+        alpha=0.3 if smoothed else 1.0,
+        linewidth=0.8,
+        label=None if smoothed else "training",
+    )
+    if smoothed:
         window = max(2, len(train) // 40)
         smooth = np.convolve(list(train.values()), np.ones(window) / window, mode="valid")
         axis.plot(list(train)[window - 1 :], smooth, color=_BLUE, label="training (smoothed)")

@@ -20,7 +20,10 @@ from megatron.training.utils import print_rank_0
 from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
 from trinity_megatron.data.dataset import DataManifest, load_manifest
 from trinity_megatron.host import is_cpu_host
-from trinity_megatron.optimizer.builder import validate_muon_arguments
+from trinity_megatron.optimizer.builder import (
+    MUON_ARGUMENT_DEFAULTS,
+    validate_muon_arguments,
+)
 from trinity_megatron.presets import PRESETS, Preset, get_preset
 from trinity_megatron.tracking.wandb_run import prepare_wandb
 
@@ -194,10 +197,7 @@ _UNPUBLISHED = {
     "adam_beta1": 0.9,
     "adam_beta2": 0.95,
     "clip_grad": 1.0,
-    "muon_momentum": 0.95,
-    "muon_scale_mode": "shape_scaling",
-    "muon_tp_mode": "duplicated",
-    "muon_coefficient_type": "dion",
+    **MUON_ARGUMENT_DEFAULTS,
 }
 
 
