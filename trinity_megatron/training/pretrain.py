@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 examples/pretrain_trinity.py --preset tiny --data D 
 
 import os
 import sys
+import time
 import warnings
 from functools import partial
 
@@ -61,6 +62,19 @@ def main() -> None:
         finish_run(trained)
 
 
+def _say_once(message: str) -> None:
+    """Print an error that most likely every rank met.
+
+    The first rank to exit makes torchrun stop the others: the others leave the word to rank 0 and
+    speak only if they are still there after it had its time.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(10)
+        message = f"[rank {rank}] {message}"
+    print(message, file=sys.stderr, flush=True)
+
+
 def run() -> None:
     """Run :func:`main`; say what is wrong with the input in one paragraph instead of a trace."""
     try:
@@ -68,8 +82,7 @@ def run() -> None:
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("TRINITY_DEBUG") == "1":
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _say_once(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
