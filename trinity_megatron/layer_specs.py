@@ -58,9 +58,13 @@ def get_trinity_layer_spec(config: Any, vp_stage: int | None = None) -> Transfor
 
 def _prepare(config: Any) -> TrinityConfig:
     """Give the model its config, gradient finalizer and initialisation, in whatever script."""
-    trinity = TrinityConfig.from_transformer_config(getattr(config, "transformer", config))
-    if trinity.finalize_model_grads_func is None:
-        trinity.finalize_model_grads_func = finalize_model_grads
+    given = getattr(config, "transformer", config)
+    trinity = TrinityConfig.from_transformer_config(given)
+    # Megatron's builder has taken the given config for the DDP wrapper already, and the training
+    # loop asks the wrapper: without this line the expert bias would never move there.
+    for each in (given, trinity):
+        if each.finalize_model_grads_func is None:
+            each.finalize_model_grads_func = finalize_model_grads
     if hasattr(config, "transformer"):
         config.transformer = trinity
         trinity.vocab_size = config.vocab_size

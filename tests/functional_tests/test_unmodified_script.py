@@ -14,8 +14,10 @@ def test_a_plain_config_builds_the_same_model(tmp_path: Path) -> None:
     from trinity_megatron.host import enter_host
 
     enter_host()
+    from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.utils import get_model_config, unwrap_model
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
     from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
@@ -53,9 +55,12 @@ def test_a_plain_config_builds_the_same_model(tmp_path: Path) -> None:
                 position_embedding_type="rope",
             )
             groups = ProcessGroupCollection.use_mpu_process_groups()
-            (model,) = GPTModelBuilder(config).build_distributed_models(
-                groups, wrap_with_ddp=False, mixed_precision_wrapper=None
+            (wrapped,) = GPTModelBuilder(config).build_distributed_models(
+                groups, DistributedDataParallelConfig(), mixed_precision_wrapper=None
             )
+            # What Megatron's training loop asks; the bias would never move with another function.
+            assert get_model_config(wrapped).finalize_model_grads_func is finalize_model_grads
+            model = unwrap_model(wrapped)
             assert isinstance(config.transformer, TrinityConfig)
             assert config.transformer is model.config
             assert model.config.finalize_model_grads_func is finalize_model_grads
@@ -71,4 +76,4 @@ def test_a_plain_config_builds_the_same_model(tmp_path: Path) -> None:
             logits = [model.eval()(tokens, tokens, None) for model in models]
         assert torch.equal(*logits) and logits[0].std() > 0
         models.clear()  # they hold process groups
-        del model, config, groups
+        del model, wrapped, config, groups
