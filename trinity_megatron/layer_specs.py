@@ -60,8 +60,8 @@ def _prepare(config: Any) -> TrinityConfig:
     """Give the model its config, gradient finalizer and initialisation, in whatever script."""
     given = getattr(config, "transformer", config)
     trinity = TrinityConfig.from_transformer_config(given)
-    # Megatron's builder has taken the given config for the DDP wrapper already, and the training
-    # loop asks the wrapper: without this line the expert bias would never move there.
+    # Megatron's builder has taken the given config for the bf16 wrapper already, and the training
+    # loop asks the wrapper: without this the expert bias would never move there.
     for each in (given, trinity):
         if each.finalize_model_grads_func is None:
             each.finalize_model_grads_func = finalize_model_grads
