@@ -1,6 +1,6 @@
 """Trinity's tokenizer trained from scratch: byte-level BPE behind Trinity's pre-tokenisation.
 
-Source: shared/design/trinity.md section 3.4; the patterns follow llama.cpp's port,
+Source: report section 2 (tokenizer); the patterns follow llama.cpp's port,
 ``LLAMA_VOCAB_PRE_TYPE_AFMOE``.
 """
 
