@@ -7,7 +7,9 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed; set before pyplot is imported
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
+from trinity_megatron.tracking.moe_metrics import load_share, max_violation  # noqa: E402
 from trinity_megatron.tracking.run_log import TOKENS_TAG, RunLog  # noqa: E402
 
 _INK, _MUTED, _BLUE, _ORANGE = "#1f2430", "#6b7280", "#2563eb", "#d97706"
@@ -65,8 +67,9 @@ def draw_expert_load(log: RunLog, path: Path) -> None:
     counts = log.tensors(TOKENS_TAG)
     if not counts:
         raise ValueError(f"The run has no {TOKENS_TAG!r}: it trained no MoE layer.")
-    steps, loads = np.array(list(counts)), np.stack(list(counts.values())).astype(np.float64)
-    loads /= np.maximum(loads.mean(axis=-1, keepdims=True), 1e-9)  # [steps, layers, experts]
+    steps = np.array(list(counts))
+    tokens = torch.from_numpy(np.stack(list(counts.values())))  # [steps, layers, experts]
+    loads, violation = load_share(tokens).numpy(), max_violation(tokens).numpy()
     num_layers = loads.shape[1]
     figure, axes = plt.subplots(
         num_layers + 1, 1, figsize=(8, 1.5 * num_layers + 2.5), sharex=True, layout="constrained"
@@ -85,7 +88,6 @@ def draw_expert_load(log: RunLog, path: Path) -> None:
         axis.set_ylabel(f"MoE layer {layer + 1}\nexpert")
     axes[0].set_title("Load of each expert relative to the mean (1 = balanced)", loc="left")
     figure.colorbar(image, ax=axes[:-1], label="load / mean load", extend="max")
-    violation = loads.max(axis=-1) - 1.0
     for layer in range(num_layers):
         axes[-1].plot(steps, violation[:, layer], linewidth=1, label=f"layer {layer + 1}")
     axes[-1].set_ylabel("MaxVio")

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.package_info import __version__ as megatron_version
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
@@ -74,7 +73,7 @@ def parse_trinity_args() -> argparse.Namespace:
     args = parse_args(extra_args_provider=add_trinity_args)
     manifest = load_manifest(Path(args.data)) if args.data else None
     check_args(args, manifest)
-    if args.out:
+    if args.out and args.rank == args.world_size - 1:  # the rank on which Megatron starts W&B
         prepare_wandb(args.out)
     with _argument_dump(args):
         validate_args(args, {"tokenizer_type": "HuggingFaceTokenizer"})
@@ -370,8 +369,3 @@ def trinity_config_from_args(args: argparse.Namespace) -> TrinityConfig:
     config = core_transformer_config_from_args(given, TrinityConfig)
     assert isinstance(config, TrinityConfig)
     return config
-
-
-def device_name() -> str:
-    """Name of the device that trains, for logs."""
-    return "cpu" if is_cpu_host() else torch.cuda.get_device_name()
