@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,6 +236,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     if is_cpu_host():
         _refuse_cuda_only(args)
     _check_parallel_sizes(args)
+    _fit_micro_batch(args, args.world_size)
     _fit_schedule(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)
@@ -242,6 +244,18 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
         check_checkpoint_vocabulary(args.load, manifest)
     # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.
     args.moe_layer_freq = [int(layer >= args.num_dense_layers) for layer in range(args.num_layers)]
+
+
+def _fit_micro_batch(args: argparse.Namespace, world_size: int) -> None:
+    """Cut the micro-batch where a rank's share of the global batch is no multiple of it."""
+    ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    data_parallel = world_size // (ranks * args.context_parallel_size)
+    if not args.global_batch_size or args.global_batch_size % data_parallel:
+        return  # Megatron says what is wrong
+    size = math.gcd(args.micro_batch_size, args.global_batch_size // data_parallel)
+    if size != args.micro_batch_size:
+        print_rank_0(f"> micro-batch cut from {args.micro_batch_size} to {size} sequences")
+        args.micro_batch_size = size
 
 
 def _fit_schedule(args: argparse.Namespace) -> None:
