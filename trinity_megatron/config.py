@@ -55,6 +55,15 @@ class TrinityConfig(TransformerConfig):
     global_attn_every_n_layers: int = 4
     """Layer i (1-based) is global (no window, no RoPE) if i is a multiple of this, else local."""
 
+    rotary_base: int = 10000
+    """Base of the rotary embedding of the local layers (theta)."""
+
+    max_position_embeddings: int = 131072
+    """Longest context that the model is meant for; nothing is allocated by it."""
+
+    scale_embeddings: bool = True
+    """Multiply the embedding by sqrt(d) (report eq 39; ``mup_enabled`` in transformers)."""
+
     moe_router_bias_update_rule: BiasUpdateRule = "smebu"
     """Rule of the expert bias: ``smebu`` (report eq 23-28) or ``sign`` (centred sign, 19-22)."""
 
@@ -131,8 +140,11 @@ class TrinityConfig(TransformerConfig):
 
     @property
     def embedding_multiplier(self) -> float:
-        """Factor on the embedding: sqrt(d).  Source: report eq 39."""
-        return math.sqrt(self.hidden_size)
+        """Factor on the embedding: sqrt(d), or 1 without ``scale_embeddings``.
+
+        Source: report eq 39.
+        """
+        return math.sqrt(self.hidden_size) if self.scale_embeddings else 1.0
 
     @property
     def num_moe_layers(self) -> int:

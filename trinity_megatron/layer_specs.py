@@ -67,7 +67,7 @@ def _prepare(config: Any) -> TrinityConfig:
             each.finalize_model_grads_func = finalize_model_grads
     if hasattr(config, "transformer"):
         config.transformer = trinity
-        trinity.vocab_size = config.vocab_size
+        trinity.vocab_size, trinity.rotary_base = config.vocab_size, config.rotary_base
         if initialize_parameters not in config.pre_wrap_hooks:
             config.pre_wrap_hooks.append(initialize_parameters)
     return trinity

@@ -111,6 +111,12 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="Every n-th layer attends globally and without RoPE.",
     )
     group.add_argument(
+        "--no-scale-embeddings",
+        action="store_false",
+        dest="scale_embeddings",
+        help="Do not multiply the embedding by the square root of the hidden size.",
+    )
+    group.add_argument(
         "--moe-router-bias-update-rule",
         choices=["smebu", "sign"],
         help="Rule of the expert bias: SMEBU (Large) or centred sign (Nano, Mini).",
@@ -146,9 +152,7 @@ def default_arguments(preset: Preset, data: str | None, out: str | None) -> dict
         swiglu=True,
         group_query_attention=True,
         position_embedding_type="rope",
-        rotary_base=10000,
         untie_embeddings_and_output_weights=True,
-        max_position_embeddings=preset.training["seq_length"],
         spec=["trinity_megatron.layer_specs", "get_trinity_layer_spec"],
         optimizer="muon",
         lr_warmup_init=0.0,

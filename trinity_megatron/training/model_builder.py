@@ -15,8 +15,8 @@ class TrinityModelConfig(GPTModelConfig):
     """Megatron's model configuration around a ``TrinityConfig``; built by Megatron's builder."""
 
     def __setattr__(self, name: str, value: Any, /) -> None:
-        """Keep ``vocab_size`` here too: Megatron hands what the inner config knows on to it."""
-        if name == "vocab_size":
+        """Keep here too what both configs have: Megatron sets only the inner one then."""
+        if name in ("vocab_size", "rotary_base"):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

@@ -1,0 +1,548 @@
+"""``trinity-megatron convert``: Hugging Face safetensors <-> Megatron ``torch_dist``, streamed.
+
+Memory holds a few tensors at a time; nothing is computed, so both ways together give the same bytes.
+"""
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from trinity_megatron import __version__
+from trinity_megatron.checkpoint.hf_assets import (
+    ASSETS_NAME,
+    Assets,
+    find_assets,
+    save_assets,
+    write_generation_config,
+    write_tokenizer,
+)
+from trinity_megatron.checkpoint.hf_config import (
+    CONFIG_NAME,
+    compare_models,
+    hf_config_from_trinity,
+    read_hf_config,
+    trinity_config_from_hf,
+)
+from trinity_megatron.checkpoint.hf_weights import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    HFWeights,
+    HFWriter,
+    build_header,
+    build_index,
+    parse_header,
+    split_into_files,
+)
+from trinity_megatron.checkpoint.param_mapping import (
+    Entry,
+    resolve,
+    resolve_extra_state,
+    resolve_momentum,
+)
+from trinity_megatron.checkpoint.staging import Staging, fingerprint_folder
+from trinity_megatron.checkpoint.torch_dist import (
+    RELEASE,
+    TRACKER_NAME,
+    Part,
+    TorchDistReader,
+    TorchDistWriter,
+)
+from trinity_megatron.checkpoint.transforms import Block, Shape
+from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_SHARD_SIZE = "5GB"
+# What one thread holds in memory at a time, and what is redone after an interruption.
+_BLOCK_BYTES = 32 * 2**20
+_PART_BYTES = 512 * 2**20
+
+Tensors = dict[str, tuple[torch.dtype, Shape]]
+
+
+class MegatronSource(Protocol):
+    """Where Megatron's tensors come from: a checkpoint on disk or a model in memory."""
+
+    def model_tensors(self) -> Tensors:
+        """Dtype and whole shape of every tensor."""
+
+    def parts(self, key: str) -> list[list[Part]]:
+        """What there is of a tensor; columns of the same rows in one list."""
+
+    def read(self, parts: Sequence[Part]) -> torch.Tensor:
+        """Columns of the same rows, side by side."""
+
+
+def hf_to_megatron(hf: Path, megatron: Path) -> None:
+    """Write a ``torch_dist`` checkpoint of a Hugging Face one.
+
+    ``--load`` and ``--pretrained-checkpoint`` take it under any parallel layout.
+
+    Args:
+        hf: Folder with ``config.json`` and safetensors files.
+        megatron: Folder to make.
+
+    Raises:
+        ValueError: The model is not supported, or the checkpoint is not complete or damaged.
+        OSError: The target cannot be written.
+    """
+    begin = time.monotonic()
+    weights = HFWeights(hf)
+    config = trinity_config_from_hf(read_hf_config(hf))
+    entries = resolve(config, stacked_experts=weights.has_stacked_experts)
+    check_hf_tensors(weights, entries)
+    tensors = {entry.megatron: (_dtype(entry, weights), entry.shape) for entry in entries}
+    blocks = {
+        Part(entry.megatron, piece.megatron_start, piece.megatron_shape): piece
+        for entry in entries
+        for block in entry.blocks
+        for piece in block.split(_BLOCK_BYTES // tensors[entry.megatron][0].itemsize)
+    }
+    momentum = resolve_momentum(config)
+    for entry in momentum:
+        tensors[entry.megatron] = (torch.float32, entry.shape)
+    zeros = [Part(entry.megatron, (0,), entry.shape) for entry in momentum]
+
+    def num_bytes(part: Part) -> int:
+        return prod(part.shape) * tensors[part.key][0].itemsize
+
+    files = _group([*zeros, *blocks], num_bytes)
+    sizes = [sum(map(num_bytes, file)) for file in files]
+    source = ["hf", __version__, fingerprint_folder(hf)]
+    with Staging(megatron, source, num_bytes=sum(sizes)) as staging, _without_checksums():
+        _say_resumed(staging)
+        folder = staging.folder / RELEASE
+        folder.mkdir(exist_ok=True)
+        writer = TorchDistWriter(
+            folder,
+            tensors,
+            files,
+            common=_common_state(config),
+            extra_state=resolve_extra_state(config),
+        )
+
+        def write(index: int, advance: Callable[[int], None]) -> Any:
+            reader = weights.reader()
+
+            def read(part: Part) -> torch.Tensor:
+                dtype = tensors[part.key][0]
+                if part not in blocks:
+                    return torch.zeros(part.shape, dtype=dtype)
+                values = reader.read(blocks[part])
+                check_finite(values, f"{hf}: {blocks[part].hf_name}")
+                advance(num_bytes(part))
+                return values.to(dtype)
+
+            return writer.write(index, read)
+
+        writer.finish(staging.run(write, sizes, description="to Megatron"))
+        save_assets(hf, staging.folder / ASSETS_NAME, weights.headers)
+        (staging.folder / TRACKER_NAME).write_text(RELEASE)
+    _say_done(hf, megatron, sum(sizes), time.monotonic() - begin)
+    logger.info(
+        "The momentum of the expert bias (SMEBU) has no name on the Hugging Face side: it starts at "
+        "zero.\nTo train on: trinity-megatron train --preset %s --pretrained-checkpoint %s ...",
+        megatron,
+        megatron,
+    )
+
+
+def megatron_to_hf(
+    megatron: Path,
+    hf: Path,
+    *,
+    tokenizer: Path | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
+    """Write the model of a ``torch_dist`` checkpoint as Hugging Face's safetensors.
+
+    Args:
+        megatron: What ``--save`` was, or the folder of one iteration; saved under any layout.
+        hf: Folder to make.
+        tokenizer: Folder of the tokenizer.  If None, the one that came with the Hugging Face
+            checkpoint the training began with, else the one that the run was trained with.
+        max_shard_size: Size of a weight file, e.g. ``5GB``, unless the files are known from the
+            Hugging Face checkpoint the training began with.
+
+    Raises:
+        ValueError: The checkpoint is not complete or damaged, or no Trinity model.
+        OSError: The target cannot be written.
+    """
+    begin = time.monotonic()
+    source = TorchDistReader(megatron)
+    config = config_from_args(source.args)
+    assets = find_assets(megatron)
+    if tokenizer is None and assets is None:
+        tokenizer = _tokenizer_of_run(source.args)
+    fingerprint = ["megatron", __version__, fingerprint_folder(source.folder), max_shard_size]
+    num_bytes = write_hf(
+        source,
+        config,
+        hf,
+        name=str(source.folder),
+        assets=assets,
+        tokenizer=tokenizer,
+        max_shard_size=max_shard_size,
+        fingerprint=fingerprint,
+    )
+    _say_done(megatron, hf, num_bytes, time.monotonic() - begin)
+
+
+def write_hf(
+    source: MegatronSource,
+    config: TrinityConfig,
+    hf: Path,
+    *,
+    name: str,
+    assets: Assets | None = None,
+    tokenizer: Path | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    fingerprint: Any = None,
+) -> int:
+    """Write Megatron's tensors as a Hugging Face checkpoint.
+
+    Args:
+        source: Where they come from.
+        config: The model.
+        hf: Folder to make.
+        name: Of the source, in messages.
+        assets: Files of the Hugging Face checkpoint that it all began with.
+        tokenizer: Folder of the tokenizer; takes precedence.
+        max_shard_size: See :func:`megatron_to_hf`.
+        fingerprint: State of the source, if a conversion can be taken up again.
+
+    Returns:
+        Bytes of weights written.
+    """
+    found = source.model_tensors()
+    config = _with_vocabulary(config, found, assets, name)
+    entries = resolve(config)
+    check_megatron_tensors(found, entries, resolve_momentum(config), name)
+    tensors: Tensors = {
+        hf_name: (torch.float32 if entry.keep_fp32 else found[entry.megatron][0], shape)
+        for entry in entries
+        for hf_name, shape in entry.hf.items()
+    }
+    headers = _headers(tensors, assets, max_shard_size)
+    by_key = {entry.megatron: entry for entry in entries}
+    units = [parts for entry in entries for parts in source.parts(entry.megatron)]
+
+    def num_bytes(parts: Sequence[Part]) -> int:
+        return sum(prod(part.shape) for part in parts) * found[parts[0].key][0].itemsize
+
+    batches = _group(units, num_bytes)
+    sizes = [sum(map(num_bytes, batch)) for batch in batches]
+    with Staging(hf, [fingerprint, headers], num_bytes=sum(sizes)) as staging:
+        _say_resumed(staging)
+        writer = HFWriter(staging.folder, headers)
+
+        def write(index: int, advance: Callable[[int], None]) -> None:
+            touched = set()
+            for parts in batches[index]:
+                entry = by_key[parts[0].key]
+                for block, values in _read_blocks(source, entry, parts, name):
+                    writer.write(block, values)
+                    touched.add(block.hf_name)
+                advance(num_bytes(parts))
+            writer.sync(touched)
+
+        try:
+            staging.run(write, sizes, description="to Hugging Face")
+        finally:
+            writer.close()
+        _write_side_files(staging.folder, config, tensors, headers, assets, tokenizer)
+    return sum(sizes)
+
+
+def _read_blocks(
+    source: MegatronSource, entry: Entry, parts: Sequence[Part], name: str
+) -> Iterator[tuple[Block, torch.Tensor]]:
+    """The blocks that a stored shard holds, with their numbers in Hugging Face's shape."""
+    whole = source.read(parts)
+    start, shape = parts[0].start, tuple(whole.shape)
+    for block in entry.blocks:
+        clipped = block.clip(start, shape)
+        if clipped is not None:
+            values = clipped.megatron_view(whole, start)
+            check_finite(values, f"{name}: {entry.megatron} (to be {block.hf_name})")
+            yield clipped, values
+
+
+def config_from_args(args: argparse.Namespace, **overrides: Any) -> TrinityConfig:
+    """The model that a run's arguments describe.
+
+    Args:
+        args: Arguments in a checkpoint.
+        **overrides: Any field of :class:`TrinityConfig`.
+
+    Raises:
+        ValueError: They are of another architecture.
+    """
+    values = dict(TRINITY_ARCHITECTURE)
+    for name in _MODEL_FIELDS:
+        dest = "num_experts" if name == "num_moe_experts" else name
+        if getattr(args, dest, None) is not None:
+            values[name] = getattr(args, dest)
+    if "num_dense_layers" not in values:  # saved by a script without our arguments
+        pattern = list(args.moe_layer_freq)
+        values["num_dense_layers"] = pattern.index(1) if 1 in pattern else len(pattern)
+    if getattr(args, "moe_router_score_function", "sigmoid") != "sigmoid":
+        raise ValueError("The checkpoint has a softmax router: it is no Trinity model.")
+    return TrinityConfig(**{**values, **overrides})
+
+
+_MODEL_FIELDS = (
+    "num_layers num_dense_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups "
+    "kv_channels layernorm_epsilon num_moe_experts moe_router_topk moe_ffn_hidden_size "
+    "moe_shared_expert_intermediate_size moe_router_topk_scaling_factor window_size rotary_base "
+    "global_attn_every_n_layers max_position_embeddings scale_embeddings "
+    "moe_router_bias_update_rule moe_router_bias_update_rate"
+).split()
+
+
+def _common_state(config: TrinityConfig) -> dict[str, Any]:
+    """What Megatron wants to know of a checkpoint that no run has saved."""
+    args = {name: getattr(config, name) for name in _MODEL_FIELDS}
+    args["num_experts"] = args.pop("num_moe_experts")
+    args.update(
+        padded_vocab_size=config.vocab_size,
+        moe_layer_freq=config.moe_layer_freq,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        add_position_embedding=True,
+        position_embedding_type="rope",
+        group_query_attention=True,
+        swiglu=True,
+        normalization="RMSNorm",
+        untie_embeddings_and_output_weights=True,
+        add_bias_linear=False,
+        spec=["trinity_megatron.layer_specs", "get_trinity_layer_spec"],
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        world_size=1,
+        data_parallel_size=1,
+        no_save_optim=True,
+        no_save_rng=True,
+    )
+    return {
+        "args": argparse.Namespace(**args),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+        },
+    }
+
+
+def check_hf_tensors(weights: HFWeights, entries: Sequence[Entry]) -> None:
+    """Check that the files hold exactly the tensors of the model.
+
+    Raises:
+        ValueError: Lists what is missing, too much or of another shape.
+    """
+    expected = {name: shape for entry in entries for name, shape in entry.hf.items()}
+    found = {name: info.shape for name, info in weights.tensors.items()}
+    _compare_tensors(expected, found, f"{weights.folder} does not fit its {CONFIG_NAME}")
+
+
+def check_megatron_tensors(
+    found: Tensors, entries: Sequence[Entry], momentum: Sequence[Entry], name: str
+) -> None:
+    """Check that a Megatron checkpoint holds exactly the tensors of the model.
+
+    Raises:
+        ValueError: Lists what is missing, too much or of another shape.
+    """
+    left_out = {entry.megatron for entry in momentum}
+    shapes = {key: shape for key, (_, shape) in found.items() if key not in left_out}
+    expected = {}
+    for entry in entries:
+        expected[entry.megatron] = entry.shape
+        rows = shapes.get(entry.megatron, entry.shape)
+        if _is_padded(entry) and rows[0] >= entry.shape[0]:
+            shapes[entry.megatron] = (entry.shape[0], *rows[1:])
+    _compare_tensors(expected, shapes, f"{name} does not fit its arguments")
+
+
+def _compare_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape], what: str) -> None:
+    problems = [
+        *(f"missing: {name}" for name in expected if name not in found),
+        *(f"not of this model: {name}" for name in found if name not in expected),
+        *(
+            f"{name} has shape {list(found[name])} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ),
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{what}:\n  {shown}{more}\nNothing was converted.")
+
+
+def check_finite(values: torch.Tensor, name: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        ValueError: Names the tensor.
+    """
+    # Both ends are finite only if all is: NaN propagates.  No copy, unlike isfinite().
+    if values.numel() and not all(torch.isfinite(end) for end in torch.aminmax(values)):
+        raise ValueError(f"{name} holds NaN or infinite numbers. Nothing was converted.")
+
+
+def _is_padded(entry: Entry) -> bool:
+    return "word_embeddings" in entry.megatron or "output_layer" in entry.megatron
+
+
+def _dtype(entry: Entry, weights: HFWeights) -> torch.dtype:
+    found = {weights.tensors[name].dtype for name in entry.hf}
+    if len(found) > 1:
+        raise ValueError(
+            f"{weights.folder}: {', '.join(entry.hf)} are of several dtypes ("
+            f"{', '.join(sorted(map(str, found)))}) but one tensor in Megatron. Remedy: store them "
+            "in one."
+        )
+    (dtype,) = found
+    if entry.keep_fp32 and dtype != torch.float32:
+        logger.warning("%s is %s; widened to float32", ", ".join(entry.hf), dtype)
+        return torch.float32
+    return dtype
+
+
+def _with_vocabulary(
+    config: TrinityConfig, found: Tensors, assets: Assets | None, name: str
+) -> TrinityConfig:
+    """The model with the vocabulary of the Hugging Face side: without Megatron's padding."""
+    rows = next((shape[0] for key, (_, shape) in found.items() if "word_embeddings" in key), 0)
+    config.vocab_size = rows
+    if assets is None:
+        return config
+    original = trinity_config_from_hf(assets.config)
+    if different := compare_models(config, original):
+        fields = ", ".join(f"{field}={a!r} (there {b!r})" for field, (a, b) in different.items())
+        raise ValueError(
+            f"{name} is another model than {assets.folder / CONFIG_NAME}: {fields}. Remedy: remove "
+            f"{assets.folder} if the model was changed on purpose."
+        )
+    if original.vocab_size > rows:
+        raise ValueError(
+            f"{name} has {rows} rows of embeddings, fewer than vocab_size={original.vocab_size} in "
+            f"{assets.folder / CONFIG_NAME}."
+        )
+    if original.vocab_size < rows:
+        logger.info(
+            "%d rows of embeddings beyond vocab_size=%d are Megatron's padding and left out.",
+            rows - original.vocab_size,
+            original.vocab_size,
+        )
+    config.vocab_size = original.vocab_size
+    return config
+
+
+def _headers(tensors: Tensors, assets: Assets | None, max_shard_size: str) -> dict[str, str]:
+    """JSON header of each file: those of the original files if the tensors are still the same."""
+    if assets is not None:
+        known = {
+            name: (info.dtype, info.shape)
+            for file, header in assets.headers.items()
+            for name, info in parse_header(file, header).items()
+        }
+        if known == tensors:
+            return assets.headers
+    files = split_into_files(tensors, max_shard_size=max_shard_size)
+    return {file: build_header({name: tensors[name] for name in names}) for file, names in files.items()}
+
+
+def _write_side_files(
+    folder: Path,
+    config: TrinityConfig,
+    tensors: Tensors,
+    headers: dict[str, str],
+    assets: Assets | None,
+    tokenizer: Path | None,
+) -> None:
+    """Everything but the weights."""
+    dtype = tensors["lm_head.weight"][0]
+    ids: dict[str, int] = {}
+    if assets is not None:
+        assets.copy_files(folder)
+    if tokenizer is not None:
+        ids = write_tokenizer(tokenizer, folder)
+    elif assets is None:
+        write_generation_config(folder, {})
+    fields = dict(assets.config) if assets is not None else hf_config_from_trinity(config, dtype=dtype)
+    fields.update(ids)
+    stated = "dtype" if "dtype" in fields or "torch_dtype" not in fields else "torch_dtype"
+    if str(fields.get(stated)).removeprefix("torch.") != str(dtype).removeprefix("torch."):
+        fields[stated] = str(dtype).removeprefix("torch.")
+    if assets is None or fields != assets.config:
+        (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    is_original = assets is not None and headers is assets.headers
+    if not is_original:
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+        if list(headers) != [SINGLE_NAME]:
+            (folder / INDEX_NAME).write_text(build_index(headers), encoding="utf-8")
+
+
+def _tokenizer_of_run(args: argparse.Namespace) -> Path | None:
+    """The tokenizer that a run was trained with.
+
+    Raises:
+        ValueError: It is not there any more.
+    """
+    named = getattr(args, "tokenizer_model", None)
+    if not named or getattr(args, "tokenizer_type", None) != "HuggingFaceTokenizer":
+        return None
+    if not Path(named).is_dir():
+        raise ValueError(
+            f"The tokenizer that the run was trained with, {named}, is not there. Remedy: "
+            "--tokenizer DIR."
+        )
+    return Path(named)
+
+
+def _group[T](items: Iterable[T], num_bytes: Callable[[T], int]) -> list[list[T]]:
+    """Cut a list into runs of about ``_PART_BYTES``."""
+    groups: list[list[T]] = []
+    size = _PART_BYTES
+    for item in items:
+        if size >= _PART_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += num_bytes(item)
+    return groups
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """CRC-32 would take three quarters of the time of writing."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _say_resumed(staging: Staging) -> None:
+    if staging.resumed:
+        logger.info("Going on with an interrupted conversion.")
+
+
+def _say_done(source: Path, target: Path, num_bytes: int, seconds: float) -> None:
+    rate = num_bytes / 1e9 / seconds
+    logger.info(
+        "%s -> %s: %.2f GB in %.1f s (%.2f GB/s)", source, target, num_bytes / 1e9, seconds, rate
+    )

@@ -1,0 +1,121 @@
+"""What a Hugging Face checkpoint has beside its weights, kept with the Megatron checkpoint.
+
+Config, tokenizer, chat template, licence and the headers of the weight files wait in ``hf/`` beside
+the iterations, so that an export has them again, in the same files.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trinity_megatron.checkpoint.hf_config import CONFIG_NAME
+
+ASSETS_NAME = "hf"
+_HEADERS_NAME = "safetensors_headers.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+_GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Assets:
+    """The folder ``hf/``.
+
+    Attributes:
+        folder: Where it lies.
+        config: Its ``config.json``.
+        headers: JSON header of each weight file, as it was.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    headers: dict[str, str]
+
+    def copy_files(self, target: Path) -> None:
+        """Copy everything but the headers."""
+        for path in self.folder.iterdir():
+            if path.name != _HEADERS_NAME:
+                shutil.copyfile(path, target / path.name)
+
+
+def save_assets(hf: Path, target: Path, headers: Mapping[str, str]) -> None:
+    """Copy the files beside the weights.
+
+    Args:
+        hf: Hugging Face checkpoint.
+        target: The folder ``hf/`` to make.
+        headers: JSON header of each weight file.
+    """
+    target.mkdir(exist_ok=True)
+    for path in sorted(hf.iterdir()):
+        if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
+            shutil.copyfile(path, target / path.name)
+    (target / _HEADERS_NAME).write_text(json.dumps(dict(headers)), encoding="utf-8")
+
+
+def find_assets(checkpoint: Path) -> Assets | None:
+    """The assets of a checkpoint; None if it did not begin as a Hugging Face checkpoint.
+
+    Args:
+        checkpoint: What ``--save`` was, or the folder of one iteration.
+    """
+    for parent in (checkpoint, checkpoint.absolute().parent):
+        folder = parent / ASSETS_NAME
+        if (folder / _HEADERS_NAME).is_file():
+            headers = json.loads((folder / _HEADERS_NAME).read_text(encoding="utf-8"))
+            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            return Assets(folder, config, headers)
+    return None
+
+
+def inherit_assets(load: Path, save: Path) -> None:
+    """Hand the assets of the checkpoint that a run starts from on to the run's own."""
+    assets = find_assets(load)
+    if assets is not None and not (save / ASSETS_NAME).exists():
+        shutil.copytree(assets.folder, save / ASSETS_NAME)
+
+
+def write_tokenizer(tokenizer: Path, target: Path) -> dict[str, int]:
+    """Copy a tokenizer and write the ``generation_config.json`` that goes with it.
+
+    Args:
+        tokenizer: Folder with ``tokenizer.json`` and ``tokenizer_config.json``.
+        target: Hugging Face checkpoint.
+
+    Returns:
+        Ids of the special tokens, for ``config.json``.
+
+    Raises:
+        ValueError: The folder has no tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    if not (tokenizer / "tokenizer.json").is_file():
+        raise ValueError(
+            f"{tokenizer} holds no tokenizer.json. Remedy: --tokenizer DIR with the tokenizer that "
+            "the model was trained with."
+        )
+    for path in sorted(tokenizer.iterdir()):
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+    names = {}
+    if (tokenizer / "tokenizer_config.json").is_file():
+        names = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+    vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    ids: dict[str, int] = {}
+    for kind in ("bos", "eos", "pad"):
+        token = names.get(f"{kind}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        found = vocabulary.token_to_id(token) if token else None
+        if found is not None:
+            ids[f"{kind}_token_id"] = found
+    write_generation_config(target, ids)
+    return ids
+
+
+def write_generation_config(target: Path, ids: Mapping[str, int]) -> None:
+    """Write ``generation_config.json``: greedy decoding, ended by the end-of-text token."""
+    content = {"_from_model_config": True, **ids}
+    (target / _GENERATION_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

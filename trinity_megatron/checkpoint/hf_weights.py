@@ -1,0 +1,256 @@
+"""Reading and writing a folder of safetensors files, block by block.
+
+The library reads; writing is done here, because it can only write a file whose tensors are all in
+memory.  The format is a little-endian 64-bit length, a JSON header, and the tensors one after the
+other.  Source: the specification in the safetensors repository.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+
+from trinity_megatron.checkpoint.transforms import Block, Shape
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# A file stays mapped while it is read, and what was read counts as memory: open it anew now and then.
+_REOPEN_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes:
+        file: Name of the file.
+        dtype: Its dtype.
+        shape: Its shape.
+        start: First byte after the header.
+    """
+
+    file: str
+    dtype: torch.dtype
+    shape: Shape
+    start: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> str:
+    """The JSON header of a safetensors file, after the library has checked file and header.
+
+    Raises:
+        ValueError: The file is truncated or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or damaged ({error}). Remedy: download it again."
+        ) from error
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return file.read(length).decode("utf-8")
+
+
+def parse_header(file: str, header: str) -> dict[str, TensorInfo]:
+    """The tensors of a file.
+
+    Raises:
+        ValueError: A dtype that Trinity checkpoints do not have, e.g. FP8.
+    """
+    tensors = {}
+    for name, entry in json.loads(header).items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(
+                f"{file}: {name} has dtype {entry['dtype']}, which cannot be trained on. Remedy: "
+                f"use the checkpoint in one of {', '.join(_DTYPES)}."
+            )
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        tensors[name] = TensorInfo(file, dtype, shape, entry["data_offsets"][0])
+    return tensors
+
+
+class HFWeights:
+    """The tensors of a Hugging Face checkpoint on disk.
+
+    Attributes:
+        headers: JSON header of each file.
+        tensors: All tensors by name.
+
+    Raises:
+        ValueError: A file is missing, truncated or damaged, or a tensor lies in two files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.headers = {name: read_header(folder / name) for name in self._find_files()}
+        self.tensors: dict[str, TensorInfo] = {}
+        for file, header in self.headers.items():
+            for name, info in parse_header(file, header).items():
+                if name in self.tensors:
+                    raise ValueError(
+                        f"{folder}: {name} lies in {self.tensors[name].file} and in {file}. "
+                        "Remedy: remove the file that does not belong to the checkpoint."
+                    )
+                self.tensors[name] = info
+
+    def _find_files(self) -> list[str]:
+        index = self.folder / INDEX_NAME
+        if index.is_file():
+            try:
+                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{index} is damaged. Remedy: download it again.") from error
+        else:
+            files = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if missing := [name for name in files if not (self.folder / name).is_file()]:
+            raise ValueError(
+                f"{self.folder}: {', '.join(missing)} is named in {INDEX_NAME} but missing. Remedy: "
+                "download it."
+            )
+        if not files:
+            raise ValueError(
+                f"{self.folder} holds no .safetensors file. Remedy: give the folder of a Hugging "
+                "Face checkpoint (older .bin checkpoints: save them with transformers first)."
+            )
+        return files
+
+    @property
+    def has_stacked_experts(self) -> bool:
+        """Whether the experts are stored stacked instead of one by one."""
+        return any(name.endswith("mlp.experts.gate_up_proj") for name in self.tensors)
+
+    def reader(self) -> "HFReader":
+        """A reader for one thread."""
+        return HFReader(self)
+
+
+class HFReader:
+    """Reads blocks of tensors; memory holds what was read of the current file since it was opened."""
+
+    def __init__(self, weights: HFWeights) -> None:
+        self._weights = weights
+        self._file, self._opened, self._read = "", None, 0
+
+    def read(self, block: Block) -> torch.Tensor:
+        """The block in Megatron's shape, in the dtype of the file; valid until the next call."""
+        info = self._weights.tensors[block.hf_name]
+        if info.file != self._file or self._read > _REOPEN_BYTES:
+            self._file, self._read = info.file, 0
+            self._opened = safe_open(self._weights.folder / info.file, framework="pt")
+        self._read += prod(block.hf_shape) * info.dtype.itemsize
+        assert self._opened is not None
+        return block.hf_view(self._opened.get_tensor(block.hf_name))
+
+
+def split_into_files(
+    tensors: Mapping[str, tuple[torch.dtype, Shape]], *, max_shard_size: str
+) -> dict[str, list[str]]:
+    """Which tensor goes to which file, as transformers' ``save_pretrained`` decides it."""
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda item: prod(item[1]) * item[0].itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    return dict(split.filename_to_tensors)
+
+
+def build_header(tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> str:
+    """The header that the library would write: widest dtype first, then by name."""
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, _NAMES[tensors[name][0]], name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        end = at + prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
+    # The tensors begin at a multiple of eight.
+    return text + " " * (-len(text.encode()) % 8)
+
+
+def build_index(headers: Mapping[str, str]) -> str:
+    """``model.safetensors.index.json`` as transformers writes it."""
+    tensors = {n: t for file, header in headers.items() for n, t in parse_header(file, header).items()}
+    metadata = {
+        "total_parameters": sum(prod(info.shape) for info in tensors.values()),
+        "total_size": sum(info.num_bytes for info in tensors.values()),
+    }
+    weight_map = {name: info.file for name, info in tensors.items()}
+    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+
+
+class HFWriter:
+    """Writes blocks of tensors to their places, in any order and from several threads.
+
+    The files have their full size from the start.
+
+    Args:
+        folder: Where the files go.
+        headers: JSON header of each file.
+    """
+
+    def __init__(self, folder: Path, headers: Mapping[str, str]) -> None:
+        self._files: dict[str, int] = {}
+        self._first_byte: dict[str, int] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, header in headers.items():
+            content = header.encode()
+            self._first_byte[name] = 8 + len(content)
+            infos = parse_header(name, header)
+            self.tensors.update(infos)
+            size = self._first_byte[name] + sum(info.num_bytes for info in infos.values())
+            file = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o644)
+            self._files[name] = file
+            # Reserves the space: a full disk shows here, not after an hour.
+            os.posix_fallocate(file, 0, size)
+            os.pwrite(file, struct.pack("<Q", len(content)) + content, 0)
+
+    def write(self, block: Block, values: torch.Tensor) -> None:
+        """Write a block given in Hugging Face's shape; it must be whole rows of its tensor."""
+        info = self.tensors[block.hf_name]
+        leading = next((i for i, n in enumerate(block.hf_shape) if n != 1), 0)
+        assert block.hf_shape[leading + 1 :] == info.shape[leading + 1 :], block
+        at = 0
+        for position, size in zip(block.hf_start, info.shape, strict=True):
+            at = at * size + position
+        data = values.to(info.dtype).contiguous().view(torch.uint8).numpy().reshape(-1)
+        offset = self._first_byte[info.file] + info.start + at * info.dtype.itemsize
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._files[info.file], data[written:].data, offset + written)
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Wait until what was written to the files of these tensors is on the disk."""
+        for file in {self.tensors[name].file for name in names}:
+            os.fsync(self._files[file])
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()

@@ -1,0 +1,274 @@
+"""Models in memory, filled from a checkpoint of either side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trinity_megatron.checkpoint.convert import (
+    MegatronSource,
+    Tensors,
+    check_finite,
+    check_hf_tensors,
+    config_from_args,
+    write_hf,
+)
+from trinity_megatron.checkpoint.hf_assets import Assets
+from trinity_megatron.checkpoint.hf_config import (
+    hf_config_from_trinity,
+    read_hf_config,
+    trinity_config_from_hf,
+)
+from trinity_megatron.checkpoint.hf_weights import HFWeights
+from trinity_megatron.checkpoint.param_mapping import resolve, resolve_momentum
+from trinity_megatron.checkpoint.torch_dist import Part, TorchDistReader
+from trinity_megatron.config import TrinityConfig
+from trinity_megatron.host import enter_host
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.models.gpt import GPTModel
+    from transformers import AfmoeForCausalLM
+
+
+def load_hf_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> GPTModel:
+    """Megatron's model of a Hugging Face checkpoint, in this process alone.
+
+    Needs no launcher; runs on the GPU if there is one, else on the CPU.  Called with tokens and
+    positions (int64 ``[b, s]``) and None for the mask, the model returns logits ``[b, s, vocab]``.
+
+    Args:
+        path: Folder with ``config.json`` and safetensors files.
+        dtype: Precision of the weights; the expert bias stays in fp32.
+
+    Raises:
+        ValueError: The model is not supported, or the checkpoint is not complete or damaged.
+    """
+    weights = HFWeights(Path(path))
+    config = trinity_config_from_hf(read_hf_config(Path(path)), **_precision(dtype))
+    entries = resolve(config, stacked_experts=weights.has_stacked_experts)
+    check_hf_tensors(weights, entries)
+    model = build_model(config)
+    shards: dict[str, list[ShardedTensor]] = {}
+    for shard in _sharded_tensors(model):
+        shards.setdefault(shard.key, []).append(shard)
+    reader = weights.reader()
+    with torch.no_grad():
+        for entry in entries:
+            for shard in shards.pop(entry.megatron):
+                target = _whole_axes(shard)
+                for block in entry.blocks:
+                    clipped = block.clip(shard.global_offset, tuple(target.shape))
+                    if clipped is not None:
+                        values = reader.read(clipped)
+                        check_finite(values, f"{path}: {block.hf_name}")
+                        place = _shift(clipped.megatron_start, shard.global_offset)
+                        target[_slices(place, clipped.megatron_shape)].copy_(values)
+        for entry in resolve_momentum(config):
+            for shard in shards.pop(entry.megatron):
+                assert shard.data is not None
+                shard.data.zero_()
+    assert not shards, f"not in the checkpoint: {sorted(shards)}"
+    return model
+
+
+def save_hf_model(
+    model: torch.nn.Module, path: str | Path, *, tokenizer: str | Path | None = None
+) -> None:
+    """Write a model that lies whole in this process as a Hugging Face checkpoint.
+
+    Args:
+        model: Megatron's model, as :func:`load_hf_model` returns it.
+        path: Folder to make.
+        tokenizer: Folder of its tokenizer, to copy.
+
+    Raises:
+        ValueError: The model is cut over ranks, holds NaN, or has no twin in transformers.
+        OSError: The folder cannot be written.
+    """
+    from megatron.core.utils import unwrap_model
+
+    whole = unwrap_model(model)
+    config = whole.config
+    for size in ("tensor", "pipeline", "expert"):
+        name = f"{size}_model_parallel_size"
+        if getattr(config, name) > 1:
+            raise ValueError(
+                f"{name}={getattr(config, name)}: this process holds a part of the model. Remedy: "
+                "save a torch_dist checkpoint, then trinity-megatron convert --from-megatron."
+            )
+    folder = Path(tokenizer) if tokenizer is not None else None
+    write_hf(LiveModel(whole), config, Path(path), name="the model", tokenizer=folder)
+
+
+def load_megatron_model(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, **layout: int
+) -> GPTModel:
+    """Megatron's model of a ``torch_dist`` checkpoint.
+
+    Args:
+        path: What ``--save`` was, or the folder of one iteration.
+        dtype: Precision of the weights; the expert bias stays in fp32.
+        **layout: Sizes of a parallel layout that is initialised, e.g.
+            ``tensor_model_parallel_size=2``; one process without.
+
+    Raises:
+        ValueError: The checkpoint is not complete or damaged, or no Trinity model.
+    """
+    reader = TorchDistReader(Path(path))
+    config = config_from_args(reader.args, **_precision(dtype), **layout)
+    config.vocab_size = get_vocabulary_rows(reader)
+    model = build_model(config)
+    from megatron.core import dist_checkpointing
+
+    wanted = model.sharded_state_dict()
+    names = list(wanted)
+    state = dist_checkpointing.load(wanted, str(reader.folder))
+    model.load_state_dict({name: state[name] for name in names})
+    return model
+
+
+def load_transformers_model(
+    source: MegatronSource,
+    config: TrinityConfig,
+    *,
+    assets: Assets | None = None,
+    dtype: torch.dtype | None = None,
+) -> AfmoeForCausalLM:
+    """The same model in transformers, filled from Megatron's tensors.
+
+    Args:
+        source: Where they come from.
+        config: The model.
+        assets: Files of the Hugging Face checkpoint that it all began with.
+        dtype: Precision; that of the source if None.
+    """
+    from transformers import AfmoeConfig, AfmoeForCausalLM
+    from transformers.initialization import no_init_weights
+
+    found = source.model_tensors()
+    dtype = dtype or found["output_layer.weight"][0]
+    fields = assets.config if assets else hf_config_from_trinity(config, dtype=dtype)
+    config.vocab_size = fields["vocab_size"]
+    hf_config = AfmoeConfig(**{**fields, "dtype": dtype})
+    with no_init_weights():
+        model = AfmoeForCausalLM._from_config(hf_config, dtype=dtype)
+    tensors = dict(model.named_parameters())
+    with torch.no_grad():
+        for entry in resolve(config, stacked_experts=True):
+            for parts in source.parts(entry.megatron):
+                whole, start = source.read(parts), parts[0].start
+                for block in entry.blocks:
+                    clipped = block.clip(start, tuple(whole.shape))
+                    if clipped is not None:
+                        target = tensors[clipped.hf_name]
+                        box = _slices(clipped.hf_start, clipped.hf_shape)
+                        target[box].copy_(clipped.megatron_view(whole, start))
+    return model.eval()
+
+
+def build_model(config: TrinityConfig) -> GPTModel:
+    """Megatron's model with uninitialised weights.
+
+    Megatron's parallel state is initialised for one process if it is not there yet.
+    """
+    enter_host()
+    _initialize_one_process()
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+
+    from trinity_megatron.layer_specs import get_trinity_layer_spec
+
+    return GPTModel(
+        config,
+        get_trinity_layer_spec(config),
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        rotary_base=config.rotary_base,
+        share_embeddings_and_output_weights=False,
+    )
+
+
+def _initialize_one_process() -> None:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(0)
+
+
+def _precision(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "transformer_impl": "local",
+    }
+
+
+def get_vocabulary_rows(source: MegatronSource) -> int:
+    """Rows of the embedding, padding included."""
+    _, shape = source.model_tensors()["embedding.word_embeddings.weight"]
+    return shape[0]
+
+
+class LiveModel:
+    """A model in memory as a source of Megatron's tensors; what this process holds is all."""
+
+    def __init__(self, model: GPTModel) -> None:
+        self._shards: dict[str, dict[tuple[int, ...], ShardedTensor]] = {}
+        for shard in _sharded_tensors(model):
+            self._shards.setdefault(shard.key, {})[shard.global_offset] = shard
+
+    def model_tensors(self) -> Tensors:
+        """Dtype and whole shape of every tensor."""
+        firsts = {key: next(iter(shards.values())) for key, shards in self._shards.items()}
+        return {key: (shard.dtype, shard.global_shape) for key, shard in firsts.items()}
+
+    def parts(self, key: str) -> list[list[Part]]:
+        """The shards of a tensor; never cut into columns."""
+        shards = self._shards[key].items()
+        return [[Part(key, start, tuple(_whole_axes(shard).shape))] for start, shard in shards]
+
+    def read(self, parts: Sequence[Part]) -> torch.Tensor:
+        """The numbers of a shard, on the CPU."""
+        (part,) = parts
+        return _whole_axes(self._shards[part.key][part.start]).detach().cpu()
+
+
+def _sharded_tensors(model: GPTModel) -> Iterator[ShardedTensor]:
+    """What this process holds of each tensor, as it goes to a distributed checkpoint."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import apply_factories
+
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor):
+            yield value
+
+
+def _whole_axes(shard: ShardedTensor) -> torch.Tensor:
+    """The data with the leading axes that only the whole tensor has."""
+    assert shard.data is not None
+    return shard.data[(None,) * shard.prepend_axis_num]
+
+
+def _shift(start: tuple[int, ...], origin: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a - b for a, b in zip(start, origin, strict=True))
+
+
+def _slices(start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))

@@ -1,0 +1,197 @@
+"""A folder that appears under its name only when it is complete.
+
+It is built beside its final place, part by part, and renamed at the end.  What an interrupted
+conversion has finished is taken up again; after an error nothing is left.
+"""
+
+import fcntl
+import json
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+_SUFFIX = ".incomplete"
+_FINGERPRINT, _LOCK = "source.json", "lock"
+# One reads while the other writes or waits for the disk.
+_NUM_THREADS = 2
+
+
+class Interrupted(Exception):
+    """Another part has failed, or the user has asked to stop."""
+
+
+class Staging:
+    """The folder under construction; a context manager.
+
+    Args:
+        target: Where it goes in the end; missing, or an empty folder.
+        fingerprint: What it is made from.  Finished parts of another source are thrown away.
+        num_bytes: What will be written.
+
+    Raises:
+        ValueError: The target is not empty, or the same conversion runs already.
+        OSError: The folder cannot be made, or the disk has no room.
+    """
+
+    def __init__(self, target: Path, fingerprint: Any, *, num_bytes: int) -> None:
+        self._target = target.absolute()
+        check_target(self._target)
+        self._root = self._target.with_name(self._target.name + _SUFFIX)
+        self._journal = self._root / "journal"
+        self.folder = self._root / "content"
+        self._fingerprint = json.dumps(fingerprint)
+        self._num_bytes = num_bytes
+        self._stop = threading.Event()
+
+    def __enter__(self) -> "Staging":
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._lock = (self._root / _LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ValueError(f"{self._root} is in use: another conversion is writing it.") from error
+        source = self._root / _FINGERPRINT
+        self.resumed = source.is_file() and source.read_text() == self._fingerprint
+        try:
+            if not self.resumed:
+                for leftover in (self.folder, self._journal):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                self._check_room()
+                self._journal.mkdir()
+                self.folder.mkdir()
+                source.write_text(self._fingerprint)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._commit()
+        elif issubclass(kind, Exception):
+            self._discard()
+        self._lock.close()
+
+    def _check_room(self) -> None:
+        free = shutil.disk_usage(self._root).free
+        if free < self._num_bytes:
+            raise OSError(
+                f"{self._target} needs {self._num_bytes / 1e9:.2f} GB, but its disk has "
+                f"{free / 1e9:.2f} GB left. Remedy: make room, or name a folder on another disk."
+            )
+
+    def run(
+        self,
+        work: Callable[[int, Callable[[int], None]], Any],
+        sizes: Sequence[int],
+        *,
+        description: str,
+    ) -> list[Any]:
+        """Do the parts that are not done yet, two at a time, with a progress bar.
+
+        Args:
+            work: Does a part; gets its index and a function to call with the number of bytes done.
+                When it returns, everything is on the disk.
+            sizes: Bytes of each part.
+            description: Words in front of the bar.
+
+        Returns:
+            What ``work`` has returned for each part, now or before an interruption.
+        """
+        markers = [self._journal / f"{index}.done" for index in range(len(sizes))]
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns) as bar:
+            task = bar.add_task(description, total=sum(sizes))
+
+            def advance(num_bytes: int) -> None:
+                if self._stop.is_set():
+                    raise Interrupted
+                bar.advance(task, num_bytes)
+
+            def do(index: int) -> Any:
+                if markers[index].is_file():
+                    advance(sizes[index])
+                    return pickle.loads(markers[index].read_bytes())
+                result = work(index, advance)
+                half = markers[index].with_suffix(".tmp")
+                half.write_bytes(pickle.dumps(result))
+                half.replace(markers[index])
+                return result
+
+            with ThreadPoolExecutor(_NUM_THREADS) as pool:
+                futures = [pool.submit(do, index) for index in range(len(sizes))]
+                try:
+                    wait(futures, return_when=FIRST_EXCEPTION)
+                finally:
+                    if not all(future.done() for future in futures):
+                        self._stop.set()
+                        pool.shutdown(cancel_futures=True)
+            failed = [f.exception() for f in futures if f.done() and not f.cancelled() and f.exception()]
+            for error in failed:
+                if not isinstance(error, Interrupted):
+                    assert error is not None
+                    raise error
+            return [future.result() for future in futures]
+
+    def _commit(self) -> None:
+        for folder, _, files in os.walk(self.folder):
+            for name in (*files, "."):
+                file = os.open(os.path.join(folder, name), os.O_RDONLY)
+                os.fsync(file)
+                os.close(file)
+        if self._target.is_dir():
+            self._target.rmdir()
+        self.folder.rename(self._target)
+        self._discard()
+
+    def _discard(self) -> None:
+        shutil.rmtree(self._root, ignore_errors=True)
+        self._lock.close()
+
+
+def check_target(target: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        ValueError: The target is a file or a folder that is not empty.
+    """
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists():
+        raise ValueError(
+            f"{target} exists and is not an empty folder. Remedy: remove it, or name another one."
+        )
+
+
+def fingerprint_folder(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of every file in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = ((path, path.stat()) for path in files)
+    return [(str(path.relative_to(folder)), s.st_size, s.st_mtime_ns) for path, s in stats]
