@@ -188,6 +188,22 @@ class TrinityConfig(TransformerConfig):
         layers += self.num_dense_layers * dense + self.num_moe_layers * moe
         return 2 * self.vocab_size * d + d + layers
 
+    def _check_pipeline(self) -> None:
+        stages = self.pipeline_model_parallel_size
+        is_uneven = (
+            self.pipeline_model_parallel_layout
+            or self.num_layers_in_first_pipeline_stage
+            or self.num_layers_in_last_pipeline_stage
+            or self.account_for_embedding_in_pipeline_split
+            or self.account_for_loss_in_pipeline_split
+        )
+        if self.num_layers % stages and not is_uneven:
+            raise ValueError(
+                f"num_layers={self.num_layers} is not divisible by pipeline_model_parallel_size="
+                f"{stages}. Remedy: choose --pipeline-model-parallel-size among the divisors of "
+                f"{self.num_layers}, or cut the layers with --pipeline-model-parallel-layout."
+            )
+
     def _check(self) -> None:
         experts, ep = self.num_moe_experts, self.expert_model_parallel_size
         tp, heads, groups = (
@@ -215,6 +231,7 @@ class TrinityConfig(TransformerConfig):
                 f"moe_router_topk={self.moe_router_topk} is not within 1..num_moe_experts="
                 f"{experts}. Remedy: lower --moe-router-topk or raise --num-experts."
             )
+        self._check_pipeline()
         if heads % tp:
             raise ValueError(
                 f"tensor_model_parallel_size={tp} does not divide num_attention_heads={heads}. "

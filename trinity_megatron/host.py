@@ -84,6 +84,9 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stand_in_for_devices() -> None:
+    # `with torch.device("meta")` knows the factories by identity, as it finds them at its first
+    # use: now, or it would miss the real ones that the stand-ins call.
+    torch.utils._device._device_constructors()
     # A literal device="cuda" stands in the optimizer, clip_grads, moe_logging and training.
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))

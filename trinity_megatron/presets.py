@@ -6,6 +6,7 @@ Source of the released numbers: report Table 1 and section 3.4; hub ``config.jso
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -186,16 +187,52 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+# For a checkpoint from elsewhere: a tenth of the peak rates, linearly to zero, as in the context
+# extension of Nano and Mini (report 3.5).  The batch is one to begin with on one machine.
+_CONTINUED = {
+    "seq_length": 4096,
+    "global_batch_size": 8,
+    "micro_batch_size": 1,
+    "lr": 1.0e-4,
+    "min_lr": 0.0,
+    "decoupled_lr": 2.0e-5,
+    "decoupled_min_lr": 0.0,
+    "lr_warmup_iters": 100,
+    "lr_decay_style": "linear",
+}
+
+
 def get_preset(name: str) -> Preset:
-    """Look up a preset.
+    """Look up a preset, or make one of a checkpoint.
+
+    Args:
+        name: A preset, or the folder of a Hugging Face checkpoint or of what ``trinity-megatron
+            convert`` made of one: its model, with a tenth of the peak learning rates.
 
     Raises:
-        ValueError: No preset has this name; the message lists those there are.
+        ValueError: No preset has this name (the message lists those there are), or the checkpoint
+            is no Trinity model.
     """
+    for folder in (Path(name), Path(name, "hf")):
+        if name not in PRESETS and (folder / "config.json").is_file():
+            return _preset_of_checkpoint(folder)
     if name not in PRESETS:
         known = ", ".join(f"{key} ({preset.description})" for key, preset in PRESETS.items())
-        raise ValueError(f"--preset {name!r} is unknown. Remedy: choose one of {known}.")
+        raise ValueError(
+            f"--preset {name!r} is unknown. Remedy: choose one of {known}, or the folder of a "
+            "Hugging Face checkpoint."
+        )
     return PRESETS[name]
+
+
+def _preset_of_checkpoint(folder: Path) -> Preset:
+    from trinity_megatron.checkpoint.hf_config import model_fields_from_hf, read_hf_config
+
+    model = model_fields_from_hf(read_hf_config(folder))
+    balance = _NO_AUX_LOSS if "moe_router_bias_update_rule" in model else _SMEBU
+    training = dict(_CONTINUED)
+    training["seq_length"] = min(training["seq_length"], model["max_position_embeddings"])
+    return Preset(f"the model of {folder}", {**balance, **model}, training)
 
 
 def trinity_preset(name: str, **overrides: Any) -> TrinityConfig:

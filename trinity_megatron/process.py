@@ -1,11 +1,13 @@
-"""Tie a rank to the process that launched it, so that no launcher leaves orphans behind."""
+"""A process of ours: it ends with its launcher, and keeps quiet about optional packages."""
 
 import ctypes
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 
 LAUNCHER_PID_VARIABLE = "TRINITY_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
@@ -34,3 +36,15 @@ def _poll_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def quiet_megatron() -> None:
+    """Silence what Megatron says at import: two dozen warnings about optional packages, and news.
+
+    Call it before anything of Megatron is imported.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)

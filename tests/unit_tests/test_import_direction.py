@@ -23,10 +23,10 @@ LEVELS = {
     "optimizer/newton_schulz": 0,
     "data/*": 0,
     "checkpoint/transforms": 0,
+    "checkpoint/verify_flags": 0,
     "tracking/moe_metrics": 0,
     # 1: parts of the model and of the optimizer.
     "config": 1,
-    "presets": 1,
     "flops": 1,
     "attention": 1,
     "norms": 1,
@@ -40,7 +40,9 @@ LEVELS = {
     "moe/finalize": 1,
     "optimizer/muon": 1,
     "optimizer/param_groups": 1,
+    "checkpoint/hf_config": 1,
     # 2: wiring.
+    "presets": 2,
     "layer_specs": 2,
     "optimizer/builder": 2,
     "checkpoint/*": 2,
@@ -153,7 +155,8 @@ def test_every_folder_is_a_package(folder: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("__init__.py")), ids=lambda p: p.parent.name)
 def test_package_files_import_nothing(path: Path) -> None:
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    # An import inside a function runs when somebody asks for the name.
+    nodes = ast.parse(path.read_text(encoding="utf-8")).body
     assert not [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)], (
         f"{path} has imports: whoever needs one module of the folder would load all of them"
     )

@@ -1,6 +1,6 @@
 """``trinity-megatron convert``: Hugging Face safetensors <-> Megatron ``torch_dist``, streamed.
 
-Memory holds a few tensors at a time; nothing is computed, so both ways together give the same bytes.
+Memory holds a few tensors at a time.  Nothing is computed: there and back are the same bytes.
 """
 
 import argparse
@@ -148,8 +148,8 @@ def hf_to_megatron(hf: Path, megatron: Path) -> None:
         (staging.folder / TRACKER_NAME).write_text(RELEASE)
     _say_done(hf, megatron, sum(sizes), time.monotonic() - begin)
     logger.info(
-        "The momentum of the expert bias (SMEBU) has no name on the Hugging Face side: it starts at "
-        "zero.\nTo train on: trinity-megatron train --preset %s --pretrained-checkpoint %s ...",
+        "The momentum of the expert bias (SMEBU) has no name on the Hugging Face side: it starts "
+        "at zero.\nTo train on: trinity-megatron train --preset %s --pretrained-checkpoint %s ...",
         megatron,
         megatron,
     )
@@ -181,7 +181,7 @@ def megatron_to_hf(
     config = config_from_args(source.args)
     assets = find_assets(megatron)
     if tokenizer is None and assets is None:
-        tokenizer = _tokenizer_of_run(source.args)
+        tokenizer = get_tokenizer_of_run(source.args)
     fingerprint = ["megatron", __version__, fingerprint_folder(source.folder), max_shard_size]
     num_bytes = write_hf(
         source,
@@ -461,7 +461,9 @@ def _headers(tensors: Tensors, assets: Assets | None, max_shard_size: str) -> di
         if known == tensors:
             return assets.headers
     files = split_into_files(tensors, max_shard_size=max_shard_size)
-    return {file: build_header({name: tensors[name] for name in names}) for file, names in files.items()}
+    return {
+        file: build_header({name: tensors[name] for name in names}) for file, names in files.items()
+    }
 
 
 def _write_side_files(
@@ -481,7 +483,9 @@ def _write_side_files(
         ids = write_tokenizer(tokenizer, folder)
     elif assets is None:
         write_generation_config(folder, {})
-    fields = dict(assets.config) if assets is not None else hf_config_from_trinity(config, dtype=dtype)
+    fields = (
+        dict(assets.config) if assets is not None else hf_config_from_trinity(config, dtype=dtype)
+    )
     fields.update(ids)
     stated = "dtype" if "dtype" in fields or "torch_dtype" not in fields else "torch_dtype"
     if str(fields.get(stated)).removeprefix("torch.") != str(dtype).removeprefix("torch."):
@@ -495,7 +499,7 @@ def _write_side_files(
             (folder / INDEX_NAME).write_text(build_index(headers), encoding="utf-8")
 
 
-def _tokenizer_of_run(args: argparse.Namespace) -> Path | None:
+def get_tokenizer_of_run(args: argparse.Namespace) -> Path | None:
     """The tokenizer that a run was trained with.
 
     Raises:

@@ -100,7 +100,9 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Remedy: download it again.") from error
+        raise ValueError(
+            f"{path} is not valid JSON ({error}). Remedy: download it again."
+        ) from error
 
 
 def trinity_config_from_hf(hf: Mapping[str, Any], **overrides: Any) -> TrinityConfig:
@@ -148,9 +150,7 @@ def model_fields_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
         rotary_base=_rope_theta(hf),
     )
     if coefficient := given.get("load_balance_coeff"):
-        fields.update(
-            moe_router_bias_update_rule="sign", moe_router_bias_update_rate=coefficient
-        )
+        fields.update(moe_router_bias_update_rule="sign", moe_router_bias_update_rate=coefficient)
     return fields
 
 

@@ -24,7 +24,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# A file stays mapped while it is read, and what was read counts as memory: open it anew now and then.
+# A file stays mapped while it is read, and what was read counts as memory: it is opened anew.
 _REOPEN_BYTES = 128 * 2**20
 
 
@@ -123,8 +123,8 @@ class HFWeights:
             files = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if missing := [name for name in files if not (self.folder / name).is_file()]:
             raise ValueError(
-                f"{self.folder}: {', '.join(missing)} is named in {INDEX_NAME} but missing. Remedy: "
-                "download it."
+                f"{self.folder}: {', '.join(missing)} is named in {INDEX_NAME} but missing. "
+                "Remedy: download it."
             )
         if not files:
             raise ValueError(
@@ -144,11 +144,12 @@ class HFWeights:
 
 
 class HFReader:
-    """Reads blocks of tensors; memory holds what was read of the current file since it was opened."""
+    """Reads blocks of tensors; memory holds what was read of a file since it was opened."""
 
     def __init__(self, weights: HFWeights) -> None:
         self._weights = weights
-        self._file, self._opened, self._read = "", None, 0
+        self._file, self._read = "", 0
+        self._opened: Any = None
 
     def read(self, block: Block) -> torch.Tensor:
         """The block in Megatron's shape, in the dtype of the file; valid until the next call."""
@@ -157,7 +158,6 @@ class HFReader:
             self._file, self._read = info.file, 0
             self._opened = safe_open(self._weights.folder / info.file, framework="pt")
         self._read += prod(block.hf_shape) * info.dtype.itemsize
-        assert self._opened is not None
         return block.hf_view(self._opened.get_tensor(block.hf_name))
 
 
@@ -176,7 +176,9 @@ def split_into_files(
 
 def build_header(tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> str:
     """The header that the library would write: widest dtype first, then by name."""
-    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, _NAMES[tensors[name][0]], name))
+    order = sorted(
+        tensors, key=lambda name: (-tensors[name][0].itemsize, _NAMES[tensors[name][0]], name)
+    )
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in order:
@@ -195,13 +197,18 @@ def build_header(tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> str:
 
 def build_index(headers: Mapping[str, str]) -> str:
     """``model.safetensors.index.json`` as transformers writes it."""
-    tensors = {n: t for file, header in headers.items() for n, t in parse_header(file, header).items()}
+    tensors = {
+        n: t for file, header in headers.items() for n, t in parse_header(file, header).items()
+    }
     metadata = {
         "total_parameters": sum(prod(info.shape) for info in tensors.values()),
         "total_size": sum(info.num_bytes for info in tensors.values()),
     }
     weight_map = {name: info.file for name, info in tensors.items()}
-    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    return (
+        json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
+        + "\n"
+    )
 
 
 class HFWriter:

@@ -31,7 +31,6 @@ from trinity_megatron.host import enter_host
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.models.gpt import GPTModel
-    from transformers import AfmoeForCausalLM
 
 
 def load_hf_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> GPTModel:
@@ -105,14 +104,14 @@ def save_hf_model(
 
 
 def load_megatron_model(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, **layout: int
+    path: str | Path, *, dtype: torch.dtype = torch.float32, **layout: Any
 ) -> GPTModel:
     """Megatron's model of a ``torch_dist`` checkpoint.
 
     Args:
         path: What ``--save`` was, or the folder of one iteration.
         dtype: Precision of the weights; the expert bias stays in fp32.
-        **layout: Sizes of a parallel layout that is initialised, e.g.
+        **layout: Fields of the config for a parallel layout that is initialised, e.g.
             ``tensor_model_parallel_size=2``; one process without.
 
     Raises:
@@ -137,7 +136,7 @@ def load_transformers_model(
     *,
     assets: Assets | None = None,
     dtype: torch.dtype | None = None,
-) -> AfmoeForCausalLM:
+) -> Any:
     """The same model in transformers, filled from Megatron's tensors.
 
     Args:
@@ -145,6 +144,9 @@ def load_transformers_model(
         config: The model.
         assets: Files of the Hugging Face checkpoint that it all began with.
         dtype: Precision; that of the source if None.
+
+    Returns:
+        transformers' ``AfmoeForCausalLM``.
     """
     from transformers import AfmoeConfig, AfmoeForCausalLM
     from transformers.initialization import no_init_weights

@@ -1,6 +1,6 @@
 """The table: Megatron name <-> Hugging Face name(s) <-> transform.
 
-``*`` in a name is the layer, and ``{e}`` the expert.  Source of the names on the right: transformers
+``*`` in a name is the layer, and ``{e}`` the expert.  Source of Hugging Face's names: transformers
 ``models/afmoe`` and the released checkpoints.
 """
 
@@ -93,9 +93,7 @@ TABLE: tuple[Mapping, ...] = (
         layers="moe",
         keep_fp32=True,
     ),
-    _row(
-        f"{_EXPERTS}linear_fc1.weight", _names(_HF_EXPERT, _GATE_UP), "moe d", rows, layers="moe"
-    ),
+    _row(f"{_EXPERTS}linear_fc1.weight", _names(_HF_EXPERT, _GATE_UP), "moe d", rows, layers="moe"),
     _row(f"{_EXPERTS}linear_fc2.weight", f"{_HF_EXPERT}down_proj.weight", "d moe", layers="moe"),
     _row(
         f"{_SHARED}linear_fc1.weight", _names(_HF_SHARED, _GATE_UP), "shared d", rows, layers="moe"
@@ -196,7 +194,9 @@ def resolve(config: TrinityConfig, *, stacked_experts: bool = False) -> list[Ent
 def resolve_momentum(config: TrinityConfig) -> list[Entry]:
     """The momentum tensors of a model, which no Hugging Face tensor holds."""
     dimensions = get_dimensions(config)
-    return [_entry(mapping, layer, dimensions, config) for mapping, layer in _walk(config, [MOMENTUM])]
+    return [
+        _entry(mapping, layer, dimensions, config) for mapping, layer in _walk(config, [MOMENTUM])
+    ]
 
 
 def resolve_extra_state(config: TrinityConfig) -> list[str]:
@@ -213,9 +213,7 @@ def _has(config: TrinityConfig, layer: int, layers: Layers) -> bool:
     return layers == "all" or (layers == "dense") == (layer < config.num_dense_layers)
 
 
-def _walk(
-    config: TrinityConfig, table: Sequence[Mapping]
-) -> Iterator[tuple[Mapping, int | None]]:
+def _walk(config: TrinityConfig, table: Sequence[Mapping]) -> Iterator[tuple[Mapping, int | None]]:
     """Rows in order, those with ``*`` once for every layer that has them."""
     per_layer = [mapping for mapping in table if "*" in mapping.megatron]
     done = False

@@ -65,7 +65,9 @@ class Staging:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise ValueError(f"{self._root} is in use: another conversion is writing it.") from error
+            raise ValueError(
+                f"{self._root} is in use: another conversion is writing it."
+            ) from error
         source = self._root / _FINGERPRINT
         self.resumed = source.is_file() and source.read_text() == self._fingerprint
         try:
@@ -153,7 +155,9 @@ class Staging:
                     if not all(future.done() for future in futures):
                         self._stop.set()
                         pool.shutdown(cancel_futures=True)
-            failed = [f.exception() for f in futures if f.done() and not f.cancelled() and f.exception()]
+            failed = [
+                f.exception() for f in futures if f.done() and not f.cancelled() and f.exception()
+            ]
             for error in failed:
                 if not isinstance(error, Interrupted):
                     assert error is not None

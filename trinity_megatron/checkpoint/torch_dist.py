@@ -142,8 +142,8 @@ class TorchDistReader:
         args = self.common.get("args")
         if args is None:
             raise ValueError(
-                f"{self.folder} holds no arguments, so the model is not known. Remedy: save it with "
-                "Megatron's own save_checkpoint()."
+                f"{self.folder} holds no arguments, so the model is not known. Remedy: save it "
+                "with Megatron's own save_checkpoint()."
             )
         return args
 
@@ -242,7 +242,9 @@ class TorchDistWriter:
     ) -> None:
         self._folder = folder
         self._objects = {_COMMON_STATE: common, **{f"{k}/shard_0_1": None for k in extra_state}}
-        plans = [SavePlan([_write_item(part, *tensors[part.key]) for part in file]) for file in parts]
+        plans = [
+            SavePlan([_write_item(part, *tensors[part.key]) for part in file]) for file in parts
+        ]
         objects = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
         plans.append(SavePlan(objects))
         plans, self._metadata = create_default_global_save_plan(plans)
@@ -306,4 +308,3 @@ class _Resolve(DefaultSavePlanner):
         assert self._read is not None and write_item.tensor_data is not None
         chunk = write_item.tensor_data.chunk
         return self._read(Part(write_item.index.fqn, tuple(chunk.offsets), tuple(chunk.sizes)))
-

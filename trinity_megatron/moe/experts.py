@@ -43,9 +43,29 @@ def grouped_swiglu_experts(
     Source: report eq 15.
     """
     ends = torch.cumsum(tokens_per_expert, dim=0, dtype=torch.int32).to(hidden_states.device)
+    num_columns = hidden_states.shape[-1]
+    if not _is_aligned(fc1) or not _is_aligned(fc2):
+        hidden_states, fc1, fc2 = _align(hidden_states, fc1, fc2)
     gate, up = F.grouped_mm(hidden_states, fc1.transpose(1, 2), offs=ends).chunk(2, dim=-1)
     activation = F.silu(gate) * up * probs.unsqueeze(-1).to(gate.dtype)
-    return F.grouped_mm(activation, fc2.transpose(1, 2), offs=ends)
+    return F.grouped_mm(activation, fc2.transpose(1, 2), offs=ends)[:, :num_columns]
+
+
+def _is_aligned(weight: torch.Tensor) -> bool:
+    return weight.shape[-1] * weight.itemsize % 16 == 0
+
+
+def _align(
+    hidden_states: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fill up with zeros, for ``grouped_mm`` wants rows of a multiple of 16 bytes.
+
+    No released model needs it: their sizes are multiples of 256.
+    """
+    step = 16 // fc1.itemsize
+    d, ffn = (-fc2.shape[1] % step, -fc2.shape[2] % step)
+    gate_and_up = F.pad(fc1.unflatten(1, (2, -1)), (0, d, 0, ffn)).flatten(1, 2)
+    return F.pad(hidden_states, (0, d)), gate_and_up, F.pad(fc2, (0, ffn, 0, d))
 
 
 class _StackedLinear(torch.nn.Module):

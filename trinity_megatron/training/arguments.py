@@ -98,7 +98,11 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     """Add our flags; let ``--preset``, ``--data``, ``--out`` and the host set the defaults."""
     group = parser.add_argument_group(title="trinity")
     known = ", ".join(f"{name}: {preset.description}" for name, preset in PRESETS.items())
-    group.add_argument("--preset", default="tiny", help=f"Model and recipe. {known}.")
+    group.add_argument(
+        "--preset",
+        default="tiny",
+        help=f"Model and recipe. {known}; or the folder of a Hugging Face checkpoint.",
+    )
     group.add_argument("--data", help="Folder made by trinity-megatron prepare-data.")
     group.add_argument("--out", help="Folder of the run: checkpoints, logs, pictures.")
     group.add_argument(
@@ -244,10 +248,39 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     _fit_schedule(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)
+    _check_checkpoints(args)
     if manifest is not None and args.load:
         check_checkpoint_vocabulary(args.load, manifest)
+    if args.preset not in PRESETS and args.padded_vocab_size is None:
+        args.padded_vocab_size = _vocabulary_of_checkpoint(args, manifest)
     # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.
     args.moe_layer_freq = [int(layer >= args.num_dense_layers) for layer in range(args.num_layers)]
+
+
+def _check_checkpoints(args: argparse.Namespace) -> None:
+    """Refuse to start from random weights where a checkpoint was asked for."""
+    starts = {"--pretrained-checkpoint": args.pretrained_checkpoint}
+    if args.load != args.save:  # a run's own folder may be empty yet
+        starts["--load"] = args.load
+    for flag, folder in starts.items():
+        if folder and not Path(folder, "latest_checkpointed_iteration.txt").is_file():
+            raise ValueError(
+                f"{flag} {folder} holds no checkpoint (no latest_checkpointed_iteration.txt). "
+                "Remedy: name what --save was, or what trinity-megatron convert --to-megatron made."
+            )
+
+
+def _vocabulary_of_checkpoint(args: argparse.Namespace, manifest: DataManifest | None) -> int:
+    """Rows of the embedding of the checkpoint that ``--preset`` names, even over the ranks."""
+    vocab_size = get_preset(args.preset).model["vocab_size"]
+    if manifest is not None and manifest.vocab_size > vocab_size:
+        raise ValueError(
+            f"--data {args.data} has a vocabulary of {manifest.vocab_size} tokens, --preset "
+            f"{args.preset} one of {vocab_size}. Remedy: trinity-megatron prepare-data --tokenizer "
+            "with the tokenizer of the checkpoint."
+        )
+    tp = args.tensor_model_parallel_size
+    return -(-vocab_size // tp) * tp
 
 
 def _fit_micro_batch(args: argparse.Namespace, world_size: int) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from functools import partial
+from pathlib import Path
 
 from trinity_megatron.host import enter_host
 
@@ -20,6 +21,7 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain, training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
+from trinity_megatron.checkpoint.hf_assets import inherit_assets  # noqa: E402
 from trinity_megatron.data.dataset import load_manifest  # noqa: E402
 from trinity_megatron.moe.finalize import observe_bias_updates  # noqa: E402
 from trinity_megatron.optimizer.builder import register_muon  # noqa: E402
@@ -43,6 +45,10 @@ def main() -> None:
     args = parse_trinity_args()
     if args.data and args.save and args.rank == 0:
         stamp_vocabulary(args.save, load_manifest(args.data))
+    if args.save and args.rank == 0:
+        for start in (args.load, args.pretrained_checkpoint):
+            if start and start != args.save:
+                inherit_assets(Path(start), Path(args.save))
     observe_bias_updates(log_bias_update)
     config = model_config_from_args(args)
     trained: list = []

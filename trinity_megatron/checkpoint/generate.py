@@ -1,0 +1,66 @@
+"""``trinity-megatron generate``: continue a prompt with the model of a Megatron checkpoint.
+
+The weights go from the checkpoint into transformers' model in memory, whose generation (cache,
+sampling, devices) is used as it is; the table of the conversion makes that exact.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trinity_megatron.checkpoint.convert import config_from_args, get_tokenizer_of_run
+from trinity_megatron.checkpoint.hf_assets import find_assets
+from trinity_megatron.checkpoint.model import load_transformers_model
+from trinity_megatron.checkpoint.torch_dist import TorchDistReader
+
+
+def generate(
+    load: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    tokenizer: Path | None = None,
+) -> str:
+    """Continue a prompt.
+
+    Args:
+        load: What ``--save`` was, or the folder of one iteration.
+        prompt: The text to continue.
+        max_new_tokens: Length of the continuation in tokens; it ends before at an end of text.
+        temperature: 0 takes the likeliest token.
+        tokenizer: Folder of the tokenizer; that of the run if None.
+
+    Returns:
+        The continuation, without the prompt.
+
+    Raises:
+        ValueError: The checkpoint or its tokenizer is missing or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    source = TorchDistReader(load)
+    assets = find_assets(load)
+    folder = tokenizer or (assets.folder if assets else get_tokenizer_of_run(source.args))
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{load} has no tokenizer. Remedy: --tokenizer DIR.")
+    encoder: Any = AutoTokenizer.from_pretrained(folder)
+    tokens = encoder(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    if not tokens.numel():
+        raise ValueError(f"--prompt {prompt!r} has no tokens. Remedy: give some text.")
+    model = load_transformers_model(source, config_from_args(source.args), assets=assets)
+    if torch.cuda.is_available():
+        model = model.cuda()
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature:
+        sampling["temperature"] = temperature
+    output = model.generate(
+        tokens.to(model.device),
+        attention_mask=torch.ones_like(tokens, device=model.device),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=encoder.eos_token_id,
+        pad_token_id=encoder.eos_token_id,
+        **sampling,
+    )
+    return encoder.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
