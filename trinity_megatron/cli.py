@@ -1,4 +1,4 @@
-"""The command line: ``trinity-megatron prepare-data | train | gpu-check``."""
+"""The command line: ``trinity-megatron prepare-data | train | convert | ... ``."""
 
 import argparse
 import logging
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trinity_megatron import __version__
+from trinity_megatron.checkpoint.verify_flags import add_verify_flags
+from trinity_megatron.process import quiet_megatron
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
@@ -52,6 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_prepare_data(commands)
     _add_train(commands)
+    _add_convert(commands)
+    _add_verify(commands)
+    _add_generate(commands)
     _add_gpu_check(commands)
     return parser
 
@@ -75,7 +80,17 @@ def _add_prepare_data(commands: argparse._SubParsersAction) -> None:
         "(default: Python's standard library)",
     )
     parser.add_argument(
-        "--vocab-size", type=int, default=4096, metavar="N", help="number of tokens (%(default)s)"
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="number of tokens of the tokenizer that is trained (4096)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="folder of a Hugging Face tokenizer, such as a released model's, to use instead of "
+        "training one",
     )
     parser.add_argument(
         "--validation-fraction",
@@ -110,6 +125,66 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=_train, takes_further_flags=True)
 
 
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="Hugging Face checkpoint <-> Megatron checkpoint",
+        description="Convert between a Hugging Face checkpoint (safetensors) and a Megatron one "
+        "(torch_dist, for any parallel layout).  Memory holds a few tensors.  Interrupted, it goes "
+        "on where it was when started again.",
+        allow_abbrev=False,
+    )
+    for flag, words in (
+        ("--from-hf", "Hugging Face checkpoint to read"),
+        ("--to-megatron", "Megatron checkpoint to write"),
+        ("--from-megatron", "Megatron checkpoint to read: what --save was, or one iteration"),
+        ("--to-hf", "Hugging Face checkpoint to write"),
+        ("--tokenizer", "tokenizer for --to-hf (default: that of the run)"),
+    ):
+        parser.add_argument(flag, type=Path, metavar="DIR", help=words)
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest weight file for --to-hf (%(default)s)",
+    )
+    parser.set_defaults(command=_convert, takes_further_flags=False)
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="compare a Megatron checkpoint with a Hugging Face one",
+        description="Run transformers and Megatron on the same tokens in fp32 and compare logits, "
+        "hidden states and routing.  Exit code 1 beyond the tolerance.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks (%(default)s)")
+    add_verify_flags(parser)
+    parser.set_defaults(command=_verify, takes_further_flags=False)
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt with the model of a Megatron checkpoint.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--load", required=True, type=Path, metavar="DIR", help="checkpoint")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="at most (%(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="tokenizer (default: that of the run)"
+    )
+    parser.set_defaults(command=_generate, takes_further_flags=False)
+
+
 def _add_gpu_check(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "gpu-check",
@@ -122,13 +197,19 @@ def _add_gpu_check(commands: argparse._SubParsersAction) -> None:
 
 
 def _prepare_data(args: argparse.Namespace, others: Sequence[str]) -> int:
+    if args.tokenizer is not None and args.vocab_size is not None:
+        raise ValueError(
+            f"--vocab-size {args.vocab_size} does not go with --tokenizer {args.tokenizer}, which "
+            "has its own vocabulary; leave out --vocab-size, or leave out --tokenizer to train one"
+        )
     from trinity_megatron.data.dataset import prepare_data
 
     manifest = prepare_data(
         args.out,
         args.source,
-        vocab_size=args.vocab_size,
+        vocab_size=4096 if args.vocab_size is None else args.vocab_size,
         validation_fraction=args.validation_fraction,
+        tokenizer=args.tokenizer,
     )
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
         print(f"{args.out} {name}: {split.documents:,} documents, {split.tokens:,} tokens")
@@ -141,6 +222,52 @@ def _train(args: argparse.Namespace, others: Sequence[str]) -> int:
     return launcher.train(
         others, preset=args.preset, data=args.data, out=args.out, nproc=args.nproc
     )
+
+
+def _convert(args: argparse.Namespace, others: Sequence[str]) -> int:
+    to_megatron = (args.from_hf, args.to_megatron)
+    to_hf = (args.from_megatron, args.to_hf)
+    if all(to_megatron) == all(to_hf) or any(to_megatron) == any(to_hf):
+        raise ValueError(
+            "convert takes either --from-hf DIR --to-megatron DIR or --from-megatron DIR --to-hf "
+            "DIR."
+        )
+    quiet_megatron()
+    from trinity_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+
+    if all(to_megatron):
+        hf_to_megatron(*to_megatron)
+    else:
+        megatron_to_hf(*to_hf, tokenizer=args.tokenizer, max_shard_size=args.max_shard_size)
+    return 0
+
+
+def _verify(args: argparse.Namespace, others: Sequence[str]) -> int:
+    from trinity_megatron import launcher
+
+    num_devices = launcher.count_cuda_devices()
+    ranks = launcher.choose_num_ranks(args.nproc, num_devices)
+    module = "trinity_megatron.checkpoint.verify"
+    flags = []
+    for name, value in vars(args).items():
+        if name not in ("nproc", "command", "takes_further_flags") and value is not None:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    return launcher.launch(flags, num_ranks=ranks, cuda=num_devices > 0, module=module)
+
+
+def _generate(args: argparse.Namespace, others: Sequence[str]) -> int:
+    quiet_megatron()
+    from trinity_megatron.checkpoint.generate import generate
+
+    text = generate(
+        args.load,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        tokenizer=args.tokenizer,
+    )
+    print(args.prompt + text)
+    return 0
 
 
 def _gpu_check(args: argparse.Namespace, others: Sequence[str]) -> int:

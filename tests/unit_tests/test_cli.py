@@ -92,3 +92,17 @@ def test_prepare_data_makes_data_that_train_accepts(
     assert code == 0, printed.err
     assert f"{out} train: " in printed.out and f"{out} validation: " in printed.out
     check_data(str(out))
+    again, tokenizer = tmp_path / "again", out / "tokenizer"
+    command = ["prepare-data", "--out", str(again), "--source", str(source)]
+    assert main([*command, "--tokenizer", str(tokenizer)]) == 0
+    assert (again / "train.bin").read_bytes() == (out / "train.bin").read_bytes()
+
+
+def test_a_given_tokenizer_has_its_own_vocabulary_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["prepare-data", "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path)]
+    assert main([*command, "--vocab-size", "4096"]) == 2
+    err = capsys.readouterr().err
+    assert "--vocab-size 4096 does not go with --tokenizer" in err and "leave out" in err
+    assert list(tmp_path.iterdir()) == []

@@ -39,10 +39,14 @@ from trinity_megatron.data.manifest import (
     sync_file,
 )
 from trinity_megatron.data.tokenizer import (
+    END_OF_TEXT,
     PRE_TOKENIZER_VERSION,
+    GivenTokenizer,
     check_vocab_size,
+    copy_tokenizer,
     encode_documents,
     get_eod_id,
+    load_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )
@@ -61,7 +65,6 @@ logger = logging.getLogger(__name__)
 MIN_SPLIT_TOKENS = 2048
 _SPLITS = ("train", "validation")
 _DATA_FILES = [f"{split}{suffix}" for split in _SPLITS for suffix in (".bin", ".idx")]
-_TOKENIZER_FILES = ["tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
 # Everything that may lie in a folder of ours, Megatron's index cache beside the data included.
 _OWN_NAMES = {*_DATA_FILES, "tokenizer", MANIFEST_NAME, f".{MANIFEST_NAME}.tmp", "cache"}
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 4 * 2**20
@@ -95,8 +98,9 @@ def prepare_data(
     *,
     vocab_size: int = 4096,
     validation_fraction: float = 0.05,
+    tokenizer: Path | None = None,
 ) -> DataManifest:
-    """Train a tokenizer on a corpus and write the corpus as Megatron's indexed data.
+    """Write a corpus as Megatron's indexed data, with a tokenizer trained on it or a given one.
 
     The folder appears whole or not at all. A whole folder made from the same inputs is kept as it
     is; a half-written one is replaced.
@@ -106,36 +110,42 @@ def prepare_data(
             ``tokenizer/`` and ``manifest.json``.
         sources: Text and source code files, ``.jsonl`` and ``.parquet`` files with a ``text``,
             and folders of them. Without any, Python's standard library.
-        vocab_size: Number of tokens.
+        vocab_size: Number of tokens of the tokenizer to train; without effect on a given one.
         validation_fraction: Share of the distinct documents that goes to validation; more if that
             is fewer than one document or ``MIN_SPLIT_TOKENS`` tokens.
+        tokenizer: Folder of a Hugging Face tokenizer to use as it is, such as a released model's.
+            Its ``eos_token`` ends every document. Without it a tokenizer is trained.
 
     Raises:
         ValueError: If an argument or a source is unusable, the corpus is too small to split or to
             fill the vocabulary, or ``out`` holds other data.
     """
-    check_vocab_size(vocab_size)
+    if tokenizer is None:
+        check_vocab_size(vocab_size)
     if not 0 < validation_fraction < 1:
         raise ValueError(
             f"validation_fraction {validation_fraction} is not between 0 and 1; 0.05 is usual"
         )
     out = Path(out).resolve()
     _check_out(out)
+    given = None if tokenizer is None else _load_given(tokenizer, out)
     files, skipped = find_files(sources, exclude=out)
     hashes = sorted((file.name, hash_file(file.path)) for file in files)
     inputs = DataInputs(
-        vocab_size=int(vocab_size),
+        vocab_size=int(vocab_size) if given is None else given.vocab_size,
         validation_fraction=float(validation_fraction),
         min_split_tokens=MIN_SPLIT_TOKENS,
         pre_tokenizer=PRE_TOKENIZER_VERSION,
         sources=tuple(hashes),
+        tokenizer=None if given is None else given.fingerprint,
+        eos_token=None if given is None else given.eos_token,
     )
     existing = _find_existing(out, inputs)
     if existing is not None:
         return existing
     with _locked(out):
         # Another process may have finished the same while this one waited.
-        return _find_existing(out, inputs) or _build(out, inputs, files, skipped)
+        return _find_existing(out, inputs) or _build(out, inputs, files, skipped, given)
 
 
 def unigram_entropy(counts: Sequence[int] | np.ndarray) -> float:
@@ -193,15 +203,29 @@ def select_validation(
     return group < max(by_bytes, min(by_share, len(distinct) - 1))
 
 
+def _load_given(folder: Path, out: Path) -> GivenTokenizer:
+    folder = Path(folder).resolve()
+    if folder.is_relative_to(out):
+        raise ValueError(
+            f"tokenizer {folder} lies inside out {out}, which is written anew; pass --tokenizer "
+            "with the folder it came from or a copy elsewhere, or pass another --out"
+        )
+    return load_tokenizer(folder)
+
+
 def _build(
-    out: Path, inputs: DataInputs, files: list[SourceFile], skipped: list[Skipped]
+    out: Path,
+    inputs: DataInputs,
+    files: list[SourceFile],
+    skipped: list[Skipped],
+    given: GivenTokenizer | None,
 ) -> DataManifest:
     _remove_half_written(out)
     corpus = _scan(files, skipped)
     building = out.with_name(f"{_building_prefix(out)}{uuid.uuid4().hex}")
     building.mkdir()
     try:
-        manifest = _write(building, inputs, corpus)
+        manifest = _write(building, inputs, corpus, given)
         for file in files:
             if not is_unchanged(file):
                 raise ValueError(f"source {file.path} changed while it was read; run again")
@@ -231,15 +255,17 @@ def _report_skipped(skipped: Sequence[Skipped]) -> None:
         logger.warning("left out %d: %s (first: %s)", count, reason, first)
 
 
-def _write(folder: Path, inputs: DataInputs, corpus: _Corpus) -> DataManifest:
+def _write(
+    folder: Path, inputs: DataInputs, corpus: _Corpus, given: GivenTokenizer | None
+) -> DataManifest:
     """Write tokenizer and splits; validation grows until it holds enough tokens."""
     min_bytes = MIN_SPLIT_TOKENS  # a token covers a byte or more
     while True:
         is_validation = select_validation(
             corpus.keys, corpus.sizes, fraction=inputs.validation_fraction, min_bytes=min_bytes
         )
-        tokenizer = _train(corpus, is_validation, inputs.vocab_size)
-        train, validation = _encode(folder, tokenizer, corpus, is_validation)
+        tokenizer = given.tokenizer if given else _train(corpus, is_validation, inputs.vocab_size)
+        train, validation = _encode(folder, inputs, tokenizer, corpus, is_validation)
         if validation.tokens >= MIN_SPLIT_TOKENS:
             break
         logger.info("%d validation tokens are too few; holding out more", validation.tokens)
@@ -249,14 +275,18 @@ def _write(folder: Path, inputs: DataInputs, corpus: _Corpus) -> DataManifest:
             f"sources leave {train.tokens} tokens for training, fewer than {MIN_SPLIT_TOKENS}; add "
             "documents, or cut the text into several"
         )
-    save_tokenizer(tokenizer, folder / "tokenizer")
-    names = [*_DATA_FILES, *_TOKENIZER_FILES]
+    if given is None:
+        save_tokenizer(tokenizer, folder / "tokenizer")
+    else:
+        copy_tokenizer(given, folder / "tokenizer")
+    tokenizer_files = sorted(path.name for path in (folder / "tokenizer").iterdir())
+    names = [*_DATA_FILES, *(f"tokenizer/{name}" for name in tokenizer_files)]
     for name in names:
         sync_file(folder / name)
     return DataManifest(
         path=folder,
         inputs=inputs,
-        eod_id=get_eod_id(tokenizer),
+        eod_id=get_eod_id(tokenizer, inputs.eos_token or END_OF_TEXT),
         tokenizer_fingerprint=hash_file(folder / "tokenizer" / "tokenizer.json"),
         train=train,
         validation=validation,
@@ -280,14 +310,19 @@ def _train(corpus: _Corpus, is_validation: np.ndarray, vocab_size: int) -> Token
 
 
 def _encode(
-    folder: Path, tokenizer: Tokenizer, corpus: _Corpus, is_validation: np.ndarray
+    folder: Path,
+    inputs: DataInputs,
+    tokenizer: Tokenizer,
+    corpus: _Corpus,
+    is_validation: np.ndarray,
 ) -> tuple[SplitSummary, SplitSummary]:
-    vocab_size = tokenizer.get_vocab_size()
-    writers = [_SplitWriter(folder / split, vocab_size) for split in _SPLITS]
+    eos_token = inputs.eos_token or END_OF_TEXT
+    writers = [_SplitWriter(folder / split, inputs.vocab_size) for split in _SPLITS]
     rows = zip(corpus.documents(), is_validation, corpus.sizes, strict=True)
     with _progress("Encoding", int(corpus.sizes.sum())) as advance:
         for batch in _batches(rows):
-            encoded = encode_documents(tokenizer, [document.text for document, _, _ in batch])
+            texts = [document.text for document, _, _ in batch]
+            encoded = encode_documents(tokenizer, texts, eos_token=eos_token)
             for (_, held_out, size), ids in zip(batch, encoded, strict=True):
                 writers[int(held_out)].add(ids, int(size))
                 advance(int(size))
@@ -328,7 +363,7 @@ class _SplitWriter:
         """Append a document, its end-of-text token included."""
         tokens = np.array(ids, dtype=self._dtype)
         self._builder.add_document(tokens, [len(ids)])
-        self._counts += np.bincount(tokens, minlength=len(self._counts))
+        np.add.at(self._counts, tokens, 1)  # bincount would cost the vocabulary per document
         self._documents += 1
         self._bytes += num_bytes
 

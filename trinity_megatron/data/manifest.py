@@ -28,6 +28,8 @@ class DataInputs:
         min_split_tokens: The fewest tokens of a split.
         pre_tokenizer: Version of the pre-tokenisation.
         sources: Name and SHA-256 of every source file, sorted.
+        tokenizer: SHA-256 of the ``tokenizer.json`` that was given; None if one was trained.
+        eos_token: The token by which the given tokenizer ends a document; None if one was trained.
     """
 
     vocab_size: int
@@ -35,21 +37,37 @@ class DataInputs:
     min_split_tokens: int
     pre_tokenizer: str
     sources: tuple[tuple[str, str], ...]
+    tokenizer: str | None = None
+    eos_token: str | None = None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The fields by name, without those that are None: earlier releases lack these."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def fingerprint(self) -> str:
         """Content address: equal exactly when the prepared data are equal."""
-        content = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, sort_keys=True)
+        content = json.dumps({"format_version": FORMAT_VERSION, **self.values}, sort_keys=True)
         return hashlib.sha256(content.encode("ascii")).hexdigest()
 
     def differences(self, other: "DataInputs") -> list[str]:
         """What differs in ``other``, in words; empty if nothing does."""
         mine, theirs = asdict(self), asdict(other)
+        in_words = ("sources", "tokenizer", "eos_token")
         lines = [
             f"{name} {mine[name]} -> {theirs[name]}"
             for name in mine
-            if name != "sources" and mine[name] != theirs[name]
+            if name not in in_words and mine[name] != theirs[name]
         ]
+        if self.tokenizer != other.tokenizer:
+            old_words, new_words = (
+                "trained on the sources" if digest is None else f"given (SHA-256 {digest[:12]})"
+                for digest in (self.tokenizer, other.tokenizer)
+            )
+            lines.append(f"tokenizer {old_words} -> {new_words}")
+        if None not in (self.eos_token, other.eos_token) and self.eos_token != other.eos_token:
+            lines.append(f"eos_token {self.eos_token!r} -> {other.eos_token!r}")
         old, new = set(self.sources), set(other.sources)
         old_names, new_names = {name for name, _ in old - new}, {name for name, _ in new - old}
         for words, names in (
@@ -172,6 +190,7 @@ def save_manifest(manifest: DataManifest) -> None:
         "format_version": FORMAT_VERSION,
         "fingerprint": manifest.fingerprint,
         **{name: value for name, value in asdict(manifest).items() if name != "path"},
+        "inputs": manifest.inputs.values,
     }
     temporary = manifest.path / f".{MANIFEST_NAME}.tmp"
     temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -1,19 +1,32 @@
-"""Trinity's tokenizer trained from scratch: byte-level BPE behind Trinity's pre-tokenisation.
+"""The tokenizer: Trinity's trained from scratch, or one that a released model brings along.
+
+The trained one is byte-level BPE behind Trinity's pre-tokenisation.
 
 Source: report section 2 (tokenizer); the patterns follow llama.cpp's port,
 ``LLAMA_VOCAB_PRE_TYPE_AFMOE``.
 """
 
+import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from trinity_megatron.data.corpus import hash_file
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 256 + 1  # every byte, and the end-of-text token
 # Part of the dataset's content address: count it up with any change to what is encoded how.
 PRE_TOKENIZER_VERSION = "trinity-1"
+
+_TOKENIZER, _CONFIG = "tokenizer.json", "tokenizer_config.json"
+# What a model's folder holds besides its tokenizer: weights and their index, code, model, papers.
+_FOREIGN_NAMES = {"config.json", "generation_config.json"}
+_FOREIGN_STEMS = {"README", "LICENSE"}
+_FOREIGN_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".py")
 
 # A run of digits is isolated, then cut from the right: the one or two digits too many in front,
 # then threes. One pattern with a look-ahead would be quadratic in the length of the run.
@@ -47,6 +60,31 @@ _MAIN_PATTERN = "|".join(
         r"\s+",
     )
 )
+
+
+@dataclass(frozen=True)
+class GivenTokenizer:
+    """A tokenizer that was made elsewhere.
+
+    Attributes:
+        folder: Where it lies.
+        tokenizer: What encodes, with neither truncation nor padding.
+        eos_token: The token that ends every document.
+        fingerprint: SHA-256 of ``tokenizer.json``.
+        files: Names of the files that belong to it.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    eos_token: str
+    fingerprint: str
+    files: tuple[str, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, the added ones and unused ids below the highest included."""
+        highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        return max(self.tokenizer.get_vocab_size(with_added_tokens=True), highest + 1)
 
 
 def get_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
@@ -107,22 +145,84 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def get_eod_id(tokenizer: Tokenizer) -> int:
+def load_tokenizer(folder: Path) -> GivenTokenizer:
+    """Load a Hugging Face tokenizer to encode documents with.
+
+    Args:
+        folder: Holds ``tokenizer.json`` and ``tokenizer_config.json``, as a released model's does.
+
+    Raises:
+        ValueError: If one of them is missing or unusable, or the end-of-text token is not in the
+            vocabulary or not kept apart from ordinary text.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"tokenizer {folder} is not an existing folder; pass --tokenizer with the folder that "
+            f"holds {_TOKENIZER} and {_CONFIG}, such as that of a downloaded model"
+        )
+    content = _read(folder, _TOKENIZER)
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(
+            f"tokenizer {folder}: {_TOKENIZER} cannot be loaded ({error}); copy or download it "
+            "again, or save it with a release of `tokenizers` not newer than the installed one"
+        ) from error
+    eos_token = _read_eos_token(folder)
+    if tokenizer.token_to_id(eos_token) is None:
+        raise ValueError(
+            f"tokenizer {folder}: eos_token {eos_token!r} of {_CONFIG} is not in the vocabulary "
+            f"of {_TOKENIZER}; set eos_token to a token of the vocabulary"
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # transformers takes it for special even where tokenizer.json does not; the id stays.
+    tokenizer.add_special_tokens([eos_token])
+    given = GivenTokenizer(
+        folder=folder,
+        tokenizer=tokenizer,
+        eos_token=eos_token,
+        fingerprint=hashlib.sha256(content).hexdigest(),
+        files=tuple(sorted(path.name for path in folder.iterdir() if _belongs(path))),
+    )
+    _check_end_is_kept_apart(given)
+    return given
+
+
+def copy_tokenizer(given: GivenTokenizer, folder: Path) -> None:
+    """Copy the files of a tokenizer unchanged into a new folder.
+
+    Raises:
+        ValueError: If they are no longer those that were loaded.
+    """
+    folder.mkdir()
+    for name in given.files:
+        shutil.copyfile(given.folder / name, folder / name)
+    copied = (hash_file(folder / _TOKENIZER), _read_eos_token(folder))
+    if copied != (given.fingerprint, given.eos_token):
+        raise ValueError(f"tokenizer {given.folder} changed while it was read; run again")
+
+
+def get_eod_id(tokenizer: Tokenizer, eos_token: str = END_OF_TEXT) -> int:
     """Id of the token that ends every document."""
-    eod_id = tokenizer.token_to_id(END_OF_TEXT)
-    assert eod_id is not None, f"{END_OF_TEXT} is not in the vocabulary"
+    eod_id = tokenizer.token_to_id(eos_token)
+    assert eod_id is not None, f"{eos_token} is not in the vocabulary"
     return eod_id
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Encode documents, each ended by the end-of-text token.
+def encode_documents(
+    tokenizer: Tokenizer, texts: Sequence[str], *, eos_token: str = END_OF_TEXT
+) -> list[list[int]]:
+    """Encode documents, each ended by the end-of-text token and without other special tokens.
 
     The words ``<|endoftext|>`` inside a text are encoded as ordinary characters: only the end of
     a document ends it.
     """
-    eod_id = get_eod_id(tokenizer)
+    eod_id = get_eod_id(tokenizer, eos_token)
     tokenizer.encode_special_tokens = True
-    return [[*encoding.ids, eod_id] for encoding in tokenizer.encode_batch_fast(list(texts))]
+    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [[*encoding.ids, eod_id] for encoding in encodings]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -130,7 +230,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     ``HuggingFaceTokenizer`` load without a network.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / _TOKENIZER))
     config = {
         # Known to transformers 4 and 5 alike.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -140,5 +240,58 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         # Would otherwise drop spaces before punctuation when decoding.
         "clean_up_tokenization_spaces": False,
     }
-    path = folder / "tokenizer_config.json"
+    path = folder / _CONFIG
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _belongs(path: Path) -> bool:
+    """Whether a file of a model's folder is one of its tokenizer; links count as their target."""
+    return (
+        path.is_file()
+        and not path.name.startswith(".")
+        and path.name not in _FOREIGN_NAMES
+        and path.name.partition(".")[0].upper() not in _FOREIGN_STEMS
+        and not path.name.lower().endswith(_FOREIGN_SUFFIXES)
+    )
+
+
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"tokenizer {folder}: {name} cannot be read ({error.strerror}); pass --tokenizer with "
+            f"a folder that holds {_TOKENIZER} and {_CONFIG}"
+        ) from error
+
+
+def _read_eos_token(folder: Path) -> str:
+    """The end-of-text token, given as a string or as an added token with its properties."""
+    try:
+        config = json.loads(_read(folder, _CONFIG).decode("utf-8"))
+        eos_token = config.get("eos_token")
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(
+            f"tokenizer {folder}: {_CONFIG} is not a JSON object ({error}); copy or download it "
+            "again"
+        ) from error
+    if isinstance(eos_token, dict):
+        eos_token = eos_token.get("content")
+    if not isinstance(eos_token, str) or not eos_token:
+        raise ValueError(
+            f"tokenizer {folder}: {_CONFIG} names no eos_token ({eos_token!r}), which ends every "
+            'document; add it, for example "eos_token": "<|endoftext|>"'
+        )
+    return eos_token
+
+
+def _check_end_is_kept_apart(given: GivenTokenizer) -> None:
+    """Check that the characters of the end-of-text token in a text do not become that token."""
+    token = given.eos_token
+    [ids] = encode_documents(given.tokenizer, [f"{token} a{token}"], eos_token=token)
+    if ids[-1] in ids[:-1]:
+        raise ValueError(
+            f"tokenizer {given.folder}: the characters {token!r} inside a text become the "
+            "end-of-text token; set eos_token to a token that no text contains, or use a "
+            "byte-level BPE tokenizer"
+        )

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sysconfig
 import time
 from collections import Counter
@@ -24,7 +25,7 @@ from trinity_megatron.data.dataset import (
     select_validation,
     unigram_entropy,
 )
-from trinity_megatron.data.tokenizer import train_tokenizer
+from trinity_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 
 VOCAB_SIZE = 300
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -310,6 +311,140 @@ def test_a_vocabulary_that_cannot_be_filled_leaves_nothing_behind(source, out):
     with pytest.raises(ValueError, match="vocab_size 200 is too small"):
         prepare(out, source, vocab_size=200)
     assert [path.name for path in out.parent.iterdir()] == [".out.lock"]
+
+
+END = "<|end_of_document|>"
+
+
+@pytest.fixture(scope="module")
+def trained(texts):
+    return train_tokenizer(texts, vocab_size=VOCAB_SIZE)
+
+
+@pytest.fixture
+def model(trained, tmp_path):
+    """A model's folder whose tokenizer was trained here."""
+    folder = tmp_path / "model"
+    save_tokenizer(trained, folder)
+    (folder / "config.json").write_text('{"model_type": "afmoe"}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+@pytest.fixture
+def model_with_added_end(trained, model):
+    """The same with an end-of-text token that is no part of the BPE vocabulary."""
+    tokenizer = Tokenizer.from_str(trained.to_str())
+    tokenizer.add_special_tokens([END])
+    tokenizer.save(str(model / "tokenizer.json"))
+    path = model / "tokenizer_config.json"
+    token = {"__type": "AddedToken", "content": END, "special": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": token}))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["model", "model_with_added_end"])
+def test_a_given_tokenizer_is_used_as_it_is(source, out, texts, kind, request, monkeypatch):
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    folder = request.getfixturevalue(kind)
+    (source / "ends.txt").write_text(f"a {END} b{END}")
+
+    manifest = prepare(out, source, tokenizer=folder)
+
+    names = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in manifest.tokenizer_path.iterdir()) == names
+    for name in names:
+        content = (folder / name).read_bytes()
+        assert (manifest.tokenizer_path / name).read_bytes() == content
+        assert manifest.files[f"tokenizer/{name}"] == len(content)
+    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    assert manifest.tokenizer_fingerprint == manifest.inputs.tokenizer == digest
+    assert manifest == load_manifest(out)
+
+    def refuse(*_):
+        raise AssertionError("the network is not needed")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    loaded = MegatronTokenizer.from_pretrained(
+        str(manifest.tokenizer_path), {"library": "huggingface"}
+    )
+    eod_id = {"model": 0, "model_with_added_end": VOCAB_SIZE}[kind]
+    assert loaded.eod == manifest.eod_id == eod_id
+    assert loaded.vocab_size == manifest.vocab_size == max(VOCAB_SIZE, eod_id + 1)
+    documents = [ids for split in ("train", "validation") for ids in read_split(manifest, split)]
+    assert all(ids.index(eod_id) == len(ids) - 1 for ids in documents)
+    decoded = [loaded.detokenize(ids[:-1]) for ids in documents]
+    assert Counter(decoded) == Counter([*texts, f"a {END} b{END}"])
+
+
+def test_the_same_tokenizer_given_or_trained_encodes_the_same(source, out, tmp_path):
+    first = prepare(out, source)
+
+    second = prepare(tmp_path / "again", source, tokenizer=first.tokenizer_path)
+
+    assert second.fingerprint != first.fingerprint
+    for name in first.files:
+        assert (second.path / name).read_bytes() == (first.path / name).read_bytes()
+    assert (second.train, second.validation) == (first.train, first.validation)
+
+
+def test_ids_beyond_16_bits_are_kept(source, out, model, texts):
+    path = model / "tokenizer.json"
+    values = json.loads(path.read_text("utf-8"))
+    values["model"]["vocab"]["e"] = 70_000
+    path.write_text(json.dumps(values), "utf-8")
+
+    manifest = prepare(out, source, tokenizer=model)
+
+    assert manifest.vocab_size == 70_001
+    tokenizer = Tokenizer.from_file(str(manifest.tokenizer_path / "tokenizer.json"))
+    found = []
+    for split, summary in (("train", manifest.train), ("validation", manifest.validation)):
+        documents = read_split(manifest, split)
+        assert any(70_000 in ids for ids in documents)
+        assert summary.tokens == sum(map(len, documents))
+        assert manifest.files[f"{split}.bin"] == 4 * summary.tokens
+        assert summary.unigram_entropy == pytest.approx(entropy_by_definition(documents))
+        found += [tokenizer.decode(ids[:-1], skip_special_tokens=False) for ids in documents]
+    assert sorted(found) == sorted(texts)
+
+
+def test_another_tokenizer_is_refused_and_named(source, out, model):
+    first = prepare(out, source, tokenizer=model)
+    before = snapshot(out)
+
+    assert prepare(out, source, tokenizer=model, vocab_size=5) == first  # without effect
+    with pytest.raises(ValueError, match=r"tokenizer given \(SHA-256 \w+\) -> trained on the so"):
+        prepare(out, source)
+    path = model / "tokenizer.json"
+    content = path.read_bytes()
+    path.write_bytes(content + b"\n")
+    with pytest.raises(ValueError, match=r"inputs: tokenizer given \(.*\) -> given \(.*; pass"):
+        prepare(out, source, tokenizer=model)
+    tokenizer = Tokenizer.from_buffer(content)
+    tokenizer.add_special_tokens([END])
+    tokenizer.save(str(path))
+    with pytest.raises(ValueError, match=r"vocab_size 300 -> 301; tokenizer given \("):
+        prepare(out, source, tokenizer=model)
+    assert snapshot(out) == before
+
+
+def test_an_unusable_tokenizer_leaves_nothing_behind(source, out, model):
+    (model / "tokenizer.json").write_text("{}")
+
+    with pytest.raises(ValueError, match="tokenizer.json cannot be loaded"):
+        prepare(out, source, tokenizer=model)
+    assert not out.parent.exists()
+
+
+def test_a_tokenizer_inside_the_folder_to_write_is_not_lost(source, out):
+    manifest = prepare(out, source)
+    (out / "manifest.json").unlink()  # to be prepared again
+
+    with pytest.raises(ValueError, match=r"tokenizer lies inside out .*; pass --tokenizer with"):
+        prepare(out, source, tokenizer=manifest.tokenizer_path)
+    assert (manifest.tokenizer_path / "tokenizer.json").is_file()
 
 
 def fork(target, *args):

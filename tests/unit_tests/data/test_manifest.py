@@ -88,6 +88,32 @@ def test_every_input_counts_and_its_change_is_put_in_words(change, words):
     assert INPUTS.differences(INPUTS) == []
 
 
+def test_the_address_of_data_with_a_trained_tokenizer_stays(manifest):
+    assert INPUTS.fingerprint == "e1e69e83d10b4c8270dd5cb5b3ee91f8d65dc1c821657c6c6996f59f611bcb84"
+    saved = json.loads((manifest.path / "manifest.json").read_text())["inputs"]
+    fields = {"vocab_size", "validation_fraction", "min_split_tokens", "pre_tokenizer", "sources"}
+    assert set(saved) == fields  # what earlier releases read and wrote
+
+
+def test_a_given_tokenizer_is_part_of_the_address_and_of_the_manifest(manifest):
+    given = dataclasses.replace(INPUTS, tokenizer="ab" * 32, eos_token="<｜end｜>")
+    other = dataclasses.replace(given, tokenizer="cd" * 32)
+    ended = dataclasses.replace(given, eos_token="</s>")
+
+    assert len({inputs.fingerprint for inputs in (INPUTS, given, other, ended)}) == 4
+    words = "tokenizer trained on the sources -> given (SHA-256 abababababab)"
+    assert INPUTS.differences(given) == [words]
+    assert given.differences(INPUTS) == [
+        "tokenizer given (SHA-256 abababababab) -> trained on the sources"
+    ]
+    assert given.differences(other) == [
+        "tokenizer given (SHA-256 abababababab) -> given (SHA-256 cdcdcdcdcdcd)"
+    ]
+    assert given.differences(ended) == ["eos_token '<｜end｜>' -> '</s>'"]
+    save_manifest(dataclasses.replace(manifest, inputs=given))
+    assert load_manifest(manifest.path).inputs == given
+
+
 def test_a_missing_folder_or_manifest_names_the_command(manifest):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist.*prepare-data --out"):
         load_manifest(manifest.path / "nowhere")
