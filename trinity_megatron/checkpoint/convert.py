@@ -6,6 +6,7 @@ Memory holds a few tensors at a time.  Nothing is computed: there and back are t
 import argparse
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,14 +56,14 @@ from trinity_megatron.checkpoint.torch_dist import (
     TorchDistReader,
     TorchDistWriter,
 )
-from trinity_megatron.checkpoint.transforms import Block, Shape
+from trinity_megatron.checkpoint.transforms import Block, Shape, cut
 from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
 
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "5GB"
 # What one thread holds in memory at a time, and what is redone after an interruption.
-_BLOCK_BYTES = 32 * 2**20
+_SHARD_BYTES = 8 * 2**20
 _PART_BYTES = 512 * 2**20
 
 Tensors = dict[str, tuple[torch.dtype, Shape]]
@@ -100,21 +101,20 @@ def hf_to_megatron(hf: Path, megatron: Path) -> None:
     entries = resolve(config, stacked_experts=weights.has_stacked_experts)
     check_hf_tensors(weights, entries)
     tensors = {entry.megatron: (_dtype(entry, weights), entry.shape) for entry in entries}
-    blocks = {
-        Part(entry.megatron, piece.megatron_start, piece.megatron_shape): piece
-        for entry in entries
-        for block in entry.blocks
-        for piece in block.split(_BLOCK_BYTES // tensors[entry.megatron][0].itemsize)
-    }
     momentum = resolve_momentum(config)
     for entry in momentum:
         tensors[entry.megatron] = (torch.float32, entry.shape)
-    zeros = [Part(entry.megatron, (0,), entry.shape) for entry in momentum]
+    by_key = {entry.megatron: entry for entry in (*entries, *momentum)}
+    parts = [
+        Part(key, start, shape)
+        for key, entry in by_key.items()
+        for start, shape in cut(entry.shape, _SHARD_BYTES // tensors[key][0].itemsize)
+    ]
 
     def num_bytes(part: Part) -> int:
         return prod(part.shape) * tensors[part.key][0].itemsize
 
-    files = _group([*zeros, *blocks], num_bytes)
+    files = _group(parts, num_bytes)
     sizes = [sum(map(num_bytes, file)) for file in files]
     source = ["hf", __version__, fingerprint_folder(hf)]
     with Staging(megatron, source, num_bytes=sum(sizes)) as staging, _without_checksums():
@@ -131,15 +131,23 @@ def hf_to_megatron(hf: Path, megatron: Path) -> None:
 
         def write(index: int, advance: Callable[[int], None]) -> Any:
             reader = weights.reader()
+            buffers: dict[int, torch.Tensor] = {}
 
             def read(part: Part) -> torch.Tensor:
-                dtype = tensors[part.key][0]
-                if part not in blocks:
-                    return torch.zeros(part.shape, dtype=dtype)
-                values = reader.read(blocks[part])
-                check_finite(values, f"{hf}: {blocks[part].hf_name}")
-                advance(num_bytes(part))
-                return values.to(dtype)
+                # Written at once, so that the next part can have the same memory: touching fresh
+                # memory takes as long as writing it to the disk.
+                size = num_bytes(part)
+                if size not in buffers:
+                    buffers[size] = torch.empty(size, dtype=torch.uint8)
+                values = buffers[size].view(tensors[part.key][0]).view(part.shape)
+                if by_key[part.key] in momentum:
+                    values.zero_()
+                blocks = by_key[part.key].clip(part.start, part.shape)
+                for block in blocks:
+                    block.megatron_view(values, part.start).copy_(reader.read(block))
+                check_finite(values, blocks, part.start, str(hf))
+                advance(size)
+                return values
 
             return writer.write(index, read)
 
@@ -247,9 +255,11 @@ def write_hf(
         def write(index: int, advance: Callable[[int], None]) -> None:
             touched = set()
             for parts in batches[index]:
-                entry = by_key[parts[0].key]
-                for block, values in _read_blocks(source, entry, parts, name):
-                    writer.write(block, values)
+                whole, start = source.read(parts), parts[0].start
+                blocks = by_key[parts[0].key].clip(start, tuple(whole.shape))
+                check_finite(whole, blocks, start, f"{name}: {parts[0].key}, to be")
+                for block in blocks:
+                    writer.write(block, block.megatron_view(whole, start))
                     touched.add(block.hf_name)
                 advance(num_bytes(parts))
             writer.sync(touched)
@@ -260,20 +270,6 @@ def write_hf(
             writer.close()
         _write_side_files(staging.folder, config, tensors, headers, assets, tokenizer)
     return sum(sizes)
-
-
-def _read_blocks(
-    source: MegatronSource, entry: Entry, parts: Sequence[Part], name: str
-) -> Iterator[tuple[Block, torch.Tensor]]:
-    """The blocks that a stored shard holds, with their numbers in Hugging Face's shape."""
-    whole = source.read(parts)
-    start, shape = parts[0].start, tuple(whole.shape)
-    for block in entry.blocks:
-        clipped = block.clip(start, shape)
-        if clipped is not None:
-            values = clipped.megatron_view(whole, start)
-            check_finite(values, f"{name}: {entry.megatron} (to be {block.hf_name})")
-            yield clipped, values
 
 
 def config_from_args(args: argparse.Namespace, **overrides: Any) -> TrinityConfig:
@@ -390,15 +386,31 @@ def _compare_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape], 
         raise ValueError(f"{what}:\n  {shown}{more}\nNothing was converted.")
 
 
-def check_finite(values: torch.Tensor, name: str) -> None:
+def check_finite(values: torch.Tensor, blocks: Sequence[Block], start: Shape, name: str) -> None:
     """Refuse NaN and infinity.
 
+    Args:
+        values: A part of a Megatron tensor.
+        blocks: What it is made of.
+        start: Where it begins in the whole.
+        name: Of the checkpoint, for the message.
+
     Raises:
-        ValueError: Names the tensor.
+        ValueError: Names the Hugging Face tensors.
     """
+    if _is_finite(values):
+        return
+    parts = ((block, block.megatron_view(values, start)) for block in blocks)
+    bad = sorted({block.hf_name for block, part in parts if not _is_finite(part)})
+    if bad:  # otherwise it is in rows that are left out
+        raise ValueError(
+            f"{name} {', '.join(bad)} holds NaN or infinite numbers. Nothing was converted."
+        )
+
+
+def _is_finite(values: torch.Tensor) -> bool:
     # Both ends are finite only if all is: NaN propagates.  No copy, unlike isfinite().
-    if values.numel() and not all(torch.isfinite(end) for end in torch.aminmax(values)):
-        raise ValueError(f"{name} holds NaN or infinite numbers. Nothing was converted.")
+    return all(math.isfinite(end) for end in torch.aminmax(values))
 
 
 def _is_padded(entry: Entry) -> bool:
@@ -487,9 +499,9 @@ def _write_side_files(
         dict(assets.config) if assets is not None else hf_config_from_trinity(config, dtype=dtype)
     )
     fields.update(ids)
-    stated = "dtype" if "dtype" in fields or "torch_dtype" not in fields else "torch_dtype"
-    if str(fields.get(stated)).removeprefix("torch.") != str(dtype).removeprefix("torch."):
-        fields[stated] = str(dtype).removeprefix("torch.")
+    for stated in ("dtype", "torch_dtype"):  # the weights may have been trained in another one
+        if fields.get(stated):
+            fields[stated] = str(dtype).removeprefix("torch.")
     if assets is None or fields != assets.config:
         (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     is_original = assets is not None and headers is assets.headers

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
+from trinity_megatron.checkpoint.page_cache import WriteBehind
 from trinity_megatron.checkpoint.transforms import Block, Shape
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -25,7 +26,7 @@ SINGLE_NAME = "model.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # A file stays mapped while it is read, and what was read counts as memory: it is opened anew.
-_REOPEN_BYTES = 128 * 2**20
+_REOPEN_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class HFReader:
         self._opened: Any = None
 
     def read(self, block: Block) -> torch.Tensor:
-        """The block in Megatron's shape, in the dtype of the file; valid until the next call."""
+        """The block, in the dtype of the file; valid until the next call."""
         info = self._weights.tensors[block.hf_name]
         if info.file != self._file or self._read > _REOPEN_BYTES:
             self._file, self._read = info.file, 0
@@ -223,6 +224,7 @@ class HFWriter:
 
     def __init__(self, folder: Path, headers: Mapping[str, str]) -> None:
         self._files: dict[str, int] = {}
+        self._behind: dict[str, WriteBehind] = {}
         self._first_byte: dict[str, int] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for name, header in headers.items():
@@ -232,9 +234,8 @@ class HFWriter:
             self.tensors.update(infos)
             size = self._first_byte[name] + sum(info.num_bytes for info in infos.values())
             file = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o644)
-            self._files[name] = file
-            # Reserves the space: a full disk shows here, not after an hour.
-            os.posix_fallocate(file, 0, size)
+            self._files[name], self._behind[name] = file, WriteBehind(file)
+            os.ftruncate(file, size)
             os.pwrite(file, struct.pack("<Q", len(content)) + content, 0)
 
     def write(self, block: Block, values: torch.Tensor) -> None:
@@ -246,15 +247,17 @@ class HFWriter:
         for position, size in zip(block.hf_start, info.shape, strict=True):
             at = at * size + position
         data = values.to(info.dtype).contiguous().view(torch.uint8).numpy().reshape(-1)
+        file = self._files[info.file]
         offset = self._first_byte[info.file] + info.start + at * info.dtype.itemsize
         written = 0
         while written < len(data):
-            written += os.pwrite(self._files[info.file], data[written:].data, offset + written)
+            written += os.pwrite(file, data[written:].data, offset + written)
+        self._behind[info.file].wrote(written)
 
     def sync(self, names: Iterable[str]) -> None:
         """Wait until what was written to the files of these tensors is on the disk."""
         for file in {self.tensors[name].file for name in names}:
-            os.fsync(self._files[file])
+            self._behind[file].flush()
 
     def close(self) -> None:
         """Close the files."""

@@ -58,14 +58,11 @@ def load_hf_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> GP
     with torch.no_grad():
         for entry in entries:
             for shard in shards.pop(entry.megatron):
-                target = _whole_axes(shard)
-                for block in entry.blocks:
-                    clipped = block.clip(shard.global_offset, tuple(target.shape))
-                    if clipped is not None:
-                        values = reader.read(clipped)
-                        check_finite(values, f"{path}: {block.hf_name}")
-                        place = _shift(clipped.megatron_start, shard.global_offset)
-                        target[_slices(place, clipped.megatron_shape)].copy_(values)
+                target, start = _whole_axes(shard), shard.global_offset
+                blocks = entry.clip(start, tuple(target.shape))
+                for block in blocks:
+                    block.megatron_view(target, start).copy_(reader.read(block))
+                check_finite(target, blocks, start, str(path))
         for entry in resolve_momentum(config):
             for shard in shards.pop(entry.megatron):
                 assert shard.data is not None
@@ -163,12 +160,9 @@ def load_transformers_model(
         for entry in resolve(config, stacked_experts=True):
             for parts in source.parts(entry.megatron):
                 whole, start = source.read(parts), parts[0].start
-                for block in entry.blocks:
-                    clipped = block.clip(start, tuple(whole.shape))
-                    if clipped is not None:
-                        target = tensors[clipped.hf_name]
-                        box = _slices(clipped.hf_start, clipped.hf_shape)
-                        target[box].copy_(clipped.megatron_view(whole, start))
+                for block in entry.clip(start, tuple(whole.shape)):
+                    target = block.hf_view(tensors[block.hf_name])
+                    target.copy_(block.megatron_view(whole, start))
     return model.eval()
 
 
@@ -266,11 +260,3 @@ def _whole_axes(shard: ShardedTensor) -> torch.Tensor:
     """The data with the leading axes that only the whole tensor has."""
     assert shard.data is not None
     return shard.data[(None,) * shard.prepend_axis_num]
-
-
-def _shift(start: tuple[int, ...], origin: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(a - b for a, b in zip(start, origin, strict=True))
-
-
-def _slices(start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))

@@ -4,9 +4,11 @@
 ``models/afmoe`` and the released checkpoints.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Literal
 
 from trinity_megatron.checkpoint.transforms import (
@@ -154,6 +156,22 @@ class Entry:
     blocks: list[Block] = field(repr=False)
     hf: dict[str, Shape]
     keep_fp32: bool = False
+
+    def clip(self, start: Shape, shape: Shape) -> list[Block]:
+        """The blocks of a part of the tensor."""
+        # They follow one another in row-major order.  If none begins where the part does, the one
+        # before reaches into it.
+        begin = start[0]
+        first = bisect_left(self.blocks, begin, key=lambda block: block.megatron_start[0])
+        if first == len(self.blocks) or self.blocks[first].megatron_start[0] != begin:
+            first = max(first - 1, 0)
+        found = []
+        for block in islice(self.blocks, first, None):
+            if block.megatron_start[0] >= start[0] + shape[0]:
+                break
+            if (clipped := block.clip(start, shape)) is not None:
+                found.append(clipped)
+        return found
 
 
 def get_dimensions(config: TrinityConfig) -> dict[str, int]:

@@ -10,12 +10,14 @@ import os
 import pickle
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -129,7 +131,7 @@ class Staging:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns) as bar:
+        with Progress(*columns) as bar, _one_thread_each():
             task = bar.add_task(description, total=sum(sizes))
 
             def advance(num_bytes: int) -> None:
@@ -178,6 +180,17 @@ class Staging:
     def _discard(self) -> None:
         shutil.rmtree(self._root, ignore_errors=True)
         self._lock.close()
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Copies that are cut over all cores would stand in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_target(target: Path) -> None:

@@ -7,8 +7,10 @@ written again alone if the conversion is interrupted.
 
 import argparse
 import io
+import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -41,6 +44,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from trinity_megatron.checkpoint.page_cache import WriteBehind, forget
 from trinity_megatron.checkpoint.transforms import Shape
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
@@ -108,6 +112,7 @@ class TorchDistReader:
     def __init__(self, folder: Path) -> None:
         self.folder = find_checkpoint(folder)
         self._reader = FileSystemReader(self.folder)
+        self._reader.fs = _StreamingFileSystem()
         try:
             self._metadata: Metadata = self._reader.read_metadata()
         except (pickle.UnpicklingError, EOFError, ValueError, AttributeError) as error:
@@ -200,6 +205,9 @@ class TorchDistReader:
                 raise ValueError(
                     f"{self.folder}: the shard of {part.key} at {part.start} is damaged ({error})."
                 ) from error
+            info = self._metadata.storage_data[place]
+            with (self.folder / info.relative_path).open("rb") as file:
+                forget(file.fileno(), info.offset, info.length)
         return whole
 
 
@@ -251,7 +259,9 @@ class TorchDistWriter:
         self._plans = self._writer().prepare_global_plan(plans)
 
     def _writer(self) -> FileSystemWriter:
-        return FileSystemWriter(self._folder, single_file_per_rank=True, sync_files=True)
+        writer = FileSystemWriter(self._folder, single_file_per_rank=True, sync_files=True)
+        writer.fs = _StreamingFileSystem()
+        return writer
 
     def write(self, file: int, read: Read) -> list[WriteResult]:
         """Write one file and wait until it is on the disk.
@@ -277,6 +287,30 @@ class TorchDistWriter:
         objects = writer.write_data(self._plans[-1], _Resolve(objects=serialise)).value()
         save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
         writer.finish(self._metadata, [*results, objects])
+
+
+class _StreamingFileSystem(FileSystem):
+    """Opens files so that they do not fill the page cache."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        if mode != "wb":
+            with open(path, mode, buffering=2**20) as stream:
+                yield stream
+            return
+        with open(path, "wb", buffering=0) as raw, _WriteBehindStream(raw) as stream:
+            yield stream
+
+
+class _WriteBehindStream(io.BufferedWriter):
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw, buffer_size=2**20)
+        self._behind = WriteBehind(self.fileno())
+
+    def write(self, data: Any, /) -> int:
+        written = super().write(data)
+        self._behind.wrote(written)
+        return written
 
 
 def _write_item(part: Part, dtype: torch.dtype, shape: Shape) -> WriteItem:

@@ -34,8 +34,8 @@ class Block:
     megatron_shape: Shape
 
     def hf_view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The block of the Hugging Face tensor, in Megatron's shape."""
-        return _box(tensor, self.hf_start, self.hf_shape).reshape(self.megatron_shape)
+        """The block of the Hugging Face tensor."""
+        return _box(tensor, self.hf_start, self.hf_shape)
 
     def megatron_view(self, tensor: torch.Tensor, start: Shape | None = None) -> torch.Tensor:
         """The block of the Megatron tensor, in Hugging Face's shape: the inverse.
@@ -46,7 +46,9 @@ class Block:
         """
         origin = start or (0,) * len(self.megatron_start)
         inside = tuple(at - zero for at, zero in zip(self.megatron_start, origin, strict=True))
-        return _box(tensor, inside, self.megatron_shape).reshape(self.hf_shape)
+        box = _box(tensor, inside, self.megatron_shape)
+        # An index for a dimension of size one, not reshape(): always a view, to be written to.
+        return box[(0,) * (len(self.megatron_shape) - len(self.hf_shape))]
 
     def clip(self, start: Shape, shape: Shape) -> "Block | None":
         """What of the block lies in a part of the Megatron tensor; None if nothing does."""
@@ -65,21 +67,6 @@ class Block:
         hf_moved = tuple(moved)[extra:]
         hf_start = tuple(a + b for a, b in zip(self.hf_start, hf_moved, strict=True))
         return Block(self.hf_name, hf_start, sizes[extra:], low, sizes)
-
-    def split(self, max_numbers: int) -> "list[Block]":
-        """The block as blocks of whole rows, each of at most so many numbers (or of one row)."""
-        axis = next((i for i, n in enumerate(self.megatron_shape) if n != 1), 0)
-        row = prod(self.megatron_shape[axis + 1 :])
-        step = max(max_numbers // row, 1)
-        pieces = []
-        for first in range(0, self.megatron_shape[axis], step):
-            start, shape = list(self.megatron_start), list(self.megatron_shape)
-            start[axis] += first
-            shape[axis] = min(step, shape[axis] - first)
-            piece = self.clip(tuple(start), tuple(shape))
-            assert piece is not None
-            pieces.append(piece)
-        return pieces
 
 
 Transform = tuple[Shape, list[Block]]
@@ -147,6 +134,18 @@ def stacked(names: Sequence[str], shapes: Sequence[Shape]) -> Transform:
     zero = (0,) * (len(shape) - 1)
     part = (1, *shape[1:])
     return shape, [Block(name, (e, *zero), part, (e, *zero), part) for e in range(shape[0])]
+
+
+def cut(shape: Shape, max_numbers: int) -> list[tuple[Shape, Shape]]:
+    """Cut a tensor along its first dimension into parts of about so many numbers.
+
+    Returns:
+        Start and shape of each.
+    """
+    step = max(max_numbers * shape[0] // prod(shape), 1)
+    rest = (0,) * (len(shape) - 1)
+    firsts = range(0, shape[0], step)
+    return [((at, *rest), (min(step, shape[0] - at), *shape[1:])) for at in firsts]
 
 
 def check_tiling(shape: Shape, blocks: Sequence[Block]) -> None:
