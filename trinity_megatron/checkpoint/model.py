@@ -155,6 +155,10 @@ def load_transformers_model(
     hf_config = AfmoeConfig(**{**fields, "dtype": dtype})
     with no_init_weights():
         model = AfmoeForCausalLM._from_config(hf_config, dtype=dtype)
+    if (config.hidden_size * dtype.itemsize) % 16 or (
+        hf_config.moe_intermediate_size * dtype.itemsize
+    ) % 16:
+        model.set_experts_implementation("eager")  # the grouped product wants 16 bytes
     tensors = dict(model.named_parameters())
     with torch.no_grad():
         for entry in resolve(config, stacked_experts=True):

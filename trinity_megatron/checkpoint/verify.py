@@ -257,7 +257,10 @@ def run(args: argparse.Namespace, print_: Callable[[str], None]) -> int:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    twin = AfmoeForCausalLM.from_pretrained(args.hf, dtype=torch.float32).eval()
+    # The plain loop over experts: the definition, for every size.
+    twin = AfmoeForCausalLM.from_pretrained(
+        args.hf, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
     result = compare(ours, trace_transformers(twin, tokens))
     print_(format_comparison(result))
     if result.relative_difference > args.tolerance:
