@@ -116,7 +116,7 @@ def hf_to_megatron(hf: Path, megatron: Path) -> None:
 
     files = _group(parts, num_bytes)
     sizes = [sum(map(num_bytes, file)) for file in files]
-    source = ["hf", __version__, fingerprint_folder(hf)]
+    source = ["hf", __version__, fingerprint_folder(hf), sizes]
     with Staging(megatron, source, num_bytes=sum(sizes)) as staging, _without_checksums():
         _say_resumed(staging)
         folder = staging.folder / RELEASE
@@ -248,7 +248,7 @@ def write_hf(
 
     batches = _group(units, num_bytes)
     sizes = [sum(map(num_bytes, batch)) for batch in batches]
-    with Staging(hf, [fingerprint, headers], num_bytes=sum(sizes)) as staging:
+    with Staging(hf, [fingerprint, headers, sizes], num_bytes=sum(sizes)) as staging:
         _say_resumed(staging)
         writer = HFWriter(staging.folder, headers)
 

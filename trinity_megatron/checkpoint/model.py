@@ -116,7 +116,8 @@ def load_megatron_model(
     """
     reader = TorchDistReader(Path(path))
     config = config_from_args(reader.args, **_precision(dtype), **layout)
-    config.vocab_size = get_vocabulary_rows(reader)
+    tp = config.tensor_model_parallel_size
+    config.vocab_size = -(-get_vocabulary_rows(reader) // tp) * tp  # the same rows on every rank
     model = build_model(config)
     from megatron.core import dist_checkpointing
 

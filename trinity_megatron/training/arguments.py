@@ -280,7 +280,13 @@ def _vocabulary_of_checkpoint(args: argparse.Namespace, manifest: DataManifest |
             "with the tokenizer of the checkpoint."
         )
     tp = args.tensor_model_parallel_size
-    return -(-vocab_size // tp) * tp
+    padded = -(-vocab_size // tp) * tp
+    if padded != vocab_size:
+        print_rank_0(
+            f"> vocabulary padded from {vocab_size} to {padded} rows for "
+            f"--tensor-model-parallel-size {tp}; the rows that are added take part in the softmax"
+        )
+    return padded
 
 
 def _fit_micro_batch(args: argparse.Namespace, world_size: int) -> None:
