@@ -144,9 +144,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         parser.add_argument(flag, type=Path, metavar="DIR", help=words)
     parser.add_argument(
         "--max-shard-size",
-        default="5GB",
         metavar="SIZE",
-        help="largest weight file for --to-hf (%(default)s)",
+        help="largest weight file for --to-hf (default: 5GB, or the files that it began with)",
     )
     parser.set_defaults(command=_convert, takes_further_flags=False)
 
@@ -232,13 +231,20 @@ def _convert(args: argparse.Namespace, others: Sequence[str]) -> int:
             "convert takes either --from-hf DIR --to-megatron DIR or --from-megatron DIR --to-hf "
             "DIR."
         )
+    if all(to_megatron) and (args.tokenizer or args.max_shard_size):
+        raise ValueError("--tokenizer and --max-shard-size belong to --to-hf. Remedy: drop them.")
     quiet_megatron()
-    from trinity_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+    from trinity_megatron.checkpoint.convert import (
+        MAX_SHARD_SIZE,
+        hf_to_megatron,
+        megatron_to_hf,
+    )
 
     if all(to_megatron):
         hf_to_megatron(*to_megatron)
     else:
-        megatron_to_hf(*to_hf, tokenizer=args.tokenizer, max_shard_size=args.max_shard_size)
+        size = args.max_shard_size or MAX_SHARD_SIZE
+        megatron_to_hf(*to_hf, tokenizer=args.tokenizer, max_shard_size=size)
     return 0
 
 

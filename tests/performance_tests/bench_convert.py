@@ -3,9 +3,9 @@
 python tests/performance_tests/bench_convert.py [--gigabytes 4] [--folder DIR]
 
 Prints, for both directions: peak resident memory above that after the imports, and the rate with
-its ratio to ``cp -r`` of the same files in the same run, alone and followed by ``sync`` (a conversion
-is on the disk when it ends).  The copy starts after as long a pause as the imports take: a virtual
-machine gives memory that was freed back to its host within seconds, and fetching it again takes time.
+its ratio to ``cp -r`` of the same files in the same run, alone and followed by ``sync`` (a
+conversion is on the disk when it ends).  The copy starts after as long a pause as the imports take:
+a virtual machine gives freed memory back to its host within seconds, and gets it back slowly.
 """
 
 import argparse

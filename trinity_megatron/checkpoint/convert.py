@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -225,13 +226,13 @@ def write_hf(
         assets: Files of the Hugging Face checkpoint that it all began with.
         tokenizer: Folder of the tokenizer; takes precedence.
         max_shard_size: See :func:`megatron_to_hf`.
-        fingerprint: State of the source, if a conversion can be taken up again.
+        fingerprint: State of the source; without it an interrupted conversion begins anew.
 
     Returns:
         Bytes of weights written.
     """
     found = source.model_tensors()
-    config = _with_vocabulary(config, found, assets, name)
+    config = with_vocabulary(config, found, assets, name)
     entries = resolve(config)
     check_megatron_tensors(found, entries, resolve_momentum(config), name)
     tensors: Tensors = {
@@ -248,8 +249,12 @@ def write_hf(
 
     batches = _group(units, num_bytes)
     sizes = [sum(map(num_bytes, batch)) for batch in batches]
-    with Staging(hf, [fingerprint, headers, sizes], num_bytes=sum(sizes)) as staging:
+    # A model in memory may have changed since: nothing of an earlier attempt is taken up.
+    state = [fingerprint or uuid.uuid4().hex, headers, sizes]
+    with Staging(hf, state, num_bytes=sum(sizes)) as staging:
         _say_resumed(staging)
+        # Before the weights: what is wrong with them shows at once.
+        _write_side_files(staging.folder, config, tensors, headers, assets, tokenizer)
         writer = HFWriter(staging.folder, headers)
 
         def write(index: int, advance: Callable[[int], None]) -> None:
@@ -268,7 +273,6 @@ def write_hf(
             staging.run(write, sizes, description="to Hugging Face")
         finally:
             writer.close()
-        _write_side_files(staging.folder, config, tensors, headers, assets, tokenizer)
     return sum(sizes)
 
 
@@ -287,11 +291,17 @@ def config_from_args(args: argparse.Namespace, **overrides: Any) -> TrinityConfi
         dest = "num_experts" if name == "num_moe_experts" else name
         if getattr(args, dest, None) is not None:
             values[name] = getattr(args, dest)
+    score, experts = (getattr(args, n, None) for n in ("moe_router_score_function", "num_experts"))
+    if score != "sigmoid" or not experts:
+        raise ValueError(
+            f"The checkpoint was saved with num_experts={experts!r} and moe_router_score_function="
+            f"{score!r}: it is no Trinity model."
+        )
     if "num_dense_layers" not in values:  # saved by a script without our arguments
-        pattern = list(args.moe_layer_freq)
+        pattern = args.moe_layer_freq
+        if isinstance(pattern, int):
+            pattern = [int(layer % pattern == 0) for layer in range(args.num_layers)]
         values["num_dense_layers"] = pattern.index(1) if 1 in pattern else len(pattern)
-    if getattr(args, "moe_router_score_function", "sigmoid") != "sigmoid":
-        raise ValueError("The checkpoint has a softmax router: it is no Trinity model.")
     return TrinityConfig(**{**values, **overrides})
 
 
@@ -432,10 +442,14 @@ def _dtype(entry: Entry, weights: HFWeights) -> torch.dtype:
     return dtype
 
 
-def _with_vocabulary(
+def with_vocabulary(
     config: TrinityConfig, found: Tensors, assets: Assets | None, name: str
 ) -> TrinityConfig:
-    """The model with the vocabulary of the Hugging Face side: without Megatron's padding."""
+    """Give the model the vocabulary of the Hugging Face side: without Megatron's padding.
+
+    Raises:
+        ValueError: The model is another one than that of the assets.
+    """
     rows = next((shape[0] for key, (_, shape) in found.items() if "word_embeddings" in key), 0)
     config.vocab_size = rows
     if assets is None:

@@ -1,7 +1,8 @@
 """``trinity-megatron generate``: continue a prompt with the model of a Megatron checkpoint.
 
 The weights go from the checkpoint into transformers' model in memory, whose generation (cache,
-sampling, devices) is used as it is; the table of the conversion makes that exact.
+sampling, devices) is used as it is; the table of the conversion makes that exact.  The expert bias
+stays in fp32, also where transformers' own loading in bf16 would round it.
 """
 
 from pathlib import Path
@@ -49,7 +50,8 @@ def generate(
     tokens = encoder(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     if not tokens.numel():
         raise ValueError(f"--prompt {prompt!r} has no tokens. Remedy: give some text.")
-    model = load_transformers_model(source, config_from_args(source.args), assets=assets)
+    config = config_from_args(source.args)
+    model = load_transformers_model(source, config, assets=assets, name=str(source.folder))
     if torch.cuda.is_available():
         model = model.cuda()
     sampling: dict[str, Any] = {"do_sample": temperature > 0}

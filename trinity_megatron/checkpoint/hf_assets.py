@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trinity_megatron.checkpoint.hf_config import CONFIG_NAME
+from trinity_megatron.checkpoint.hf_config import read_hf_config
+from trinity_megatron.data.tokenizer import is_tokenizer_file
 
 ASSETS_NAME = "hf"
 _HEADERS_NAME = "safetensors_headers.json"
@@ -60,13 +61,18 @@ def find_assets(checkpoint: Path) -> Assets | None:
 
     Args:
         checkpoint: What ``--save`` was, or the folder of one iteration.
+
+    Raises:
+        ValueError: They are damaged.
     """
     for parent in (checkpoint, checkpoint.absolute().parent):
         folder = parent / ASSETS_NAME
         if (folder / _HEADERS_NAME).is_file():
-            headers = json.loads((folder / _HEADERS_NAME).read_text(encoding="utf-8"))
-            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            return Assets(folder, config, headers)
+            try:
+                headers = json.loads((folder / _HEADERS_NAME).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{folder / _HEADERS_NAME} is damaged ({error}).") from error
+            return Assets(folder, read_hf_config(folder), headers)
     return None
 
 
@@ -74,7 +80,10 @@ def inherit_assets(load: Path, save: Path) -> None:
     """Hand the assets of the checkpoint that a run starts from on to the run's own."""
     assets = find_assets(load)
     if assets is not None and not (save / ASSETS_NAME).exists():
-        shutil.copytree(assets.folder, save / ASSETS_NAME)
+        half = save / f"{ASSETS_NAME}.incomplete"
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.copytree(assets.folder, half)
+        half.rename(save / ASSETS_NAME)
 
 
 def write_tokenizer(tokenizer: Path, target: Path) -> dict[str, int]:
@@ -98,7 +107,7 @@ def write_tokenizer(tokenizer: Path, target: Path) -> dict[str, int]:
             "the model was trained with."
         )
     for path in sorted(tokenizer.iterdir()):
-        if path.is_file():
+        if is_tokenizer_file(path):
             shutil.copyfile(path, target / path.name)
     names = {}
     if (tokenizer / "tokenizer_config.json").is_file():

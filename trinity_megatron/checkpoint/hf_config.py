@@ -98,7 +98,10 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
             "config.json beside the .safetensors files."
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError("not an object")
+        return fields
     except ValueError as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}). Remedy: download it again."
@@ -138,6 +141,11 @@ def model_fields_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
             "it was released."
         )
     fields = {ours: given[theirs] for theirs, ours in _SAME.items()}
+    if hf.get("sliding_window", 0) is None:
+        raise ValueError(
+            f"{CONFIG_NAME}: sliding_window=None is not supported by the Trinity layers; their "
+            "local layers have a window."
+        )
     num_shared = given["num_shared_experts"]
     if num_shared < 1:
         raise ValueError(

@@ -118,7 +118,7 @@ class HFWeights:
         if index.is_file():
             try:
                 files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index} is damaged. Remedy: download it again.") from error
         else:
             files = sorted(path.name for path in self.folder.glob("*.safetensors"))

@@ -13,7 +13,9 @@ from trinity_megatron.checkpoint.convert import (
     Tensors,
     check_finite,
     check_hf_tensors,
+    check_megatron_tensors,
     config_from_args,
+    with_vocabulary,
     write_hf,
 )
 from trinity_megatron.checkpoint.hf_assets import Assets
@@ -132,6 +134,7 @@ def load_transformers_model(
     source: MegatronSource,
     config: TrinityConfig,
     *,
+    name: str,
     assets: Assets | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
@@ -140,8 +143,12 @@ def load_transformers_model(
     Args:
         source: Where they come from.
         config: The model.
+        name: Of the source, in messages.
         assets: Files of the Hugging Face checkpoint that it all began with.
-        dtype: Precision; that of the source if None.
+        dtype: Precision; that of the source if None.  The expert bias stays in fp32.
+
+    Raises:
+        ValueError: The tensors are not those of the model.
 
     Returns:
         transformers' ``AfmoeForCausalLM``.
@@ -150,9 +157,11 @@ def load_transformers_model(
     from transformers.initialization import no_init_weights
 
     found = source.model_tensors()
+    config = with_vocabulary(config, found, assets, name)
+    entries = resolve(config, stacked_experts=True)
+    check_megatron_tensors(found, entries, resolve_momentum(config), name)
     dtype = dtype or found["output_layer.weight"][0]
     fields = assets.config if assets else hf_config_from_trinity(config, dtype=dtype)
-    config.vocab_size = fields["vocab_size"]
     hf_config = AfmoeConfig(**{**fields, "dtype": dtype})
     with no_init_weights():
         model = AfmoeForCausalLM._from_config(hf_config, dtype=dtype)
@@ -162,7 +171,10 @@ def load_transformers_model(
         model.set_experts_implementation("eager")  # the grouped product wants 16 bytes
     tensors = dict(model.named_parameters())
     with torch.no_grad():
-        for entry in resolve(config, stacked_experts=True):
+        for entry in entries:
+            if entry.keep_fp32:
+                for hf_name in entry.hf:
+                    tensors[hf_name].data = tensors[hf_name].data.float()
             for parts in source.parts(entry.megatron):
                 whole, start = source.read(parts), parts[0].start
                 for block in entry.clip(start, tuple(whole.shape)):

@@ -62,6 +62,12 @@ class Staging:
 
     def __enter__(self) -> "Staging":
         self._root.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in self._root.iterdir()}
+        if foreign := names - {_FINGERPRINT, _LOCK, self._journal.name, self.folder.name}:
+            raise ValueError(
+                f"{self._root}, where the work would be done, holds {', '.join(sorted(foreign))}, "
+                "which is not ours. Remedy: move it away, or name another target."
+            )
         self._lock = (self._root / _LOCK).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,13 +146,11 @@ class Staging:
                 bar.advance(task, num_bytes)
 
             def do(index: int) -> Any:
-                if markers[index].is_file():
+                if (finished := _read_marker(markers[index])) is not None:
                     advance(sizes[index])
-                    return pickle.loads(markers[index].read_bytes())
+                    return finished[0]
                 result = work(index, advance)
-                half = markers[index].with_suffix(".tmp")
-                half.write_bytes(pickle.dumps(result))
-                half.replace(markers[index])
+                _write_marker(markers[index], result)
                 return result
 
             with ThreadPoolExecutor(_NUM_THREADS) as pool:
@@ -182,6 +186,25 @@ class Staging:
         self._lock.close()
 
 
+def _write_marker(marker: Path, result: Any) -> None:
+    half = marker.with_suffix(".tmp")
+    with half.open("wb") as file:
+        pickle.dump([result], file)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(marker)
+
+
+def _read_marker(marker: Path) -> list[Any] | None:
+    """The result of a finished part in a list; None if it is not finished."""
+    if not marker.is_file():
+        return None
+    try:
+        return pickle.loads(marker.read_bytes())
+    except (pickle.UnpicklingError, EOFError):
+        return None
+
+
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
     """Copies that are cut over all cores would stand in each other's way."""
@@ -208,7 +231,7 @@ def check_target(target: Path) -> None:
 
 
 def fingerprint_folder(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of every file in a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Name, size and time of change of the files in a folder, not in those inside it."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
     stats = ((path, path.stat()) for path in files)
     return [(str(path.relative_to(folder)), s.st_size, s.st_mtime_ns) for path, s in stats]

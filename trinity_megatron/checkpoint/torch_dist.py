@@ -18,7 +18,11 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import (
+    CheckpointingConfig,
+    CheckpointingException,
+    save_config,
+)
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
@@ -115,11 +119,20 @@ class TorchDistReader:
         self._reader.fs = _StreamingFileSystem()
         try:
             self._metadata: Metadata = self._reader.read_metadata()
-        except (pickle.UnpicklingError, EOFError, ValueError, AttributeError) as error:
+        except Exception as error:  # a damaged pickle raises almost anything
             raise ValueError(f"{self.folder}/.metadata is damaged ({error}).") from error
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._check_files()
-        self.common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(self.folder))
+        self.common: dict[str, Any] = self._read_common_state()
+
+    def _read_common_state(self) -> dict[str, Any]:
+        try:
+            return dist_checkpointing.load_common_state_dict(str(self.folder))
+        except (CheckpointingException, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{self.folder} is no torch_dist checkpoint of Megatron ({error}). Remedy: save "
+                "with --ckpt-format torch_dist."
+            ) from error
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
@@ -259,7 +272,10 @@ class TorchDistWriter:
         self._plans = self._writer().prepare_global_plan(plans)
 
     def _writer(self) -> FileSystemWriter:
-        writer = FileSystemWriter(self._folder, single_file_per_rank=True, sync_files=True)
+        # Nothing is copied ahead: what a part is read into is used again for the next one.
+        writer = FileSystemWriter(
+            self._folder, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0
+        )
         writer.fs = _StreamingFileSystem()
         return writer
 

@@ -64,7 +64,7 @@ class Comparison:
     @property
     def relative_difference(self) -> float:
         """Largest difference of a logit, relative to the largest logit."""
-        return self.max_difference / self.max_logit
+        return self.max_difference / max(self.max_logit, torch.finfo(torch.float32).tiny)
 
 
 def compare(ours: Trace, theirs: Trace) -> Comparison:
@@ -210,6 +210,8 @@ def read_tokens(path: Path, vocab_size: int) -> torch.Tensor:
             values = np.array(json.loads(path.read_text()))
         else:
             values = np.array(path.read_text().replace(",", " ").split(), dtype=np.int64)
+        if values.ndim > 2 or not np.issubdtype(values.dtype, np.integer):
+            raise ValueError(f"an array of {values.ndim} dimensions of {values.dtype}")
         tokens = torch.from_numpy(np.atleast_2d(values).astype(np.int64))
     except (ValueError, TypeError) as error:
         raise ValueError(
@@ -263,7 +265,7 @@ def run(args: argparse.Namespace, print_: Callable[[str], None]) -> int:
     ).eval()
     result = compare(ours, trace_transformers(twin, tokens))
     print_(format_comparison(result))
-    if result.relative_difference > args.tolerance:
+    if not result.relative_difference <= args.tolerance:  # NaN is beyond
         print_(f"DIFFERENT: beyond the tolerance of {args.tolerance:g} x max |logit|")
         return _DIFFERENT
     print_(f"equal within {args.tolerance:g} x max |logit|")

@@ -184,7 +184,7 @@ def load_tokenizer(folder: Path) -> GivenTokenizer:
         tokenizer=tokenizer,
         eos_token=eos_token,
         fingerprint=hashlib.sha256(content).hexdigest(),
-        files=tuple(sorted(path.name for path in folder.iterdir() if _belongs(path))),
+        files=tuple(sorted(path.name for path in folder.iterdir() if is_tokenizer_file(path))),
     )
     _check_end_is_kept_apart(given)
     return given
@@ -244,7 +244,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _belongs(path: Path) -> bool:
+def is_tokenizer_file(path: Path) -> bool:
     """Whether a file of a model's folder is one of its tokenizer; links count as their target."""
     return (
         path.is_file()

@@ -18,6 +18,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import print_rank_0
 
 from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
+from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.dataset import DataManifest, load_manifest
 from trinity_megatron.host import is_cpu_host
 from trinity_megatron.optimizer.builder import (
@@ -27,6 +28,7 @@ from trinity_megatron.optimizer.builder import (
 from trinity_megatron.presets import PRESETS, Preset, get_preset
 from trinity_megatron.tracking.wandb_run import prepare_wandb
 
+_TRACKER = "latest_checkpointed_iteration.txt"
 SUPPORTED_MEGATRON = ((0, 19, 2), (0, 20, 0))
 
 # TransformerConfig field -> dest of Megatron's argument, where they differ.
@@ -249,8 +251,9 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     if args.optimizer == "muon":
         validate_muon_arguments(args)
     _check_checkpoints(args)
-    if manifest is not None and args.load:
-        check_checkpoint_vocabulary(args.load, manifest)
+    for folder in (args.load, args.pretrained_checkpoint):
+        if manifest is not None and folder:
+            check_checkpoint_vocabulary(folder, manifest)
     if args.preset not in PRESETS and args.padded_vocab_size is None:
         args.padded_vocab_size = _vocabulary_of_checkpoint(args, manifest)
     # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.
@@ -259,11 +262,14 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
 
 def _check_checkpoints(args: argparse.Namespace) -> None:
     """Refuse to start from random weights where a checkpoint was asked for."""
-    starts = {"--pretrained-checkpoint": args.pretrained_checkpoint}
-    if args.load != args.save:  # a run's own folder may be empty yet
-        starts["--load"] = args.load
+    own = args.save and Path(args.save).resolve()
+    starts = {}
+    if args.load and Path(args.load).resolve() != own and not args.non_persistent_ckpt_type:
+        starts["--load"] = args.load  # a run's own folder may be empty yet
+    if not (args.load and Path(args.load, _TRACKER).is_file()):  # else Megatron takes that
+        starts["--pretrained-checkpoint"] = args.pretrained_checkpoint
     for flag, folder in starts.items():
-        if folder and not Path(folder, "latest_checkpointed_iteration.txt").is_file():
+        if folder and "://" not in folder and not Path(folder, _TRACKER).is_file():
             raise ValueError(
                 f"{flag} {folder} holds no checkpoint (no latest_checkpointed_iteration.txt). "
                 "Remedy: name what --save was, or what trinity-megatron convert --to-megatron made."
@@ -389,20 +395,25 @@ def _check_parallel_sizes(args: argparse.Namespace) -> None:
 def check_checkpoint_vocabulary(load: str, manifest: DataManifest) -> None:
     """Refuse to continue a checkpoint with data of another vocabulary.
 
-    The fingerprint of the tokenizer lies beside the checkpoints since the run's first start.
+    The fingerprint of the tokenizer lies beside the checkpoints since the run's first start; a
+    converted checkpoint has the tokenizer itself.
 
     Raises:
         ValueError: Names both vocabularies and the remedy.
     """
-    stamp = Path(load) / "tokenizer.sha256"
-    if not stamp.exists():
+    stamp, tokenizer = Path(load) / "tokenizer.sha256", Path(load) / "hf" / "tokenizer.json"
+    if stamp.exists():
+        known = stamp.read_text().strip()
+    elif tokenizer.exists():
+        known = hash_file(tokenizer)
+    else:
         return
-    known = stamp.read_text().strip()
     if known != manifest.tokenizer_fingerprint:
         raise ValueError(
             f"--load {load}: the checkpoint was trained with the vocabulary {known[:12]}, but "
             f"--data has {manifest.tokenizer_fingerprint[:12]} ({manifest.vocab_size} tokens). "
-            "Remedy: give the data folder of that run, or another --out to start anew."
+            "Remedy: give the data folder of that run (or prepare-data --tokenizer with its "
+            "tokenizer), or another --out to start anew."
         )
 
 
