@@ -265,3 +265,73 @@ def test_the_target_appears_whole(hf: Path, tmp_path: Path) -> None:
 def test_flags_of_both_directions(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", *flags]) == 2
     assert "either --from-hf DIR --to-megatron DIR or" in capsys.readouterr().err
+
+
+def test_nothing_is_read_ahead_on_a_gpu_host(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the writer of torch would read the next shard before it has written this one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    hf_to_megatron(hf, tmp_path / "megatron")
+    monkeypatch.undo()
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    name = "model.safetensors"
+    assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes()
+
+
+def test_a_model_folder_gives_its_tokenizer_only(megatron: Path, hf: Path, tmp_path: Path) -> None:
+    from trinity_megatron.data.tokenizer import save_tokenizer, train_tokenizer
+
+    other = shutil.copytree(hf, tmp_path / "other")
+    change(other, lambda t: t["lm_head.weight"].zero_())
+    save_tokenizer(train_tokenizer(["one two three " * 9], vocab_size=262), other)
+    megatron_to_hf(megatron, tmp_path / "back", tokenizer=other)
+    assert (tmp_path / "back" / "tokenizer.json").is_file()
+    name = "model.safetensors"
+    assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_model_that_has_changed_is_saved_anew(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trinity_megatron.checkpoint import load_hf_model, save_hf_model
+
+    model, target = load_hf_model(hf), tmp_path / "target"
+    monkeypatch.setattr(convert, "_PART_BYTES", 50_000)
+    real = convert.HFWriter.sync
+
+    def stop(self: convert.HFWriter, names: set[str]) -> None:
+        real(self, names)
+        if "lm_head.weight" in names:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert.HFWriter, "sync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_hf_model(model, target)
+    assert not target.exists()
+    monkeypatch.setattr(convert.HFWriter, "sync", real)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(2.0)
+    save_hf_model(model, target)
+    tensors = load_file(target / "model.safetensors")
+    assert all((tensor == 2.0).all() for tensor in tensors.values())
+
+
+def test_another_kind_of_checkpoint_is_refused() -> None:
+    from argparse import Namespace
+
+    args = Namespace(num_layers=4, num_experts=None, moe_layer_freq=1)
+    with pytest.raises(ValueError, match="no Trinity model"):
+        convert.config_from_args(args)
+
+
+def test_nan_is_a_difference() -> None:
+    from trinity_megatron.checkpoint.verify import Trace, compare
+
+    logits = torch.ones(1, 2, 3)
+    theirs = Trace(logits, {}, {})
+    ours = Trace(logits.where(torch.arange(3) > 0, torch.nan), {}, {})
+    assert not compare(ours, theirs).relative_difference <= 1.0
+    assert compare(theirs, theirs).relative_difference == 0.0
