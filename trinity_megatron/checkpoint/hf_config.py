@@ -140,6 +140,12 @@ def model_fields_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
             f"{CONFIG_NAME} has no {', '.join(missing)}. Remedy: use the file of the checkpoint as "
             "it was released."
         )
+    for name in needed:
+        least = 0 if name in ("num_dense_layers", "num_shared_experts") else 1e-30
+        value = given[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name != "mup_enabled" and not (is_number and value >= least):
+            raise ValueError(f"{CONFIG_NAME}: {name}={value!r} is not a positive number.")
     fields = {ours: given[theirs] for theirs, ours in _SAME.items()}
     if hf.get("sliding_window", 0) is None:
         raise ValueError(
@@ -179,14 +185,15 @@ def refuse_other_models(hf: Mapping[str, Any]) -> None:
         raise ValueError(f"{CONFIG_NAME} has no model_type. Remedy: it must be 'afmoe'.")
     rope = hf.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    nested = any(isinstance(value, dict) for value in rope.values())
+    if nested or kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"{CONFIG_NAME}: rope_parameters={rope!r} is not supported by the Trinity layers; they "
             "implement rope_type='default' over the whole head."
         )
     every = hf.get("global_attn_every_n_layers") or _DEFAULTS["global_attn_every_n_layers"]
     pattern = get_layer_types(hf.get("num_hidden_layers") or 0, every)
-    if hf.get("layer_types") not in (None, pattern):
+    if hf.get("layer_types") not in (None, pattern) and "num_hidden_layers" in hf:
         raise ValueError(
             f"{CONFIG_NAME}: layer_types={hf['layer_types']!r} does not follow "
             f"global_attn_every_n_layers={every}, which is the only pattern that the Trinity "

@@ -165,7 +165,7 @@ class HFReader:
 def split_into_files(
     tensors: Mapping[str, tuple[torch.dtype, Shape]], *, max_shard_size: str
 ) -> dict[str, list[str]]:
-    """Which tensor goes to which file, as transformers' ``save_pretrained`` decides it."""
+    """Which tensor goes to which file: in order, by the rule of ``save_pretrained``."""
     split = split_state_dict_into_shards_factory(
         dict(tensors),
         get_storage_size=lambda item: prod(item[1]) * item[0].itemsize,

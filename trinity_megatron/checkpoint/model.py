@@ -122,10 +122,15 @@ def load_megatron_model(
     config.vocab_size = -(-get_vocabulary_rows(reader) // tp) * tp  # the same rows on every rank
     model = build_model(config)
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint.api import CheckpointException
 
     wanted = model.sharded_state_dict()
     names = list(wanted)
-    state = dist_checkpointing.load(wanted, str(reader.folder))
+    try:
+        state = dist_checkpointing.load(wanted, str(reader.folder))
+    except CheckpointException as error:
+        reason = str(error).splitlines()[-1]
+        raise ValueError(f"{reader.folder} does not fit its arguments: {reason}") from error
     model.load_state_dict({name: state[name] for name in names})
     return model
 

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -51,7 +52,7 @@ class Staging:
     """
 
     def __init__(self, target: Path, fingerprint: Any, *, num_bytes: int) -> None:
-        self._target = target.absolute()
+        self._target = target.resolve()
         check_target(self._target)
         self._root = self._target.with_name(self._target.name + _SUFFIX)
         self._journal = self._root / "journal"
@@ -146,6 +147,7 @@ class Staging:
                 bar.advance(task, num_bytes)
 
             def do(index: int) -> Any:
+                advance(0)
                 if (finished := _read_marker(markers[index])) is not None:
                     advance(sizes[index])
                     return finished[0]
@@ -153,22 +155,18 @@ class Staging:
                 _write_marker(markers[index], result)
                 return result
 
-            with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            with _on_ctrl_c(self._stop.set), ThreadPoolExecutor(_NUM_THREADS) as pool:
                 futures = [pool.submit(do, index) for index in range(len(sizes))]
-                try:
-                    wait(futures, return_when=FIRST_EXCEPTION)
-                finally:
-                    if not all(future.done() for future in futures):
-                        self._stop.set()
-                        pool.shutdown(cancel_futures=True)
-            failed = [
-                f.exception() for f in futures if f.done() and not f.cancelled() and f.exception()
-            ]
-            for error in failed:
-                if not isinstance(error, Interrupted):
-                    assert error is not None
-                    raise error
-            return [future.result() for future in futures]
+                wait(futures, return_when=FIRST_EXCEPTION)
+                failed = [each.exception() for each in futures if each.done()]
+                if any(failed):
+                    self._stop.set()  # what has not begun ends at once
+        for error in failed:
+            if error is not None and not isinstance(error, Interrupted):
+                raise error
+        if self._stop.is_set():
+            raise KeyboardInterrupt
+        return [future.result() for future in futures]
 
     def _commit(self) -> None:
         for folder, _, files in os.walk(self.folder):
@@ -206,6 +204,19 @@ def _read_marker(marker: Path) -> list[Any] | None:
 
 
 @contextmanager
+def _on_ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
+    """Have Ctrl-C call ``stop`` instead of breaking in wherever the threads are waited for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def _one_thread_each() -> Iterator[None]:
     """Copies that are cut over all cores would stand in each other's way."""
     before = torch.get_num_threads()
@@ -222,6 +233,11 @@ def check_target(target: Path) -> None:
     Raises:
         ValueError: The target is a file or a folder that is not empty.
     """
+    if target.is_mount():
+        raise ValueError(
+            f"{target} is a mount point, which cannot be replaced as a whole. Remedy: name a "
+            "folder inside it."
+        )
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists():

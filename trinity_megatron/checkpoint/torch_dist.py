@@ -8,7 +8,6 @@ written again alone if the conversion is interrupted.
 import argparse
 import io
 import os
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +17,9 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import (
-    CheckpointingConfig,
-    CheckpointingException,
-    save_config,
-)
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -128,10 +124,11 @@ class TorchDistReader:
     def _read_common_state(self) -> dict[str, Any]:
         try:
             return dist_checkpointing.load_common_state_dict(str(self.folder))
-        except (CheckpointingException, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        except (Exception, CheckpointException) as error:  # the latter is a BaseException
+            reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
             raise ValueError(
-                f"{self.folder} is no torch_dist checkpoint of Megatron ({error}). Remedy: save "
-                "with --ckpt-format torch_dist."
+                f"{self.folder} is damaged, or no torch_dist checkpoint of Megatron ({reason}). "
+                "Remedy: copy it again, or save it with --ckpt-format torch_dist."
             ) from error
 
     def _check_files(self) -> None:
@@ -214,7 +211,9 @@ class TorchDistReader:
             request = ReadItem(LoadItemType.TENSOR, place, zero, place, zero, size)
             try:
                 self._reader.read_data(LoadPlan([request]), _ReadInto(target))
-            except (RuntimeError, EOFError, pickle.UnpicklingError, AssertionError) as error:
+            except OSError:
+                raise
+            except Exception as error:  # damaged bytes raise almost anything
                 raise ValueError(
                     f"{self.folder}: the shard of {part.key} at {part.start} is damaged ({error})."
                 ) from error
