@@ -84,11 +84,11 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def copy(source: Path, target: Path) -> tuple[float, float]:
+def copy(source: Path, target: Path, pause: float) -> tuple[float, float]:
     """Seconds of ``cp -r`` alone, and with ``sync``."""
     shutil.rmtree(target, ignore_errors=True)
     os.sync()
-    time.sleep(IMPORT_SECONDS)
+    time.sleep(pause)
     begin = time.monotonic()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     alone = time.monotonic() - begin
@@ -116,14 +116,15 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--pause", type=float, default=IMPORT_SECONDS, help="before a copy")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         hf, megatron, back = (Path(name, part) for part in ("hf", "megatron", "back"))
         size = make_checkpoint(hf, args.gigabytes)
-        copy(hf, back)  # the first reading
+        copy(hf, back, 0)  # the first reading
         rows = []
         for _ in range(args.rounds):
-            plain, synced = copy(hf, back)
+            plain, synced = copy(hf, back, args.pause)
             to_megatron, memory_in = convert("hf_to_megatron", hf, megatron)
             to_hf, memory_out = convert("megatron_to_hf", megatron, back)
             rows.append((plain, synced, to_megatron, to_hf, memory_in, memory_out))
