@@ -97,7 +97,7 @@ def press_ctrl_c() -> None:
 
 def interrupt(target: Path, num_done: int) -> None:
     """Finish some parts, then press Ctrl-C while another one is written."""
-    done = threading.Semaphore(0)
+    done, before = threading.Semaphore(0), set(threading.enumerate())
 
     with pytest.raises(KeyboardInterrupt), Staging(target, "source", num_bytes=10) as staging:
 
@@ -114,7 +114,8 @@ def interrupt(target: Path, num_done: int) -> None:
 
         run(staging, num_done + 4, work)
     assert not target.exists()
-    assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+    started = set(threading.enumerate()) - before
+    assert not [thread for thread in started if thread.name.startswith("ThreadPoolExecutor")]
 
 
 needs_main_thread = pytest.mark.skipif(
