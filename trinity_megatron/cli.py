@@ -203,10 +203,11 @@ def _prepare_data(args: argparse.Namespace, others: Sequence[str]) -> int:
         )
     from trinity_megatron.data.dataset import prepare_data
 
+    vocabulary = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
     manifest = prepare_data(
         args.out,
         args.source,
-        vocab_size=4096 if args.vocab_size is None else args.vocab_size,
+        **vocabulary,
         validation_fraction=args.validation_fraction,
         tokenizer=args.tokenizer,
     )

@@ -16,6 +16,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 BiasUpdateRule = Literal["smebu", "sign"]
 
+# TransformerConfig field -> dest of Megatron's argument, where they differ.
+ARGUMENT_DEST = {"num_moe_experts": "num_experts"}
+
 # What every member of the family shares, in Megatron's own field names.
 TRINITY_ARCHITECTURE: dict[str, Any] = {
     "normalization": "RMSNorm",
@@ -114,15 +117,9 @@ class TrinityConfig(TransformerConfig):
                 + ", ".join(f"{k}={v!r} (Trinity: {expected[k]!r})" for k, v in wrong.items())
                 + ". Set the matching Megatron flags, or use examples/pretrain_trinity.py --preset."
             )
-        pattern = values["moe_layer_freq"]
-        if isinstance(pattern, int):
-            pattern = [int(layer % pattern == 0) for layer in range(config.num_layers)]
-        values["num_dense_layers"] = list(pattern).index(1) if 1 in pattern else config.num_layers
-        if 0 in pattern[values["num_dense_layers"] :]:
-            raise ValueError(
-                f"moe_layer_freq={pattern!r}: Trinity has its dense layers first. Remedy: "
-                "--moe-layer-freq '([0]*D+[1]*M)'."
-            )
+        values["num_dense_layers"] = count_dense_layers(
+            values["moe_layer_freq"], num_layers=config.num_layers
+        )
         # Derived by __post_init__ once more; their finished values would be refused as input.
         for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
             values[name] = None
@@ -264,6 +261,28 @@ class TrinityConfig(TransformerConfig):
                     f"{name}={value!r}: {what} is not supported by the Trinity layers. "
                     f"Remedy: drop the flag --{name.replace('_', '-')}."
                 )
+
+
+def count_dense_layers(moe_layer_freq: int | list[int], *, num_layers: int) -> int:
+    """Number of leading dense layers in Megatron's pattern.
+
+    Args:
+        moe_layer_freq: 1 for each MoE layer and 0 for each dense one, or every how many layers.
+        num_layers: Layers of the model.
+
+    Raises:
+        ValueError: A dense layer follows an MoE layer.
+    """
+    pattern = moe_layer_freq
+    if isinstance(pattern, int):
+        pattern = [int(layer % pattern == 0) for layer in range(num_layers)]
+    num_dense_layers = list(pattern).index(1) if 1 in pattern else num_layers
+    if 0 in pattern[num_dense_layers:]:
+        raise ValueError(
+            f"moe_layer_freq={pattern!r}: Trinity has its dense layers first. Remedy: "
+            "--moe-layer-freq '([0]*D+[1]*M)'."
+        )
+    return num_dense_layers
 
 
 _FIXED_FIELDS = (

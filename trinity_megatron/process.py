@@ -38,13 +38,18 @@ def _poll_parent(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def quiet_megatron() -> None:
-    """Silence what Megatron says at import: two dozen warnings about optional packages, and news.
+def quiet_import_warnings() -> None:
+    """Silence two dozen import-time warnings that apex and Transformer Engine are missing.
 
-    Call it before anything of Megatron is imported.
+    Both are optional.  Call it before anything of Megatron is imported.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
+
+
+def quiet_megatron() -> None:
+    """Silence Megatron's news too, for commands that are no training."""
+    quiet_import_warnings()
+    warnings.filterwarnings("ignore", module=r"torch\.distributed")
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -11,7 +11,7 @@ import torch
 from transformers import AfmoeConfig, AfmoeForCausalLM, AutoModelForCausalLM, AutoTokenizer
 
 from tests.functional_tests.launch import Job, environment, train
-from tests.reference.hf_random import random_model, save_as_bf16
+from tests.reference.hf_random import random_model, read_tensors, save_as_bf16
 from trinity_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -72,12 +72,6 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     worlds.append((1, [Job("trained", long, folder / "trained_checkpoints")]))
     logs = train(data, folder, worlds)
     return SimpleNamespace(folder=folder, hf=hf, megatron=megatron, logs=logs)
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "odd"])

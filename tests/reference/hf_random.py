@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
 NUM_CONFIGS = 32
@@ -78,3 +79,8 @@ def save_as_bf16(model: AfmoeForCausalLM, folder: Path, **options: Any) -> None:
     for name, bias in biases.items():
         model.get_parameter(name).data = bias
     model.save_pretrained(folder, **options)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face checkpoint."""
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}

@@ -58,7 +58,12 @@ from trinity_megatron.checkpoint.torch_dist import (
     TorchDistWriter,
 )
 from trinity_megatron.checkpoint.transforms import Block, Shape, cut
-from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
+from trinity_megatron.config import (
+    ARGUMENT_DEST,
+    TRINITY_ARCHITECTURE,
+    TrinityConfig,
+    count_dense_layers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -141,9 +146,9 @@ def hf_to_megatron(hf: Path, megatron: Path) -> None:
                 if size not in buffers:
                     buffers[size] = torch.empty(size, dtype=torch.uint8)
                 values = buffers[size].view(tensors[part.key][0]).view(part.shape)
-                if by_key[part.key] in momentum:
-                    values.zero_()
                 blocks = by_key[part.key].clip(part.start, part.shape)
+                if not blocks:  # the momentum
+                    values.zero_()
                 for block in blocks:
                     block.megatron_view(values, part.start).copy_(reader.read(block))
                 check_finite(values, blocks, part.start, str(hf))
@@ -232,9 +237,7 @@ def write_hf(
         Bytes of weights written.
     """
     found = source.model_tensors()
-    config = with_vocabulary(config, found, assets, name)
-    entries = resolve(config)
-    check_megatron_tensors(found, entries, resolve_momentum(config), name)
+    entries = match_tensors(found, config, assets=assets, name=name)
     tensors: Tensors = {
         hf_name: (torch.float32 if entry.keep_fp32 else found[entry.megatron][0], shape)
         for entry in entries
@@ -288,9 +291,9 @@ def config_from_args(args: argparse.Namespace, **overrides: Any) -> TrinityConfi
     """
     values = dict(TRINITY_ARCHITECTURE)
     for name in _MODEL_FIELDS:
-        dest = "num_experts" if name == "num_moe_experts" else name
-        if getattr(args, dest, None) is not None:
-            values[name] = getattr(args, dest)
+        value = getattr(args, ARGUMENT_DEST.get(name, name), None)
+        if value is not None:
+            values[name] = value
     score, experts = (getattr(args, n, None) for n in ("moe_router_score_function", "num_experts"))
     if score != "sigmoid" or not experts:
         raise ValueError(
@@ -298,10 +301,9 @@ def config_from_args(args: argparse.Namespace, **overrides: Any) -> TrinityConfi
             f"{score!r}: it is no Trinity model."
         )
     if "num_dense_layers" not in values:  # saved by a script without our arguments
-        pattern = args.moe_layer_freq
-        if isinstance(pattern, int):
-            pattern = [int(layer % pattern == 0) for layer in range(args.num_layers)]
-        values["num_dense_layers"] = pattern.index(1) if 1 in pattern else len(pattern)
+        values["num_dense_layers"] = count_dense_layers(
+            args.moe_layer_freq, num_layers=args.num_layers
+        )
     return TrinityConfig(**{**values, **overrides})
 
 
@@ -316,8 +318,7 @@ _MODEL_FIELDS = (
 
 def _common_state(config: TrinityConfig) -> dict[str, Any]:
     """What Megatron wants to know of a checkpoint that no run has saved."""
-    args = {name: getattr(config, name) for name in _MODEL_FIELDS}
-    args["num_experts"] = args.pop("num_moe_experts")
+    args = {ARGUMENT_DEST.get(name, name): getattr(config, name) for name in _MODEL_FIELDS}
     args.update(
         padded_vocab_size=config.vocab_size,
         moe_layer_freq=config.moe_layer_freq,
@@ -442,18 +443,46 @@ def _dtype(entry: Entry, weights: HFWeights) -> torch.dtype:
     return dtype
 
 
-def with_vocabulary(
-    config: TrinityConfig, found: Tensors, assets: Assets | None, name: str
-) -> TrinityConfig:
-    """Give the model the vocabulary of the Hugging Face side: without Megatron's padding.
+def match_tensors(
+    found: Tensors,
+    config: TrinityConfig,
+    *,
+    assets: Assets | None,
+    name: str,
+    stacked_experts: bool = False,
+) -> list[Entry]:
+    """The table for Megatron's tensors, after a check that they are exactly those of the model.
+
+    Args:
+        found: Dtype and whole shape of every tensor.
+        config: The model; gets the vocabulary of the Hugging Face side.
+        assets: Files of the Hugging Face checkpoint that it all began with.
+        name: Of the source, in messages.
+        stacked_experts: See :func:`resolve`.
 
     Raises:
-        ValueError: The model is another one than that of the assets.
+        ValueError: The model is another one than that of the assets, or tensors are missing, too
+            many or of another shape.
     """
-    rows = next((shape[0] for key, (_, shape) in found.items() if "word_embeddings" in key), 0)
+    _set_vocabulary(config, found, assets, name)
+    entries = resolve(config, stacked_experts=stacked_experts)
+    check_megatron_tensors(found, entries, resolve_momentum(config), name)
+    return entries
+
+
+def get_vocabulary_rows(found: Tensors) -> int:
+    """Rows of the embedding, padding included; 0 if there is none."""
+    return next((shape[0] for key, (_, shape) in found.items() if "word_embeddings" in key), 0)
+
+
+def _set_vocabulary(
+    config: TrinityConfig, found: Tensors, assets: Assets | None, name: str
+) -> None:
+    """Give the model the vocabulary of the Hugging Face side: without Megatron's padding."""
+    rows = get_vocabulary_rows(found)
     config.vocab_size = rows
     if assets is None:
-        return config
+        return
     original = trinity_config_from_hf(assets.config)
     if different := compare_models(config, original):
         fields = ", ".join(f"{field}={a!r} (there {b!r})" for field, (a, b) in different.items())
@@ -473,7 +502,6 @@ def with_vocabulary(
             original.vocab_size,
         )
     config.vocab_size = original.vocab_size
-    return config
 
 
 def _headers(tensors: Tensors, assets: Assets | None, max_shard_size: str) -> dict[str, str]:

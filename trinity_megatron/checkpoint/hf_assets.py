@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trinity_megatron.checkpoint.hf_config import read_hf_config
-from trinity_megatron.data.tokenizer import is_tokenizer_file
+from trinity_megatron.data.tokenizer import get_special_token, is_tokenizer_file
 
 ASSETS_NAME = "hf"
 _HEADERS_NAME = "safetensors_headers.json"
@@ -115,8 +115,7 @@ def write_tokenizer(tokenizer: Path, target: Path) -> dict[str, int]:
     vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     ids: dict[str, int] = {}
     for kind in ("bos", "eos", "pad"):
-        token = names.get(f"{kind}_token")
-        token = token.get("content") if isinstance(token, dict) else token
+        token = get_special_token(names, kind)
         found = vocabulary.token_to_id(token) if token else None
         if found is not None:
             ids[f"{kind}_token_id"] = found

@@ -13,9 +13,9 @@ from trinity_megatron.checkpoint.convert import (
     Tensors,
     check_finite,
     check_hf_tensors,
-    check_megatron_tensors,
     config_from_args,
-    with_vocabulary,
+    get_vocabulary_rows,
+    match_tensors,
     write_hf,
 )
 from trinity_megatron.checkpoint.hf_assets import Assets
@@ -110,7 +110,7 @@ def load_megatron_model(
     Args:
         path: What ``--save`` was, or the folder of one iteration.
         dtype: Precision of the weights; the expert bias stays in fp32.
-        **layout: Fields of the config for a parallel layout that is initialised, e.g.
+        **layout: Fields of the config for a parallel layout, e.g.
             ``tensor_model_parallel_size=2``; one process without.
 
     Raises:
@@ -119,7 +119,9 @@ def load_megatron_model(
     reader = TorchDistReader(Path(path))
     config = config_from_args(reader.args, **_precision(dtype), **layout)
     tp = config.tensor_model_parallel_size
-    config.vocab_size = -(-get_vocabulary_rows(reader) // tp) * tp  # the same rows on every rank
+    config.vocab_size = (
+        -(-get_vocabulary_rows(reader.model_tensors()) // tp) * tp
+    )  # the same rows on every rank
     model = build_model(config)
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint.api import CheckpointException
@@ -141,16 +143,16 @@ def load_transformers_model(
     *,
     name: str,
     assets: Assets | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Any:
-    """The same model in transformers, filled from Megatron's tensors.
+    """The same model in transformers, in the precision of Megatron's tensors.
+
+    The expert bias stays in fp32.
 
     Args:
         source: Where they come from.
         config: The model.
         name: Of the source, in messages.
         assets: Files of the Hugging Face checkpoint that it all began with.
-        dtype: Precision; that of the source if None.  The expert bias stays in fp32.
 
     Raises:
         ValueError: The tensors are not those of the model.
@@ -162,10 +164,8 @@ def load_transformers_model(
     from transformers.initialization import no_init_weights
 
     found = source.model_tensors()
-    config = with_vocabulary(config, found, assets, name)
-    entries = resolve(config, stacked_experts=True)
-    check_megatron_tensors(found, entries, resolve_momentum(config), name)
-    dtype = dtype or found["output_layer.weight"][0]
+    entries = match_tensors(found, config, assets=assets, name=name, stacked_experts=True)
+    dtype = found["output_layer.weight"][0]
     fields = assets.config if assets else hf_config_from_trinity(config, dtype=dtype)
     hf_config = AfmoeConfig(**{**fields, "dtype": dtype})
     with no_init_weights():
@@ -191,10 +191,11 @@ def load_transformers_model(
 def build_model(config: TrinityConfig) -> GPTModel:
     """Megatron's model with uninitialised weights.
 
-    Megatron's parallel state is initialised for one process if it is not there yet.
+    Megatron's parallel state is initialised as the config says if it is not there yet, and the
+    process group for this process alone.
     """
     enter_host()
-    _initialize_one_process()
+    _initialize_parallel_state(config)
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
@@ -213,7 +214,7 @@ def build_model(config: TrinityConfig) -> GPTModel:
     )
 
 
-def _initialize_one_process() -> None:
+def _initialize_parallel_state(config: TrinityConfig) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -222,7 +223,11 @@ def _initialize_one_process() -> None:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            expert_model_parallel_size=config.expert_model_parallel_size,
+        )
         model_parallel_cuda_manual_seed(0)
 
 
@@ -233,12 +238,6 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
         "fp16": dtype == torch.float16,
         "transformer_impl": "local",
     }
-
-
-def get_vocabulary_rows(source: MegatronSource) -> int:
-    """Rows of the embedding, padding included."""
-    _, shape = source.model_tensors()["embedding.word_embeddings.weight"]
-    return shape[0]
 
 
 class LiveModel:

@@ -7,7 +7,7 @@ would.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,16 +229,13 @@ def random_tokens(vocab_size: int, seq_length: int) -> torch.Tensor:
     return torch.randint(vocab_size, (BATCH_SIZE, seq_length), generator=generator)
 
 
-def run(args: argparse.Namespace, print_: Callable[[str], None]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Compare; call it on every rank of an initialised world.
 
     Returns:
         0, or 1 beyond the tolerance.
     """
     enter_host()
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
     vocab_size = read_hf_config(args.hf)["vocab_size"]
     if args.tokens is not None:
         tokens = read_tokens(args.tokens, vocab_size)
@@ -248,8 +245,6 @@ def run(args: argparse.Namespace, print_: Callable[[str], None]) -> int:
         f"{part}_model_parallel_size": getattr(args, f"{part}_model_parallel_size")
         for part in ("tensor", "pipeline", "expert")
     }
-    parallel_state.initialize_model_parallel(**layout)
-    model_parallel_cuda_manual_seed(0)
     model = load_megatron_model(args.megatron, pipeline_dtype=torch.float32, **layout).eval()
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     ours = trace_megatron(model.to(device), tokens.to(device))
@@ -264,11 +259,11 @@ def run(args: argparse.Namespace, print_: Callable[[str], None]) -> int:
         args.hf, dtype=torch.float32, experts_implementation="eager"
     ).eval()
     result = compare(ours, trace_transformers(twin, tokens))
-    print_(format_comparison(result))
+    print(format_comparison(result))
     if not result.relative_difference <= args.tolerance:  # NaN is beyond
-        print_(f"DIFFERENT: beyond the tolerance of {args.tolerance:g} x max |logit|")
+        print(f"DIFFERENT: beyond the tolerance of {args.tolerance:g} x max |logit|")
         return _DIFFERENT
-    print_(f"equal within {args.tolerance:g} x max |logit|")
+    print(f"equal within {args.tolerance:g} x max |logit|")
     return 0
 
 
@@ -279,15 +274,14 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend)
-    code = torch.zeros(1, dtype=torch.int64)
     try:
-        code[0] = run(args, print)
+        code = run(args)
     except (ValueError, OSError) as error:
         if torch.distributed.get_rank() == 0:
             print(f"trinity-megatron: error: {error}", file=sys.stderr, flush=True)
         return _USER_ERROR
     torch.distributed.destroy_process_group()
-    return int(code[0])
+    return code
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ Source: report section 2 (tokenizer); the patterns follow llama.cpp's port,
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -265,18 +266,27 @@ def _read(folder: Path, name: str) -> bytes:
         ) from error
 
 
+def get_special_token(config: Mapping[str, Any], kind: str) -> Any:
+    """A special token of ``tokenizer_config.json``; None if it names none.
+
+    Args:
+        config: Content of the file.
+        kind: ``bos``, ``eos`` or ``pad``; a string in the file, or an added token with properties.
+    """
+    token = config.get(f"{kind}_token")
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def _read_eos_token(folder: Path) -> str:
-    """The end-of-text token, given as a string or as an added token with its properties."""
+    """The end-of-text token."""
     try:
         config = json.loads(_read(folder, _CONFIG).decode("utf-8"))
-        eos_token = config.get("eos_token")
+        eos_token = get_special_token(config, "eos")
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
         raise ValueError(
             f"tokenizer {folder}: {_CONFIG} is not a JSON object ({error}); copy or download it "
             "again"
         ) from error
-    if isinstance(eos_token, dict):
-        eos_token = eos_token.get("content")
     if not isinstance(eos_token, str) or not eos_token:
         raise ValueError(
             f"tokenizer {folder}: {_CONFIG} names no eos_token ({eos_token!r}), which ends every "

@@ -17,7 +17,9 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import print_rank_0
 
-from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
+from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME
+from trinity_megatron.checkpoint.torch_dist import TRACKER_NAME
+from trinity_megatron.config import ARGUMENT_DEST, TRINITY_ARCHITECTURE, TrinityConfig
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.dataset import DataManifest, load_manifest
 from trinity_megatron.host import is_cpu_host
@@ -28,11 +30,7 @@ from trinity_megatron.optimizer.builder import (
 from trinity_megatron.presets import PRESETS, Preset, get_preset
 from trinity_megatron.tracking.wandb_run import prepare_wandb
 
-_TRACKER = "latest_checkpointed_iteration.txt"
 SUPPORTED_MEGATRON = ((0, 19, 2), (0, 20, 0))
-
-# TransformerConfig field -> dest of Megatron's argument, where they differ.
-_DEST = {"num_moe_experts": "num_experts"}
 
 # Argument -> flag to name in the error, for requests that only a GPU can meet.
 _CUDA_ONLY = {
@@ -150,10 +148,10 @@ def _paths_parser() -> argparse.ArgumentParser:
 
 def default_arguments(preset: Preset, data: str | None, out: str | None) -> dict[str, Any]:
     """Defaults (by ``dest``) of a run; every one can be overridden by its Megatron flag."""
-    values = {_DEST.get(name, name): value for name, value in preset.model.items()}
+    values = {ARGUMENT_DEST.get(name, name): value for name, value in preset.model.items()}
     for name, value in TRINITY_ARCHITECTURE.items():
         if name not in ("gated_linear_unit", "activation_func"):  # --swiglu says both
-            values[_DEST.get(name, name)] = value
+            values[ARGUMENT_DEST.get(name, name)] = value
     values.update(
         swiglu=True,
         group_query_attention=True,
@@ -251,9 +249,12 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     if args.optimizer == "muon":
         validate_muon_arguments(args)
     _check_checkpoints(args)
-    for folder in (args.load, args.pretrained_checkpoint):
+    for flag, folder in (
+        ("--load", args.load),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint),
+    ):
         if manifest is not None and folder:
-            check_checkpoint_vocabulary(folder, manifest)
+            check_checkpoint_vocabulary(folder, manifest, flag=flag)
     if args.preset not in PRESETS and args.padded_vocab_size is None:
         args.padded_vocab_size = _vocabulary_of_checkpoint(args, manifest)
     # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.
@@ -266,12 +267,12 @@ def _check_checkpoints(args: argparse.Namespace) -> None:
     starts = {}
     if args.load and Path(args.load).resolve() != own and not args.non_persistent_ckpt_type:
         starts["--load"] = args.load  # a run's own folder may be empty yet
-    if not (args.load and Path(args.load, _TRACKER).is_file()):  # else Megatron takes that
+    if not (args.load and Path(args.load, TRACKER_NAME).is_file()):  # else Megatron takes that
         starts["--pretrained-checkpoint"] = args.pretrained_checkpoint
     for flag, folder in starts.items():
-        if folder and "://" not in folder and not Path(folder, _TRACKER).is_file():
+        if folder and "://" not in folder and not Path(folder, TRACKER_NAME).is_file():
             raise ValueError(
-                f"{flag} {folder} holds no checkpoint (no latest_checkpointed_iteration.txt). "
+                f"{flag} {folder} holds no checkpoint (no {TRACKER_NAME}). "
                 "Remedy: name what --save was, or what trinity-megatron convert --to-megatron made."
             )
 
@@ -392,7 +393,7 @@ def _check_parallel_sizes(args: argparse.Namespace) -> None:
         )
 
 
-def check_checkpoint_vocabulary(load: str, manifest: DataManifest) -> None:
+def check_checkpoint_vocabulary(load: str, manifest: DataManifest, *, flag: str = "--load") -> None:
     """Refuse to continue a checkpoint with data of another vocabulary.
 
     The fingerprint of the tokenizer lies beside the checkpoints since the run's first start; a
@@ -401,7 +402,7 @@ def check_checkpoint_vocabulary(load: str, manifest: DataManifest) -> None:
     Raises:
         ValueError: Names both vocabularies and the remedy.
     """
-    stamp, tokenizer = Path(load) / "tokenizer.sha256", Path(load) / "hf" / "tokenizer.json"
+    stamp, tokenizer = Path(load) / "tokenizer.sha256", Path(load, ASSETS_NAME, "tokenizer.json")
     if stamp.exists():
         known = stamp.read_text().strip()
     elif tokenizer.exists():
@@ -410,7 +411,7 @@ def check_checkpoint_vocabulary(load: str, manifest: DataManifest) -> None:
         return
     if known != manifest.tokenizer_fingerprint:
         raise ValueError(
-            f"--load {load}: the checkpoint was trained with the vocabulary {known[:12]}, but "
+            f"{flag} {load}: the checkpoint was trained with the vocabulary {known[:12]}, but "
             f"--data has {manifest.tokenizer_fingerprint[:12]} ({manifest.vocab_size} tokens). "
             "Remedy: give the data folder of that run (or prepare-data --tokenizer with its "
             "tokenizer), or another --out to start anew."

@@ -6,15 +6,13 @@ torchrun --nproc-per-node 2 examples/pretrain_trinity.py --preset tiny --data D 
 import os
 import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
 from trinity_megatron.host import enter_host
+from trinity_megatron.process import quiet_import_warnings
 
-# Two dozen import-time warnings that apex and Transformer Engine are missing: both are optional.
-warnings.filterwarnings("ignore", module=r"megatron\.")
-warnings.filterwarnings("ignore", category=SyntaxWarning)
+quiet_import_warnings()
 ON_CPU = enter_host()  # before anything of Megatron is imported
 
 from megatron.core.enums import ModelType  # noqa: E402

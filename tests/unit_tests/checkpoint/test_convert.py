@@ -14,6 +14,7 @@ from tests.reference.hf_random import (
     random_config,
     random_model,
     random_tokens,
+    read_tensors,
     save_as_bf16,
 )
 from trinity_megatron.checkpoint import load_hf_model, save_hf_model
@@ -34,11 +35,6 @@ def assert_same_files(a: Path, b: Path) -> None:
     assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
     different = [p.name for p in a.iterdir() if p.read_bytes() != (b / p.name).read_bytes()]
     assert not different
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a Hugging Face checkpoint."""
-    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 def positions(tokens: torch.Tensor) -> torch.Tensor:
