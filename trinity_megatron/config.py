@@ -14,7 +14,9 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-BiasUpdateRule = Literal["smebu", "sign"]
+from trinity_megatron.moe.expert_bias import BIAS_RULES, DEFAULT_MOMENTUM
+
+BiasUpdateRule = Literal["smebu", "sign", "linear", "none"]
 
 # TransformerConfig field -> dest of Megatron's argument, where they differ.
 ARGUMENT_DEST = {"num_moe_experts": "num_experts"}
@@ -68,13 +70,24 @@ class TrinityConfig(TransformerConfig):
     """Multiply the embedding by sqrt(d) (report eq 39; ``mup_enabled`` in transformers)."""
 
     moe_router_bias_update_rule: BiasUpdateRule = "smebu"
-    """Rule of the expert bias: ``smebu`` (report eq 23-28) or ``sign`` (centred sign, 19-22)."""
+    """Rule of the expert bias: ``smebu`` (report eq 23-28), ``sign`` (centred sign, 19-22),
+    ``linear`` (SMEBU without tanh) or ``none`` (the bias stays)."""
 
-    moe_router_bias_momentum: float = 0.5
-    """SMEBU's beta, the momentum of the bias update (report eq 27)."""
+    moe_router_bias_momentum: float | None = None
+    """Beta, the momentum of the bias update (report eq 27); None for the rule's own: 0.5 for
+    ``smebu``, 0 for the others."""
 
     moe_router_bias_clamp_scale: float = 2.0
     """SMEBU's kappa, the scale inside the tanh (report eq 24)."""
+
+    moe_router_bias_warmup_steps: int = 0
+    """Steps over which the update rate of the bias rises linearly from zero."""
+
+    moe_router_bias_freeze_step: int | None = None
+    """Last step that moves the bias; None to move it to the end."""
+
+    lm_head_z_loss_coeff: float = 0.0
+    """Coefficient of the mean squared logsumexp of the LM head's logits (report section 3.3)."""
 
     init_seed: int = 1234
     """Seed of the parameter initialisation, which does not depend on the parallel layout."""
@@ -144,6 +157,13 @@ class TrinityConfig(TransformerConfig):
         return math.sqrt(self.hidden_size) if self.scale_embeddings else 1.0
 
     @property
+    def bias_momentum(self) -> float:
+        """Beta of the bias update: the one that is set, or the rule's own."""
+        if self.moe_router_bias_momentum is not None:
+            return self.moe_router_bias_momentum
+        return DEFAULT_MOMENTUM[self.moe_router_bias_update_rule]
+
+    @property
     def num_moe_layers(self) -> int:
         """Number of layers with routed experts."""
         return self.num_layers - self.num_dense_layers
@@ -201,6 +221,34 @@ class TrinityConfig(TransformerConfig):
                 f"{self.num_layers}, or cut the layers with --pipeline-model-parallel-layout."
             )
 
+    def _check_balance(self) -> None:
+        if self.moe_router_bias_update_rule not in BIAS_RULES:
+            raise ValueError(
+                f"moe_router_bias_update_rule={self.moe_router_bias_update_rule!r} is unknown. "
+                f"Remedy: --moe-router-bias-update-rule {', '.join(BIAS_RULES)}."
+            )
+        for name, is_good, wanted in (
+            ("moe_router_bias_momentum", 0 <= self.bias_momentum < 1, "at least 0 and below 1"),
+            ("moe_router_bias_clamp_scale", self.moe_router_bias_clamp_scale > 0, "positive"),
+            ("moe_router_bias_update_rate", self.moe_router_bias_update_rate >= 0, "not negative"),
+            (
+                "moe_router_bias_warmup_steps",
+                self.moe_router_bias_warmup_steps >= 0,
+                "not negative",
+            ),
+            (
+                "moe_router_bias_freeze_step",
+                (self.moe_router_bias_freeze_step or 0) >= 0,
+                "not negative",
+            ),
+            ("lm_head_z_loss_coeff", self.lm_head_z_loss_coeff >= 0, "not negative"),
+        ):
+            if not is_good:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be {wanted}. "
+                    f"Remedy: set --{name.replace('_', '-')} so."
+                )
+
     def _check(self) -> None:
         experts, ep = self.num_moe_experts, self.expert_model_parallel_size
         tp, heads, groups = (
@@ -249,11 +297,7 @@ class TrinityConfig(TransformerConfig):
                 f"global_attn_every_n_layers={self.global_attn_every_n_layers} must be positive. "
                 "Remedy: 4 is the released pattern."
             )
-        if self.moe_router_bias_update_rule not in ("smebu", "sign"):
-            raise ValueError(
-                f"moe_router_bias_update_rule={self.moe_router_bias_update_rule!r} is unknown. "
-                "Remedy: --moe-router-bias-update-rule smebu or sign."
-            )
+        self._check_balance()
         for name, what in _REFUSED_FEATURES.items():
             value = getattr(self, name)
             if value:

@@ -1,4 +1,8 @@
-"""How many floating-point operations training takes, by arithmetic."""
+"""Floating-point operations: how many training takes, how many a device can do."""
+
+import time
+
+import torch
 
 from trinity_megatron.config import TrinityConfig
 
@@ -33,3 +37,45 @@ def training_flops_per_token(config: TrinityConfig, seq_length: int) -> float:
     )
     attention = 2 * config.num_attention_heads * (config.kv_channels or 0) * keys
     return 6.0 * (matrices + attention)
+
+
+# Dense bf16 peak of a GPU in FLOP/s, by a part of its name.  Source: NVIDIA's data sheets.
+_BF16_PEAKS = {
+    "B300": 2.25e15,
+    "B200": 2.25e15,
+    "H200": 989.4e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+}
+
+
+def peak_flops(device: torch.device) -> float:
+    """FLOP/s to which MFU relates.
+
+    The data sheet's dense bf16 rate for a GPU of the table; elsewhere, a CPU included, the measured
+    rate of a large matrix product.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, rate in _BF16_PEAKS.items():
+            if part in name:
+                return rate
+    return measured_matmul_rate(device)
+
+
+def measured_matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a large matrix product: bf16 on a GPU, fp32 on a CPU (best of a few)."""
+    on_gpu = device.type == "cuda"
+    size, rounds = (8192, 20) if on_gpu else (1024, 5)
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    a @ a
+    best = float("inf")
+    for _ in range(rounds):
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ a
+        if on_gpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

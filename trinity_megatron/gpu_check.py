@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,25 +30,10 @@ def main(flags: Sequence[str] = ()) -> int:
         return _tiny_run(Path(folder), flags)
 
 
-def measured_matmul_rate() -> float:
-    """FLOP/s of a large bf16 matrix product on the current device."""
-    import torch
-
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    for _ in range(3):
-        a @ a
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(20):
-        a @ a
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (time.perf_counter() - start)
-
-
 def _tiny_run(folder: Path, flags: Sequence[str]) -> int:
     import torch
 
-    from trinity_megatron.flops import training_flops_per_token
+    from trinity_megatron.flops import measured_matmul_rate, training_flops_per_token
     from trinity_megatron.presets import get_preset, trinity_preset
     from trinity_megatron.tracking.run_log import RunLog
 
@@ -68,6 +52,7 @@ def _tiny_run(folder: Path, flags: Sequence[str]) -> int:
     peak = max(log.scalars("mem-max-allocated-bytes").values(), default=0.0)
     print(f"gpu-check: {torch.cuda.get_device_name()}, tiny preset in bf16")
     print(f"  tokens/s      {tokens:,.0f}")
-    print(f"  MFU           {flops * tokens / measured_matmul_rate():.1%} of the matmul rate")
+    rate = measured_matmul_rate(torch.device("cuda"))
+    print(f"  MFU           {flops * tokens / rate:.1%} of the matmul rate")
     print(f"  peak memory   {peak / 2**30:.2f} GiB")
     return 0

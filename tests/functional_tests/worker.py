@@ -33,7 +33,6 @@ def train(job: dict[str, Any]) -> None:
             raise
     finally:
         training.initialize_megatron = initialize_megatron
-        finalize._Pending.observers.clear()
         finalize._Pending.routers, finalize._Pending.tokens_per_expert = (), None
         finish.ValidationTokens.counts = None
     if writer := get_tensorboard_writer():
@@ -43,12 +42,20 @@ def train(job: dict[str, Any]) -> None:
 
 
 @contextmanager
-def probed(*, record: str | None = None, spoil: dict[str, float] | None = None) -> Iterator[None]:
+def probed(
+    *,
+    record: str | None = None,
+    spoil: dict[str, float] | None = None,
+    trace: str | None = None,
+    pad: int = 0,
+) -> Iterator[None]:
     """Record the routers' state as each step finds it; spoil the gradient of some steps.
 
     Args:
         record: File for the list of states, one a step.
         spoil: Value to put into one gradient after the reduction, by step (1-based).
+        trace: Prefix of the files of ``traced``, one for each rank.
+        pad: Tokens of padding at the end of the last sequence of each global batch of 8.
     """
     from trinity_megatron import layer_specs
     from trinity_megatron.moe.finalize import find_routers
@@ -73,11 +80,78 @@ def probed(*, record: str | None = None, spoil: dict[str, float] | None = None) 
     if record or spoil:
         layer_specs.finalize_model_grads = finalize_model_grads
     try:
-        yield
+        with traced(trace), padded(pad):
+            yield
     finally:
         layer_specs.finalize_model_grads = real
         if record and torch.distributed.get_rank() == 0:
             torch.save(states, record)
+
+
+@contextmanager
+def traced(prefix: str | None) -> Iterator[None]:
+    """Write down what every router of this rank saw and what every step did to the biases.
+
+    The file has ``calls``: (step, layer, logits, padding mask or None, routing map) of each call
+    with gradients, and ``updates``: what each committed update says of this rank's layers.
+    """
+    from trinity_megatron.moe.finalize import observe_bias_updates
+    from trinity_megatron.moe.router import TrinityRouter
+
+    if prefix is None:
+        yield
+        return
+    calls: list[tuple] = []
+    updates: list[dict[str, Any]] = []
+    routing = TrinityRouter.routing
+
+    def recorded(self: Any, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
+        result = routing(self, logits, padding_mask)
+        if self.training and torch.is_grad_enabled():
+            mask = (
+                padding_mask if padding_mask is None else self._own_rows(padding_mask, len(logits))
+            )
+            seen = (logits.detach().clone(), mask, result[1].clone())
+            calls.append((len(updates) + 1, self.layer_number, *seen))
+        return result
+
+    def observe(update: Any) -> None:
+        updates.append({**vars(update), "dtype": str(update.expert_bias.dtype)})
+
+    remove = observe_bias_updates(observe)
+    TrinityRouter.routing = recorded
+    try:
+        yield
+    finally:
+        TrinityRouter.routing = routing
+        remove()
+        content = {"calls": calls, "updates": updates}
+        torch.save(content, f"{prefix}.{torch.distributed.get_rank()}.pt")
+
+
+@contextmanager
+def padded(num_tokens: int) -> Iterator[None]:
+    """Fill up the last of every 8 training sequences as Megatron's dataset pads a short one."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    get_item = GPTDataset.__getitem__
+
+    def short(self: Any, idx: int) -> dict[str, torch.Tensor]:
+        sample = get_item(self, idx)
+        if idx % 8 == 7:
+            # The label of the last real token is padding too.
+            for name, length in (("tokens", num_tokens), ("labels", num_tokens + 1)):
+                sample[name][-length:] = 0
+            sample["loss_mask"] = sample["loss_mask"].clone()
+            sample["loss_mask"][-num_tokens - 1 :] = 0.0
+        return sample
+
+    if num_tokens:
+        GPTDataset.__getitem__ = short
+    try:
+        yield
+    finally:
+        GPTDataset.__getitem__ = get_item
 
 
 def run_rank(rank: int, ranks: int, jobs: list[dict[str, Any]], store: str) -> None:

@@ -20,11 +20,13 @@ LEVELS = {
     "version": 0,
     "process": 0,
     "moe/expert_bias": 0,
+    "moe/balance_loss": 0,
     "optimizer/newton_schulz": 0,
     "data/*": 0,
     "checkpoint/transforms": 0,
     "checkpoint/verify_flags": 0,
     "tracking/moe_metrics": 0,
+    "tracking/statistics": 0,
     # 1: parts of the model and of the optimizer.
     "config": 1,
     "flops": 1,

@@ -7,6 +7,7 @@ A step that is skipped (Inf, NaN, a spike) or run again leaves its counts pendin
 finalize replaces them: bias and momentum stay as if the step had not been.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from megatron.core.parallel_state import get_tensor_and_data_parallel_group
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from trinity_megatron.config import TrinityConfig
-from trinity_megatron.moe.expert_bias import sign_update, smebu_update
+from trinity_megatron.moe.expert_bias import BIAS_RULES, scheduled_rate
 from trinity_megatron.moe.router import TrinityRouter
 
 
@@ -47,6 +48,9 @@ class _Pending:
     tokens_per_expert: torch.Tensor | None = None
     hook: Any = None
     observers: list[Callable[[BiasUpdate], None]] = []
+    # Number of the running step, from 1.  The training loop knows it; where nobody says it, the
+    # schedule of the bias (which only our own entry has flags for) is over.
+    current_step: Callable[[], int] = staticmethod(lambda: sys.maxsize)
 
 
 def observe_bias_updates(observer: Callable[[BiasUpdate], None]) -> Callable[[], None]:
@@ -57,6 +61,14 @@ def observe_bias_updates(observer: Callable[[BiasUpdate], None]) -> Callable[[],
     """
     _Pending.observers.append(observer)
     return lambda: _Pending.observers.remove(observer)
+
+
+def set_step_source(current_step: Callable[[], int]) -> None:
+    """Say where the number of the running optimizer step (from 1) comes from.
+
+    The warm-up and the freezing of the bias follow it, also after a resume.
+    """
+    _Pending.current_step = staticmethod(current_step)
 
 
 def finalize_model_grads(
@@ -142,18 +154,21 @@ def _apply_rule(
     config: TrinityConfig = routers[0].config
     bias = torch.stack([router.expert_bias for router in routers])
     momentum = torch.stack([router.expert_bias_momentum for router in routers])
-    rate = config.moe_router_bias_update_rate
-    if config.moe_router_bias_update_rule == "smebu":
-        bias, momentum = smebu_update(
-            bias,
-            momentum,
-            counts,
-            update_rate=rate,
-            momentum=config.moe_router_bias_momentum,
-            clamp_scale=config.moe_router_bias_clamp_scale,
-        )
-    else:
-        bias = sign_update(bias, counts, update_rate=rate)
+    step, last = _Pending.current_step(), config.moe_router_bias_freeze_step
+    if last is not None and step > last:
+        return bias, momentum
+    bias, momentum = BIAS_RULES[config.moe_router_bias_update_rule](
+        bias,
+        momentum,
+        counts,
+        update_rate=scheduled_rate(
+            config.moe_router_bias_update_rate,
+            step=step,
+            warmup_steps=config.moe_router_bias_warmup_steps,
+        ),
+        momentum=config.bias_momentum,
+        clamp_scale=config.moe_router_bias_clamp_scale,
+    )
     for index, router in enumerate(routers):
         router.expert_bias.copy_(bias[index])
         router.expert_bias_momentum.copy_(momentum[index])

@@ -6,6 +6,8 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 from trinity_megatron.config import TrinityConfig
+from trinity_megatron.moe.balance_loss import sequence_balance_loss
+from trinity_megatron.tracking.statistics import STATISTICS
 
 
 class Routing(NamedTuple):
@@ -99,10 +101,10 @@ class TrinityRouter(TopKRouter):
         Returns:
             ``probs`` and ``routing_map``, both ``[s * b, num_experts]``.
         """
-        seq_length, batch_size = logits.shape[:2]
-        logits = logits.view(-1, self.config.num_moe_experts)
+        seq_length, batch_size, num_experts = logits.shape
+        logits = logits.view(-1, num_experts)
         if padding_mask is not None:
-            padding_mask = padding_mask.reshape(-1)
+            padding_mask = self._own_rows(padding_mask, seq_length).reshape(-1)
         logits = self.apply_z_loss(logits, padding_mask=padding_mask)
         probs, routing_map, scores = route(
             logits,
@@ -113,19 +115,33 @@ class TrinityRouter(TopKRouter):
         if self.training and torch.is_grad_enabled():
             # Neither in evaluation nor in the first pass of a recomputed layer (no gradients).
             counted = routing_map if padding_mask is None else routing_map & ~padding_mask[:, None]
+            counts = counted.view(seq_length, batch_size, num_experts).sum(dim=0)
             if self.is_aux_loss_enabled():
-                probs = self._balance(probs, scores, counted, seq_length, batch_size, padding_mask)
+                probs = self._balance(probs, scores, counted, counts, padding_mask)
             if self.enable_expert_bias:
-                self.local_tokens_per_expert += counted.sum(dim=0)
+                self.local_tokens_per_expert += counts.sum(dim=0)
+            if STATISTICS.is_collecting:
+                self._observe(logits.detach(), padding_mask)
         return probs, routing_map
+
+    def _own_rows(self, padding_mask: torch.Tensor, seq_length: int) -> torch.Tensor:
+        """This rank's rows of the mask: Megatron cuts it for sequence parallelism in some stages.
+
+        Only the first pipeline stage scatters it (``GPTModel._preprocess``); the others hand the
+        whole mask on, which would be broadcast against the wrong tokens.
+        """
+        ranks = self.tp_group.size()
+        if padding_mask.shape[0] == seq_length * ranks and ranks > 1:
+            return padding_mask.narrow(0, self.tp_group.rank() * seq_length, seq_length)
+        assert padding_mask.shape[0] == seq_length, (padding_mask.shape, seq_length)
+        return padding_mask
 
     def _balance(
         self,
         probs: torch.Tensor,
         scores: torch.Tensor,
         routing_map: torch.Tensor,
-        seq_length: int,
-        batch_size: int,
+        counts: torch.Tensor,
         padding_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attach the balance losses, with the biased selection in f_i (report eq 29-32).
@@ -133,11 +149,61 @@ class TrinityRouter(TopKRouter):
         Megatron would select without the bias here.
         """
         scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+        masked = padding_mask is not None
         if padding_mask is not None:
             scores = scores * ~padding_mask[:, None]
-        masked = padding_mask is not None
         probs = self._apply_aux_loss(probs, scores, routing_map, with_padding_mask=masked)
-        probs = self._apply_seq_aux_loss(
-            probs, scores, routing_map, seq_length, batch_size, with_padding_mask=masked
-        )
+        probs = self._apply_sequence_balance_loss(probs, scores, counts)
         return self._apply_global_aux_loss(probs, scores, routing_map, with_padding_mask=masked)
+
+    def _apply_sequence_balance_loss(
+        self, probs: torch.Tensor, scores: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """Attach the mean over the sequences, each weighed by its tokens.
+
+        Megatron's own weighs micro-batches; with padding that depends on how they are cut.
+
+        Args:
+            probs: ``[num_tokens, num_experts]``.
+            scores: Normalised scores, 0 for padding, ``[num_tokens, num_experts]``.
+            counts: Tokens of each of this rank's (parts of) sequences that selected each expert,
+                int64 ``[b, num_experts]``.
+        """
+        coeff = self.get_aux_loss_coeff("seq_aux_loss")
+        if coeff == 0:
+            return probs
+        if self.tp_cp_group.size() > 1:
+            counts = counts.clone()
+            torch.distributed.all_reduce(counts, group=self.tp_cp_group)
+        sums = scores.view(-1, *counts.shape).sum(dim=0)
+        losses = sequence_balance_loss(sums, counts, topk=self.topk, coeff=coeff)
+        num_tokens = counts.sum(dim=-1) / self.topk
+        total = num_tokens.sum().clamp_min(1.0)
+        return self.attach_and_log_load_balancing_loss(
+            probs,
+            coeff,
+            (losses * num_tokens).sum() / total,
+            "seq_load_balancing_loss",
+            self.tp_cp_group,
+            # Megatron multiplies with this and the size of the group, and divides the gradient by
+            # the tokens of the global batch.
+            valid_token_count=total / self.tp_cp_group.size(),
+        )
+
+    def _observe(self, logits: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
+        """Hand the logits' statistics to the collector of the step."""
+        num_tokens: torch.Tensor | int = logits.shape[0]
+        maximum = logits
+        if padding_mask is not None:
+            num_tokens = (~padding_mask).sum()
+            maximum = logits.masked_fill(padding_mask[:, None], float("-inf"))
+            logits = logits * ~padding_mask[:, None]
+        highest, count = maximum.max(), num_tokens * logits.shape[1]
+        for name, values in (("router/logit", logits), ("router/logit_square", logits.square())):
+            STATISTICS.observe(
+                name,
+                layer=self.layer_number or 0,
+                count=count,
+                total=values.sum(dtype=torch.float64),
+                maximum=highest,
+            )

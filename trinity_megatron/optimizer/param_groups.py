@@ -4,12 +4,15 @@ Muon takes the matrices of the hidden layers, AdamW the embedding, the output la
 with one dimension.  Source: Trinity report section 3.4.2; the router under Muon as in prime-rl.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import torch
+from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from torch import Tensor
+from torch.nn import Module
 
 from trinity_megatron.optimizer.muon import MatrixSplit
 
@@ -22,35 +25,39 @@ class ParamRow:
         name: Glob on the last components of the parameter's name; wrappers, layer numbers and
             whatever else comes before do not matter.
         optimizer: Who updates it.
+        group: Part of the model, for the gradient norm by group.
         split: How its rows divide into matrices: per query group into query, gate, key and value,
             or into gate and up projection.
     """
 
     name: str
     optimizer: Literal["muon", "adam"]
+    group: str
     split: Literal["query_groups", "gate_up"] | None = None
 
 
 PARAM_TABLE: tuple[ParamRow, ...] = (
-    ParamRow("embedding.word_embeddings.weight", "adam"),
-    ParamRow("output_layer.weight", "adam"),
+    ParamRow("embedding.word_embeddings.weight", "adam", "embedding"),
+    ParamRow("output_layer.weight", "adam", "lm_head"),
     # Every norm, those of queries and keys included; inside a Transformer Engine linear the norm
     # has the second name.
-    ParamRow("*layernorm.weight", "adam"),
-    ParamRow("layer_norm_weight", "adam"),
-    ParamRow("self_attention.linear_qkv.weight", "muon", "query_groups"),
-    ParamRow("self_attention.linear_proj.weight", "muon"),
-    ParamRow("mlp.linear_fc1.weight", "muon", "gate_up"),
-    ParamRow("mlp.linear_fc2.weight", "muon"),
-    ParamRow("mlp.shared_experts.linear_fc1.weight", "muon", "gate_up"),
-    ParamRow("mlp.shared_experts.linear_fc2.weight", "muon"),
+    ParamRow("*layernorm.weight", "adam", "norms"),
+    ParamRow("layer_norm_weight", "adam", "norms"),
+    ParamRow("self_attention.linear_qkv.weight", "muon", "attention", "query_groups"),
+    ParamRow("self_attention.linear_proj.weight", "muon", "attention"),
+    ParamRow("mlp.linear_fc1.weight", "muon", "dense_mlp", "gate_up"),
+    ParamRow("mlp.linear_fc2.weight", "muon", "dense_mlp"),
+    ParamRow("mlp.shared_experts.linear_fc1.weight", "muon", "shared_experts", "gate_up"),
+    ParamRow("mlp.shared_experts.linear_fc2.weight", "muon", "shared_experts"),
     # Stacked [E, out, in] or, in Transformer Engine, one parameter weight0, weight1, ... an expert.
-    ParamRow("mlp.experts.linear_fc1.weight*", "muon", "gate_up"),
-    ParamRow("mlp.experts.linear_fc2.weight*", "muon"),
-    ParamRow("mlp.experts.local_experts.*.linear_fc1.weight", "muon", "gate_up"),
-    ParamRow("mlp.experts.local_experts.*.linear_fc2.weight", "muon"),
-    ParamRow("mlp.router.weight", "muon"),
+    ParamRow("mlp.experts.linear_fc1.weight*", "muon", "experts", "gate_up"),
+    ParamRow("mlp.experts.linear_fc2.weight*", "muon", "experts"),
+    ParamRow("mlp.experts.local_experts.*.linear_fc1.weight", "muon", "experts", "gate_up"),
+    ParamRow("mlp.experts.local_experts.*.linear_fc2.weight", "muon", "experts"),
+    ParamRow("mlp.router.weight", "muon", "router"),
 )
+
+GRADIENT_GROUPS = tuple(dict.fromkeys(row.group for row in PARAM_TABLE))
 
 
 def find_row(name: str) -> ParamRow:
@@ -144,3 +151,61 @@ def _query_group_rows(config: Any) -> tuple[int, ...]:
     queries = config.num_attention_heads // config.num_query_groups * head
     gates = (queries,) if config.attention_output_gate else ()
     return (queries, *gates, head, head)
+
+
+def label_gradient_groups(model: list[Module]) -> list[Module]:
+    """Set ``gradient_group`` on every trained parameter: a Megatron ``pre_wrap_hook``.
+
+    Megatron copies the attribute to the optimizer's own copies and shards of the parameter, once
+    its table of such attributes has the name.
+
+    Raises:
+        ValueError: A parameter is in no row of the table.
+    """
+    tensor_parallel_layers._MODEL_PARALLEL_ATTRIBUTE_DEFAULTS["gradient_group"] = None
+    for chunk in model:
+        for name, param in chunk.named_parameters():
+            if param.requires_grad:
+                param.gradient_group = find_row(name).group  # type: ignore[attr-defined]
+    return model
+
+
+def local_gradient_squares(optimizer: Any, replicas: Callable[[Tensor], int]) -> Tensor:
+    """This rank's share of the squared gradient norm of each group.
+
+    The sum over all ranks of the world is the squared norm: what several ranks hold counts in
+    parts, tensor-parallel duplicates count once.
+
+    Args:
+        optimizer: Megatron's optimizer after its step; its gradients are clipped.
+        replicas: Number of data-parallel ranks that hold a whole parameter's gradient, for dense
+            parameters and for experts.
+
+    Returns:
+        fp64 ``[len(GRADIENT_GROUPS)]`` on the device of the gradients.
+    """
+    squares = torch.zeros(
+        len(GRADIENT_GROUPS), dtype=torch.float64, device=torch.cuda.current_device()
+    )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        is_sharded = hasattr(part, "shard_fp32_groups")  # DistributedOptimizer
+        for param in part.get_parameters():
+            index = GRADIENT_GROUPS.index(param.gradient_group)
+            for grad in part._filter_grads_for_norm([param]):
+                squares[index] += sum_of_squares(grad) / (1 if is_sharded else replicas(param))
+    return squares
+
+
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """Sum of squares, fp64: row by row, for one running fp32 sum is wrong in the fifth digit.
+
+    Args:
+        tensor: Any shape, floating.
+    """
+    flat = tensor.reshape(-1)
+    whole = flat.numel() // _ROW * _ROW
+    rows = [flat[:whole].view(-1, _ROW), flat[whole:].view(1, -1)]
+    return sum(torch.linalg.vector_norm(r, dim=-1).double().square().sum() for r in rows)  # type: ignore[return-value]
+
+
+_ROW = 1024

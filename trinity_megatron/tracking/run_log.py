@@ -10,6 +10,8 @@ from tensorboard.util import tensor_util
 # Tags under which training/metrics.py writes; ``[num_moe_layers, num_experts]`` each.
 TOKENS_TAG = "moe/tokens_per_expert"
 BIAS_TAG = "moe/expert_bias"
+# 1-based numbers of the MoE layers, int64 ``[num_moe_layers]``, once a start.
+LAYER_NUMBERS_TAG = "moe/layer_numbers"
 
 
 class RunLog:

@@ -10,7 +10,6 @@ from megatron.training import get_args, get_tensorboard_writer, get_tokenizer
 from megatron.training.utils import print_rank_last
 
 from trinity_megatron.data.dataset import unigram_entropy
-from trinity_megatron.tracking.report import draw_expert_load, draw_loss
 from trinity_megatron.tracking.run_log import RunLog
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
@@ -65,6 +64,9 @@ def finish_run(model: list[torch.nn.Module]) -> None:
     if writer is None:
         return
     writer.flush()
+    # Here, because it takes matplotlib a second to load, and only the last rank needs it.
+    from trinity_megatron.tracking.report import draw_expert_load, draw_loss
+
     log, out = RunLog(args.tensorboard_dir), Path(args.out)
     draw_loss(log, out / "loss.png", unigram_entropy=entropy)
     draw_expert_load(log, out / "expert_load.png")

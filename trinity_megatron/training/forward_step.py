@@ -17,6 +17,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
+from trinity_megatron.tracking.statistics import STATISTICS
 from trinity_megatron.training.finish import ValidationTokens
 
 BATCH_KEYS = (
@@ -25,13 +26,19 @@ BATCH_KEYS = (
 ).split()
 
 
-def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> dict[str, Any]:
+def get_batch(
+    data_iterator: Iterator | None, vp_stage: int | None = None, *, training: bool = True
+) -> dict[str, Any]:
     """This rank's part of the next micro-batch.
 
     Returns:
         ``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (fp32), each
         ``[b, s / cp]``, and with ``--dataloader-inter-document-masking`` ``cu_seqlens`` (int32).
-        Values a pipeline stage does not need are None.
+        Values a pipeline stage does not need are None.  ``padding_mask`` (bool, True for padding):
+        see :func:`padding_positions`.
+
+    Raises:
+        ValueError: A padded training batch with pipeline parallelism.
     """
     args = get_args()
     packed = args.dataloader_inter_document_masking
@@ -46,6 +53,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         for key in BATCH_KEYS:
             value = sample.get(key)
             loaded[key] = value if value is None else value.cuda(non_blocking=True)
+        _refuse_padding_in_pipeline(sample, training)
     loaded = get_batch_on_this_tp_rank(
         loaded,
         has_cu_seqlens=packed,
@@ -62,7 +70,11 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    if mpu.get_pipeline_model_parallel_world_size() == 1:
+        loaded["padding_mask"] = padding_positions(loaded["tokens"], loaded["loss_mask"])
     loaded = flatten_batch_for_packed_sequences(loaded)
+    if packed and loaded.get("padding_mask") is not None:
+        loaded["padding_mask"] = loaded["padding_mask"].reshape(1, -1)
     if is_first_or_last_pipeline_stage(vp_stage):
         loaded = get_batch_on_this_cp_rank(
             loaded,
@@ -70,8 +82,41 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
             cp_group=mpu.get_context_parallel_group(),
             use_per_sequence_balancing=packed,
         )
-    batch.update({key: loaded.get(key) for key in BATCH_KEYS})
+    batch.update({key: loaded.get(key) for key in (*BATCH_KEYS, "padding_mask")})
     return batch
+
+
+def padding_positions(tokens: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    """Where a sequence is filled up: those tokens are routed, but neither counted nor balanced.
+
+    Megatron's datasets pad at the end, with token 0 and without loss.  A token is the label of the
+    one before it, so the padding begins one position after the loss has ended.  A masked token
+    within the text (``--eod-mask-loss``) is not padding.
+
+    Args:
+        tokens: int64 ``[b, s]``.
+        loss_mask: fp32 ``[b, s]``.
+
+    Returns:
+        Bool ``[b, s]``, True for padding.
+    """
+    # Positions from which on nothing has a loss.
+    ended = loss_mask.flip(1).cumsum(1).flip(1) == 0
+    is_empty = ended[:, :1]  # a whole row of padding
+    return torch.cat([is_empty, ended[:, :-1]], dim=1) & (tokens == 0)
+
+
+def _refuse_padding_in_pipeline(sample: dict[str, torch.Tensor], training: bool) -> None:
+    """The stages in the middle of a pipeline do not see the batch, so they would count padding."""
+    args = get_args()
+    if args.pipeline_model_parallel_size == 1 or not training:
+        return
+    if bool(padding_positions(sample["tokens"], sample["loss_mask"]).any()):
+        raise ValueError(
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} with a training "
+            "batch that is filled up with padding: its tokens would be counted as load. Remedy: "
+            "pack the sequences (prepare-data does), or --pipeline-model-parallel-size 1."
+        )
 
 
 def get_packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
@@ -119,6 +164,8 @@ def loss_func(
                 tolerance=0.0,
                 fatal=True,
             )
+    if STATISTICS.is_collecting:
+        STATISTICS.observe_micro_batch(loss, num_tokens)
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
     return loss, num_tokens, report
 
@@ -127,7 +174,8 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch
     """Run the model on the next micro-batch: Megatron's forward step function."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    batch = get_batch(data_iterator, vp_stage, training=model.training)
     timers("batch-generator").stop()
     ValidationTokens.observe(model, batch["labels"])
     output = model(
@@ -137,5 +185,6 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
         packed_seq_params=get_packed_seq_params(batch),
+        padding_mask=batch.get("padding_mask") if model.training else None,
     )
     return output, partial(loss_func, batch["loss_mask"])

@@ -21,8 +21,9 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 
 from trinity_megatron.checkpoint.hf_assets import inherit_assets  # noqa: E402
 from trinity_megatron.data.dataset import load_manifest  # noqa: E402
-from trinity_megatron.moe.finalize import observe_bias_updates  # noqa: E402
+from trinity_megatron.moe.finalize import set_step_source  # noqa: E402
 from trinity_megatron.optimizer.builder import register_muon  # noqa: E402
+from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
 from trinity_megatron.training.arguments import (  # noqa: E402
     parse_trinity_args,
     stamp_vocabulary,
@@ -30,7 +31,7 @@ from trinity_megatron.training.arguments import (  # noqa: E402
 from trinity_megatron.training.datasets import train_valid_test_datasets_provider  # noqa: E402
 from trinity_megatron.training.finish import finish_run  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
-from trinity_megatron.training.metrics import log_bias_update  # noqa: E402
+from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
 
 
@@ -47,8 +48,9 @@ def main() -> None:
         for start in (args.load, args.pretrained_checkpoint):
             if start and start != args.save:
                 inherit_assets(Path(start), Path(args.save))
-    observe_bias_updates(log_bias_update)
+    set_step_source(lambda: args.curr_iteration + 1)
     config = model_config_from_args(args)
+    config.pre_wrap_hooks.append(label_gradient_groups)
     trained: list = []
 
     def keep(model: list) -> list:
@@ -56,12 +58,13 @@ def main() -> None:
         return model
 
     config.post_wrap_hooks.append(keep)
-    pretrain(
-        pretrain_cfg_container_from_args(args, config),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    with StepMetrics(config.transformer).installed():
+        pretrain(
+            pretrain_cfg_container_from_args(args, config),
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
     if args.out:
         finish_run(trained)
 

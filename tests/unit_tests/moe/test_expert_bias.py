@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from trinity_megatron.moe.expert_bias import sign_update, smebu_update
+from trinity_megatron.moe.expert_bias import (
+    BIAS_RULES,
+    linear_update,
+    scheduled_rate,
+    sign_update,
+    smebu_update,
+)
 
 RATES = {"update_rate": 0.1, "momentum": 0.5, "clamp_scale": 2.0}
 
@@ -56,7 +62,7 @@ def test_rules_equal_the_loops() -> None:
     for _ in range(20):
         counts = torch.randint(0, 1000, (3, 16), generator=generator)
         smebu = smebu_update(*smebu, counts, **RATES)
-        sign = sign_update(sign, counts, update_rate=0.01)
+        sign, _ = sign_update(sign, torch.zeros_like(sign), counts, update_rate=0.01)
         oracles = [
             smebu_oracle(*pair, row, RATES)
             for pair, row in zip(oracles, counts.tolist(), strict=True)
@@ -82,7 +88,7 @@ def test_invariants(rule: str) -> None:
 
     def update(loads: torch.Tensor, start: torch.Tensor = bias) -> torch.Tensor:
         if rule == "sign":
-            return sign_update(start, loads, update_rate=1e-3)
+            return sign_update(start, torch.zeros_like(start), loads, update_rate=1e-3)[0]
         return smebu_update(start, torch.zeros_like(start), loads, **RATES)[0]
 
     moved = update(counts)
@@ -104,7 +110,8 @@ def test_a_layer_without_tokens() -> None:
     assert torch.equal(new_momentum, momentum / 2)
     assert torch.equal(new_bias, bias + momentum / 2)
     # The mean of these is zero up to one rounding.
-    torch.testing.assert_close(sign_update(bias, none, update_rate=0.1), bias, rtol=0, atol=1e-7)
+    moved, _ = sign_update(bias, torch.zeros(4), none, update_rate=0.1)
+    torch.testing.assert_close(moved, bias, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("base", [2**54, 2048 * 2**20])
@@ -112,5 +119,45 @@ def test_sign_is_exact_in_integers(base: int) -> None:
     # Above 2**53 a mean in float64 would not tell these loads from each other; the second is the
     # sum over 2048 ranks with a million tokens each, where fp32 would not.
     counts = torch.tensor([base + 1, base - 1, base, base])
-    bias = sign_update(torch.zeros(4), counts, update_rate=1.0)
+    bias, _ = sign_update(torch.zeros(4), torch.zeros(4), counts, update_rate=1.0)
     assert bias.tolist() == [-1.0, 1.0, 0.0, 0.0]
+
+
+def test_linear_is_smebu_without_the_clamp() -> None:
+    counts = torch.tensor([4, 3, 1, 8])
+    zero = torch.zeros(4, dtype=torch.float64)
+    bias, momentum = linear_update(zero, zero, counts, **RATES)
+    # Half (1 - beta) of 0.1 x 2 x (4 - n) / 4.
+    torch.testing.assert_close(bias, torch.tensor([0.0, 0.025, 0.075, -0.1], dtype=torch.float64))
+    assert torch.equal(bias, momentum)
+    # For small violations tanh is the identity: the rules meet, to the third power of kappa v.
+    nearly = torch.tensor([1000, 1001, 999, 1000])
+    clamped, _ = smebu_update(zero, zero, nearly, **RATES)
+    linear, _ = linear_update(zero, zero, nearly, **RATES)
+    torch.testing.assert_close(clamped, linear, rtol=1e-5, atol=0)
+
+
+def test_sign_with_momentum_averages_the_steps() -> None:
+    bias, momentum = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    up, down = torch.tensor([1, 1, 3, 3]), torch.tensor([3, 3, 1, 1])
+    sizes = []
+    for counts in (up, up, down, up, down):
+        bias, momentum = sign_update(bias, momentum, counts, update_rate=0.1, momentum=0.5)
+        sizes.append(round(momentum[0].item(), 9))
+    # m <- m / 2 + (+-0.1) / 2, by hand.
+    assert sizes == [0.05, 0.075, -0.0125, 0.04375, -0.028125]
+    assert bias.sum().abs() < 1e-15
+
+
+@pytest.mark.parametrize("rule", BIAS_RULES)
+def test_every_rule_has_one_signature(rule: str) -> None:
+    counts = torch.tensor([4, 3, 1, 8])
+    bias, momentum = BIAS_RULES[rule](torch.zeros(4), torch.zeros(4), counts, **RATES)
+    assert bias.shape == momentum.shape == (4,)
+    assert bool(bias.any()) == (rule != "none")
+
+
+def test_warm_up_of_the_rate() -> None:
+    rates = [scheduled_rate(0.4, step=step, warmup_steps=4) for step in (1, 2, 3, 4, 5, 10**9)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    assert scheduled_rate(0.4, step=1, warmup_steps=0) == 0.4
