@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_verify(commands)
     _add_generate(commands)
+    _add_report(commands)
     _add_gpu_check(commands)
     return parser
 
@@ -184,6 +185,23 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=_generate, takes_further_flags=False)
 
 
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="draw a run as one web page, with a verdict on its experts",
+        description="Draw a run, finished or not, as one web page that needs no network, with a "
+        "verdict on the balance of its experts, and as pictures.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="what train --out or --tensorboard-dir was"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write (default: RUN_DIR/report)"
+    )
+    parser.set_defaults(command=_report, takes_further_flags=False)
+
+
 def _add_gpu_check(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "gpu-check",
@@ -274,6 +292,17 @@ def _generate(args: argparse.Namespace, others: Sequence[str]) -> int:
         tokenizer=args.tokenizer,
     )
     print(args.prompt + text)
+    return 0
+
+
+def _report(args: argparse.Namespace, others: Sequence[str]) -> int:
+    from trinity_megatron.tracking.report import report_run
+
+    report = report_run(args.run_dir, args.out)
+    if report.verdict is not None:
+        print(report.verdict.headline)
+    number = len(report.pictures)
+    print(f"{report.page} and {number} picture{'' if number == 1 else 's'}")
     return 0
 
 

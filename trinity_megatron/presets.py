@@ -104,6 +104,7 @@ PRESETS: dict[str, Preset] = {
         training={
             "seq_length": 4096,
             "global_batch_size": 4096,
+            "tensorboard_log_interval": 20,
             "micro_batch_size": 1,
             "lr": 1.0e-3,
             "min_lr": 0.0,
@@ -139,6 +140,7 @@ PRESETS: dict[str, Preset] = {
         training={
             "seq_length": 4096,
             "global_batch_size": 4096,
+            "tensorboard_log_interval": 20,
             "micro_batch_size": 1,
             "lr": 1.0e-3,
             "min_lr": 0.0,
@@ -173,6 +175,7 @@ PRESETS: dict[str, Preset] = {
         training={
             "seq_length": 8192,
             "global_batch_size": 12288,
+            "tensorboard_log_interval": 20,
             "micro_batch_size": 1,
             "lr": 8.0e-4,
             "min_lr": 8.0e-5,

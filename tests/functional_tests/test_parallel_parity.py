@@ -18,6 +18,10 @@ PP2 = "--pipeline-model-parallel-size 2"
 CP2 = "--context-parallel-size 2"
 ON_TWO = {"tp2": TP2, "ep2": EP2, "pp2": PP2, "cp2": CP2}
 ON_FOUR = {"ep4": EP4, "tp2_ep2": f"{TP2} {EP2}", "pp2_ep2": f"{PP2} {EP2}"}
+# So strong that its scale shows in the gradient norm.  At the preset's 1e-4 nothing would.
+BALANCED = "--train-iters 3 --moe-aux-loss-coeff 3.0"
+# One step: what they log can only differ by rounding.
+METRICS = ("router/", "attention/", "lm_head/", "data/", "grad_norm/", "lr/", "train/", "moe/")
 DISTRIBUTED_ADAM = f"{' '.join(ADAM)} {EP2} --use-distributed-optimizer"
 
 
@@ -28,9 +32,12 @@ def logs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunL
         Job("alone"),
         Job("one_micro_batch", "--micro-batch-size 8"),
         Job("adam", " ".join(ADAM)),
+        Job("balanced", BALANCED),
+        Job("balanced_one_micro_batch", f"{BALANCED} --micro-batch-size 8"),
     ]
     two = [Job(name, flags) for name, flags in ON_TWO.items()]
     two.append(Job("distributed_adam", DISTRIBUTED_ADAM))
+    two += [Job(f"balanced_{name}", f"{BALANCED} {flags}") for name, flags in ON_TWO.items()]
     four = [Job(name, flags) for name, flags in ON_FOUR.items()]
     return train(data, folder, [(1, alone), (2, two), (4, four)])
 
@@ -73,3 +80,39 @@ def test_the_runs_learn_and_balance(logs: dict[str, RunLog]) -> None:
     loss, bias = logs["alone"].scalars("lm loss"), logs["alone"].tensors(BIAS_TAG)
     assert loss[STEPS] < loss[1] - 0.5
     assert np.abs(bias[STEPS]).max() > 3 * np.abs(bias[1]).max() > 0
+
+
+@pytest.mark.parametrize("name", [*ON_TWO, "one_micro_batch"])
+def test_the_balance_loss_has_one_scale(name: str, logs: dict[str, RunLog]) -> None:
+    parallel, alone = logs[f"balanced_{name}"], logs["balanced"]
+    for tag, tolerance in (("seq_load_balancing_loss", 1e-5), ("grad-norm", 1e-4)):
+        expected, values = (list(log.scalars(tag).values()) for log in (alone, parallel))
+        np.testing.assert_allclose(values, expected, rtol=tolerance, err_msg=tag)
+    # It does show: the same first step without it has another gradient.
+    assert abs(alone.scalars("grad-norm")[1] / logs["alone"].scalars("grad-norm")[1] - 1) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "serial"),
+    [*((name, "alone") for name in (*ON_TWO, *ON_FOUR)), ("distributed_adam", "adam")],
+)
+def test_metrics_do_not_depend_on_the_layout(
+    name: str, serial: str, logs: dict[str, RunLog]
+) -> None:
+    parallel, alone = logs[name], logs[serial]
+    tags = [tag for tag in alone.scalar_tags() if tag.startswith(METRICS)]
+    assert len(tags) >= 34
+    assert [tag for tag in parallel.scalar_tags() if tag.startswith(METRICS)] == tags
+    for tag in tags:
+        expected, value = alone.scalars(tag)[1], parallel.scalars(tag)[1]
+        # TensorBoard keeps fp32.  The difference of micro-batch losses is small beside the losses,
+        # and the mean of logits of both signs is small beside them.
+        atol = 2e-6 if tag in ("data/batch_het", "router/mean_logit", "lm_head/mean_logit") else 0
+        np.testing.assert_allclose(value, expected, rtol=2e-5, atol=atol, err_msg=tag)
+
+
+def test_groups_add_up_to_the_gradient_norm(logs: dict[str, RunLog]) -> None:
+    for log in logs.values():
+        groups = [tag for tag in log.scalar_tags() if tag.startswith("grad_norm/")]
+        total = sum(log.scalars(tag)[1] ** 2 for tag in groups) ** 0.5
+        assert total == pytest.approx(log.scalars("grad-norm")[1], rel=1e-5)

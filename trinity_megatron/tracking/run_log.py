@@ -45,6 +45,10 @@ class RunLog:
             values.update({event.step: event.value for event in part.Scalars(tag)})
         return dict(sorted(values.items()))
 
+    def scalar_tags(self) -> list[str]:
+        """Names of all scalars, sorted."""
+        return sorted({tag for part in self._parts for tag in part.Tags()["scalars"]})
+
     def tensors(self, tag: str) -> dict[int, np.ndarray]:
         """Values of a tensor by step, in the order of the steps; empty if it was never written."""
         values: dict[int, np.ndarray] = {}

@@ -65,11 +65,16 @@ def finish_run(model: list[torch.nn.Module]) -> None:
         return
     writer.flush()
     # Here, because it takes matplotlib a second to load, and only the last rank needs it.
-    from trinity_megatron.tracking.report import draw_expert_load, draw_loss
+    from trinity_megatron.tracking.report import run_period, write_report
 
     log, out = RunLog(args.tensorboard_dir), Path(args.out)
-    draw_loss(log, out / "loss.png", unigram_entropy=entropy)
-    draw_expert_load(log, out / "expert_load.png")
+    report = write_report(
+        log,
+        out / "report",
+        title=out.name,
+        period=run_period(Path(args.tensorboard_dir)),
+        unigram_entropy=entropy,
+    )
     valid = log.scalars("lm loss validation")
     done = f"{args.train_iters}, of which {args.iteration} before this start"
     lines = [
@@ -78,7 +83,7 @@ def finish_run(model: list[torch.nn.Module]) -> None:
         "To go on              the same command with a larger --train-iters N",
         f"To start anew         remove {out}",
         f"Run folder            {out}",
-        "Pictures              loss.png, expert_load.png",
+        f"Report                {report.page} (open it in a browser)",
     ]
     if valid and entropy is not None:
         loss = list(valid.values())[-1]
@@ -87,8 +92,8 @@ def finish_run(model: list[torch.nn.Module]) -> None:
             f"Unigram entropy       {entropy:.4f} nats per token (the same tokens)",
             f"Below it by           {entropy - loss:.4f} nats per token",
         ]
-    if violations := log.scalars("moe/mean_max_violation"):
-        lines.append(f"Expert load           mean MaxVio {list(violations.values())[-1]:.3f}")
+    if report.verdict is not None:
+        lines.append(f"Expert load           {report.verdict.headline}")
     if text:
         lines += ["", "A held-out prompt and the model's continuation:", "", *text]
     print_rank_last("\n".join(lines) + "\n")
