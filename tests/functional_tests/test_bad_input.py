@@ -26,7 +26,7 @@ def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
     def run(flags: str, *, world: int = 1) -> None:
         for name, value in (("WANDB_MODE", "disabled"), ("RANK", "0"), ("WORLD_SIZE", str(world))):
             monkeypatch.setenv(name, value)
-        given = f"--data {data} --out {tmp_path / 'out'}".split() if "--data" not in flags else []
+        given = f"--data {data} --out {tmp_path / 'out'}".split() if "--data " not in flags else []
         monkeypatch.setattr(sys, "argv", ["pretrain", *given, *flags.split()])
         parse_trinity_args()
 
@@ -54,6 +54,12 @@ def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
         ("--transformer-impl transformer_engine", 1, ("transformer_engine", "CUDA", "local")),
         ("--fp8-format hybrid", 1, ("--fp8-format", "'hybrid'", "CUDA")),
         ("--distributed-backend nccl", 1, ("nccl", "CUDA", "gloo")),
+        (
+            "--dataloader-inter-document-masking --tensor-model-parallel-size 2 "
+            "--sequence-parallel",
+            2,
+            ("--micro-batch-size", "--dataloader-inter-document-masking", "mix sequences"),
+        ),
     ],
 )
 def test_refused(flags: str, world: int, expected: tuple[str, ...], parse: Parse) -> None:
@@ -62,6 +68,46 @@ def test_refused(flags: str, world: int, expected: tuple[str, ...], parse: Parse
     message = str(error.value)
     assert all(part in message for part in (*expected, "Remedy: ")), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("moe_router_bias_momentum", 1.0, "below 1"),
+        ("moe_router_bias_clamp_scale", 0.0, "positive"),
+        ("moe_router_bias_update_rate", -1e-3, "not negative"),
+        ("moe_router_bias_warmup_steps", -1, "not negative"),
+        ("moe_router_bias_freeze_step", -1, "not negative"),
+        ("lm_head_z_loss_coeff", -1e-4, "not negative"),
+        ("moe_router_bias_update_rule", "tanh", "unknown"),
+    ],
+)
+def test_balance_options_are_checked(field: str, value: object, wanted: str) -> None:
+    from trinity_megatron.presets import trinity_preset
+
+    with pytest.raises(ValueError, match=f"{field}={value!r}.*{wanted}.*Remedy: "):
+        trinity_preset("tiny", **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "loss_mask", "expected"),
+    [
+        ([5, 6, 7, 8], [1, 1, 1, 1], [0, 0, 0, 0]),
+        ([5, 6, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1]),  # 6 is the last word and has no label
+        ([5, 9, 6, 7], [0, 1, 1, 1], [0, 0, 0, 0]),  # --eod-mask-loss inside a text
+        ([5, 6, 7, 9], [1, 1, 0, 1], [0, 0, 0, 0]),  # ... and at its end
+        ([5, 6, 9, 0], [1, 0, 0, 0], [0, 0, 0, 1]),  # masked end of document, then padding
+        ([0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]),
+        ([0, 5, 0, 6], [1, 1, 1, 1], [0, 0, 0, 0]),  # 0 is a token like others
+    ],
+)
+def test_where_padding_is(tokens: list[int], loss_mask: list[int], expected: list[int]) -> None:
+    import torch
+
+    from trinity_megatron.training.forward_step import padding_positions
+
+    found = padding_positions(torch.tensor([tokens]), torch.tensor([loss_mask]).float())
+    assert found.long().tolist() == [expected]
 
 
 def test_no_data(parse: Parse, tmp_path: Path) -> None:

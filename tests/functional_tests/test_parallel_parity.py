@@ -116,3 +116,12 @@ def test_groups_add_up_to_the_gradient_norm(logs: dict[str, RunLog]) -> None:
         groups = [tag for tag in log.scalar_tags() if tag.startswith("grad_norm/")]
         total = sum(log.scalars(tag)[1] ** 2 for tag in groups) ** 0.5
         assert total == pytest.approx(log.scalars("grad-norm")[1], rel=1e-5)
+
+
+def test_there_are_at_most_80_scalars(logs: dict[str, RunLog]) -> None:
+    for log in logs.values():
+        # Megatron writes "... vs samples" beside many of them to TensorBoard only.  No name has a
+        # layer's number: 60 layers have as many.
+        names = [tag for tag in log.scalar_tags() if not tag.endswith(" vs samples")]
+        assert 40 < len(names) <= 80
+        assert not [name for name in names if any(digit in name for digit in "2345678")]

@@ -98,3 +98,47 @@ def test_observers_see_the_update(model: Any) -> None:
     finalize.collect_counts([model], Alone())
     step_of_some_optimizer()
     assert len(seen) == 1
+
+
+def test_counters_of_2048_ranks_in_any_order(model: Any) -> None:
+    generator = torch.Generator().manual_seed(7)
+    router = finalize.find_routers([model])[0]
+    # Large: 65,536 tokens of a rank on 4 of 256 experts, skewed; here its 8 busiest.
+    ranks = torch.randint(0, 40_000, (2048, 8), generator=generator)
+    ranks += torch.arange(8) * 3000
+    exact = [sum(column) for column in ranks.t().tolist()]  # Python's integers
+    for _ in range(5):
+        order = torch.randperm(2048, generator=generator)
+        total = torch.zeros_like(router.local_tokens_per_expert)
+        for index in order.tolist():  # a ring
+            total += ranks[index]
+        tree = ranks[order].to(total.dtype)
+        while len(tree) > 1:
+            tree = tree[0::2] + tree[1::2]
+        assert total.tolist() == tree[0].tolist() == exact
+    # The test has teeth: Megatron's counters in bf16, and fp32, would depend on the order.
+    for dtype in (torch.bfloat16, torch.float32):
+        ring = torch.zeros(8, dtype=dtype)
+        for row in ranks.to(dtype):
+            ring += row
+        assert ring.long().tolist() != exact, dtype
+
+
+@pytest.mark.parametrize(("step", "share"), [(1, 0.25), (3, 0.75), (4, 1.0), (6, 1.0), (7, 0.0)])
+def test_warm_up_and_freezing(
+    step: int, share: float, build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(
+        moe_router_bias_update_rate=0.1,
+        moe_router_bias_warmup_steps=4,
+        moe_router_bias_freeze_step=6,
+    )
+    monkeypatch.setattr(finalize._Pending, "current_step", staticmethod(lambda: step))
+    before, counts = state(model), set_counters(model, step)
+    finalize.collect_counts([model], Alone())
+    step_of_some_optimizer()
+    moved = smebu_update(*before, counts, update_rate=0.1 * share, momentum=0.5, clamp_scale=2.0)
+    after = state(model)
+    # A product with another rounding.
+    torch.testing.assert_close(after[0], moved[0], rtol=1e-6, atol=1e-9)
+    assert bool(after[0].any()) == bool(share)

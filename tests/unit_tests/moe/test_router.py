@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trinity_megatron.moe.router import TrinityRouter, route
+from trinity_megatron.tracking.statistics import STATISTIC_NAMES, STATISTICS
 
 TOPK, SCALE = 2, 2.5
 
@@ -130,3 +131,68 @@ def test_balance_loss_uses_the_biased_selection(build: Callable[..., Any]) -> No
     scale = exact.grad.abs().max()
     assert scale > 1e-4
     assert (logits.grad.double() - exact.grad).abs().max() < 1e-5 * scale
+
+
+class SecondOfTwo:
+    """A tensor-parallel group as the second of its two ranks sees it."""
+
+    @staticmethod
+    def size() -> int:
+        return 2
+
+    @staticmethod
+    def rank() -> int:
+        return 1
+
+
+def test_a_mask_of_the_whole_sequence_is_cut(router: TrinityRouter) -> None:
+    whole = torch.arange(24).view(12, 2) % 5 == 0
+    assert torch.equal(router._own_rows(whole, 12), whole)
+    router.tp_group = SecondOfTwo()
+    # Later pipeline stages get the whole mask for half of the tokens, the first its own part.
+    assert torch.equal(router._own_rows(whole, 6), whole[6:])
+    assert torch.equal(router._own_rows(whole[6:], 6), whole[6:])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_padding_does_not_change_the_loss_of_the_others(
+    masked: bool, build: Callable[..., Any]
+) -> None:
+    model = build(moe_router_load_balancing_type="seq_aux_loss", moe_aux_loss_coeff=0.5)
+    router = model.decoder.layers[1].mlp.router
+    generator = torch.Generator().manual_seed(8)
+    logits = torch.randn(9, 2, 8, generator=generator)
+    padding = torch.zeros(9, 2, dtype=torch.bool)
+    if masked:  # the same tokens, the second sequence filled up by two
+        logits = torch.cat([logits, torch.randn(2, 2, 8, generator=generator)])
+        padding = torch.zeros(11, 2, dtype=torch.bool)
+        padding[9:] = True
+    logits.requires_grad_()
+    probs, _ = router.routing(logits, padding)
+    (probs * 0.0).sum().backward()
+    assert not logits.grad[9:].any()
+    plain = torch.randn(9, 2, 8, generator=torch.Generator().manual_seed(8)).requires_grad_()
+    probs, _ = router.routing(plain)
+    (probs * 0.0).sum().backward()
+    torch.testing.assert_close(logits.grad[:9], plain.grad, rtol=1e-6, atol=0)
+
+
+def test_statistics_of_the_logits(router: TrinityRouter) -> None:
+    logits = torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(3))
+    padding = torch.zeros(5, 2, dtype=torch.bool)
+    padding[4] = True
+    logits[4] = 1e6
+    router.routing(logits, padding)
+    assert not STATISTICS.take(4, torch.device("cpu"))[..., 0].any()  # not a logging step
+    STATISTICS.is_collecting = True
+    try:
+        router.routing(logits, padding)
+        router.routing(logits)
+    finally:
+        STATISTICS.is_collecting = False
+    table = STATISTICS.take(4, torch.device("cpu"))
+    seen = torch.cat([logits[:4].flatten(), logits.flatten()]).double()
+    row = table[STATISTIC_NAMES.index("router/logit"), router.layer_number]
+    assert row.tolist() == pytest.approx([len(seen), seen.sum().item(), 1e6])
+    row = table[STATISTIC_NAMES.index("router/logit_square"), router.layer_number]
+    assert row[1].item() == pytest.approx(seen.square().sum().item())
