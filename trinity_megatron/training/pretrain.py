@@ -21,6 +21,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 
 from trinity_megatron.checkpoint.hf_assets import inherit_assets  # noqa: E402
 from trinity_megatron.data.dataset import load_manifest  # noqa: E402
+from trinity_megatron.loss import attach_language_model_loss  # noqa: E402
 from trinity_megatron.moe.finalize import set_step_source  # noqa: E402
 from trinity_megatron.optimizer.builder import register_muon  # noqa: E402
 from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
@@ -50,7 +51,7 @@ def main() -> None:
                 inherit_assets(Path(start), Path(args.save))
     set_step_source(lambda: args.curr_iteration + 1)
     config = model_config_from_args(args)
-    config.pre_wrap_hooks.append(label_gradient_groups)
+    config.pre_wrap_hooks += [label_gradient_groups, attach_language_model_loss]
     trained: list = []
 
     def keep(model: list) -> list:
