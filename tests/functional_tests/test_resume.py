@@ -27,9 +27,18 @@ TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("resume")
-    ckpt = {name: folder / f"{name}_checkpoints" for name in ("whole", "half", "ep2", "longer")}
+    names = ("whole", "half", "ep2", "longer", "bf16_whole", "bf16_half")
+    ckpt = {name: folder / f"{name}_checkpoints" for name in names}
     first = [
-        (1, [Job("whole", WHOLE, ckpt["whole"]), Job("half", HALF, ckpt["half"])]),
+        (
+            1,
+            [
+                Job("whole", WHOLE, ckpt["whole"]),
+                Job("half", HALF, ckpt["half"]),
+                Job("bf16_whole", f"{WHOLE} --bf16", ckpt["bf16_whole"]),
+                Job("bf16_half", f"{HALF} --bf16", ckpt["bf16_half"]),
+            ],
+        ),
         (2, [Job("ep2_half", f"{HALF} {EP2}", ckpt["ep2"])]),
     ]
     logs = train(data, folder, first)
@@ -41,6 +50,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
             1,
             [
                 Job("half", WHOLE, ckpt["half"]),
+                Job("bf16_half", f"{WHOLE} --bf16", ckpt["bf16_half"]),
                 Job("longer", "--train-iters 13 --save-interval 100", ckpt["longer"]),
                 Job("ep2_on_one", f"{WHOLE} {load}"),
             ],
@@ -57,8 +67,9 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     return SimpleNamespace(logs=logs, checkpoints=ckpt)
 
 
-def test_losses_are_equal_bit_for_bit(runs: SimpleNamespace) -> None:
-    whole, resumed = runs.logs["whole"], runs.logs["half"]
+@pytest.mark.parametrize("precision", ["", "bf16_"])
+def test_losses_are_equal_bit_for_bit(precision: str, runs: SimpleNamespace) -> None:
+    whole, resumed = runs.logs[f"{precision}whole"], runs.logs[f"{precision}half"]
     for tag in ("lm loss", "grad-norm", "learning-rate"):
         assert list(whole.scalars(tag)) == list(range(1, 21))
         assert resumed.scalars(tag) == whole.scalars(tag), tag
@@ -105,6 +116,21 @@ def test_checkpoints_are_equal_bit_for_bit(runs: SimpleNamespace) -> None:
     ):
         found = [tensor for name, tensor in whole.items() if part in name]
         assert found and all(tensor.abs().max() > 0 for tensor in found), (part, sorted(whole))
+
+
+def test_bf16_training_keeps_the_balance_in_fp32(runs: SimpleNamespace) -> None:
+    # What was saved in the middle and loaded, and what was never saved before the end.
+    resumed = read_tensors(runs.checkpoints["bf16_half"] / "iter_0000020")
+    whole = read_tensors(runs.checkpoints["bf16_whole"] / "iter_0000020")
+    names = [name for name in whole if "mlp.router.expert_bias" in name]
+    assert len(names) == 2  # bias and momentum, all layers in one
+    for name in names:
+        assert whole[name].dtype == resumed[name].dtype == torch.float32
+        assert torch.equal(whole[name], resumed[name])
+        # bf16 could not hold them.
+        assert not torch.equal(whole[name], whole[name].bfloat16().float())
+    weights = [tensor for name, tensor in whole.items() if name.endswith("router.weight")]
+    assert {tensor.dtype for tensor in weights} >= {torch.bfloat16}
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2"])

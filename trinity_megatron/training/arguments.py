@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.package_info import __version__ as megatron_version
+from megatron.training import global_vars
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
-from megatron.training.global_vars import set_global_variables
 from megatron.training.utils import print_rank_0
 
 from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME
@@ -23,12 +23,13 @@ from trinity_megatron.config import ARGUMENT_DEST, TRINITY_ARCHITECTURE, Trinity
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.dataset import DataManifest, load_manifest
 from trinity_megatron.host import is_cpu_host
+from trinity_megatron.moe.expert_bias import BIAS_RULES
 from trinity_megatron.optimizer.builder import (
     MUON_ARGUMENT_DEFAULTS,
     validate_muon_arguments,
 )
 from trinity_megatron.presets import PRESETS, Preset, get_preset
-from trinity_megatron.tracking.wandb_run import prepare_wandb
+from trinity_megatron.tracking.wandb_run import open_writer
 
 SUPPORTED_MEGATRON = ((0, 19, 2), (0, 20, 0))
 
@@ -74,12 +75,16 @@ def parse_trinity_args() -> argparse.Namespace:
     args = parse_args(extra_args_provider=add_trinity_args)
     manifest = load_manifest(Path(args.data)) if args.data else None
     check_args(args, manifest)
-    if args.out and args.rank == args.world_size - 1:  # the rank on which Megatron starts W&B
-        prepare_wandb(args.out)
     with _argument_dump(args):
         validate_args(args, {"tokenizer_type": "HuggingFaceTokenizer"})
-    set_global_variables(args)
+    global_vars._set_wandb_writer = _set_wandb_writer
+    global_vars.set_global_variables(args)
     return args
+
+
+def _set_wandb_writer(args: argparse.Namespace) -> None:
+    """In the place of Megatron's, which starts W&B in the foreground and lets it fail."""
+    global_vars._GLOBAL_WANDB_WRITER = open_writer(args)
 
 
 @contextlib.contextmanager
@@ -120,23 +125,47 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         dest="scale_embeddings",
         help="Do not multiply the embedding by the square root of the hidden size.",
     )
+    _add_balance_args(group)
+    group.add_argument(
+        "--lm-head-z-loss-coeff",
+        type=float,
+        default=0.0,
+        help="Coefficient of the mean squared logsumexp of the LM head's logits; 0: off.",
+    )
+    paths, _ = _paths_parser().parse_known_args()
+    parser.set_defaults(**default_arguments(get_preset(paths.preset), paths.data, paths.out))
+    return parser
+
+
+def _add_balance_args(group: Any) -> None:
     group.add_argument(
         "--moe-router-bias-update-rule",
-        choices=["smebu", "sign"],
-        help="Rule of the expert bias: SMEBU (Large) or centred sign (Nano, Mini).",
+        choices=list(BIAS_RULES),
+        help="Rule of the expert bias: SMEBU (Large), centred sign (Nano, Mini), linear (SMEBU "
+        "without tanh), or none.  Its rate is --moe-router-bias-update-rate.",
     )
     group.add_argument(
-        "--moe-router-bias-momentum", type=float, default=0.5, help="SMEBU's momentum beta."
+        "--moe-router-bias-momentum",
+        type=float,
+        help="Beta, the momentum of the bias update; default 0.5 for smebu, 0 for the others.",
     )
     group.add_argument(
         "--moe-router-bias-clamp-scale",
         type=float,
         default=2.0,
-        help="SMEBU's kappa, the scale inside the tanh.",
+        help="Kappa, the scale of SMEBU inside the tanh.",
     )
-    paths, _ = _paths_parser().parse_known_args()
-    parser.set_defaults(**default_arguments(get_preset(paths.preset), paths.data, paths.out))
-    return parser
+    group.add_argument(
+        "--moe-router-bias-warmup-steps",
+        type=int,
+        default=0,
+        help="Steps over which the rate of the bias update rises from zero.",
+    )
+    group.add_argument(
+        "--moe-router-bias-freeze-step",
+        type=int,
+        help="Last step that moves the expert bias; default: it moves to the end.",
+    )
 
 
 def _paths_parser() -> argparse.ArgumentParser:
@@ -190,11 +219,11 @@ def default_arguments(preset: Preset, data: str | None, out: str | None) -> dict
             save_interval=200,
             data_cache_path=os.path.join(out, "data_cache"),
             tensorboard_dir=os.path.join(out, "tensorboard"),
-            tensorboard_log_interval=1,
+            tensorboard_log_interval=values.get("tensorboard_log_interval", 1),
             log_timers_to_tensorboard=True,
-            wandb_project="trinity-megatron",
-            wandb_exp_name=os.path.basename(os.path.normpath(out)),
-            wandb_save_dir=out,
+            wandb_project=os.environ.get("WANDB_PROJECT", "trinity-megatron"),
+            wandb_exp_name=os.environ.get("WANDB_NAME", os.path.basename(os.path.normpath(out))),
+            wandb_save_dir=os.environ.get("WANDB_DIR", out),
         )
     return values
 
@@ -376,6 +405,18 @@ def _check_parallel_sizes(args: argparse.Namespace) -> None:
             f"--context-parallel-size {args.context_parallel_size} with "
             "--dataloader-inter-document-masking is not supported by the Trinity layers yet. "
             "Remedy: drop one of the two."
+        )
+    if (
+        tp > 1
+        and args.micro_batch_size > 1
+        and args.dataloader_inter_document_masking
+        and "seq_aux_loss" in args.moe_router_load_balancing_type
+    ):
+        # Megatron packs the sequences of a micro-batch into one row and cuts that over the ranks.
+        raise ValueError(
+            f"--micro-batch-size {args.micro_batch_size} with --dataloader-inter-document-masking, "
+            f"--tensor-model-parallel-size {tp} and the sequence-wise balance loss: the loss would "
+            "mix sequences. Remedy: --micro-batch-size 1."
         )
     size = tp * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.world_size % size:

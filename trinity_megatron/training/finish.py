@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import unwrap_model
-from megatron.training import get_args, get_tensorboard_writer, get_tokenizer
+from megatron.training import (
+    get_args,
+    get_tensorboard_writer,
+    get_tokenizer,
+    get_wandb_writer,
+)
 from megatron.training.utils import print_rank_last
 
 from trinity_megatron.data.dataset import unigram_entropy
@@ -92,11 +98,24 @@ def finish_run(model: list[torch.nn.Module]) -> None:
             f"Unigram entropy       {entropy:.4f} nats per token (the same tokens)",
             f"Below it by           {entropy - loss:.4f} nats per token",
         ]
+    if wandb_writer := get_wandb_writer():
+        for picture in report.pictures:
+            wandb_writer.log_image(
+                f"report/{picture.stem}", _read_pixels(picture), args.train_iters
+            )
+        lines += [f"W&B                   {wandb_writer.url}"] if wandb_writer.url else []
     if report.verdict is not None:
         lines.append(f"Expert load           {report.verdict.headline}")
     if text:
         lines += ["", "A held-out prompt and the model's continuation:", "", *text]
     print_rank_last("\n".join(lines) + "\n")
+
+
+def _read_pixels(picture: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 @torch.no_grad()

@@ -125,7 +125,8 @@ class StepMetrics:
             writer.add_scalar(name, value, iteration)
         if wandb_writer:
             wandb_writer.log(scalars, iteration)
-            if layers is not None and iteration % get_args().eval_interval == 0:
+            interval = get_args().eval_interval
+            if layers is not None and interval and iteration % interval == 0:
                 picture = load_picture(load_share(counts))
                 wandb_writer.log_image("moe/load_by_layer", picture, iteration)
 

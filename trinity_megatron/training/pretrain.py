@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 examples/pretrain_trinity.py --preset tiny --data D --out O
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ quiet_import_warnings()
 ON_CPU = enter_host()  # before anything of Megatron is imported
 
 from megatron.core.enums import ModelType  # noqa: E402
-from megatron.training import pretrain, training  # noqa: E402
+from megatron.training import get_wandb_writer, pretrain, training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
 from trinity_megatron.checkpoint.hf_assets import inherit_assets  # noqa: E402
@@ -59,15 +60,17 @@ def main() -> None:
         return model
 
     config.post_wrap_hooks.append(keep)
-    with StepMetrics(config.transformer).installed():
-        pretrain(
-            pretrain_cfg_container_from_args(args, config),
-            train_valid_test_datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
-    if args.out:
-        finish_run(trained)
+    writer = get_wandb_writer()
+    with writer.kept_open() if writer else contextlib.nullcontext():
+        with StepMetrics(config.transformer).installed():
+            pretrain(
+                pretrain_cfg_container_from_args(args, config),
+                train_valid_test_datasets_provider,
+                ModelType.encoder_or_decoder,
+                forward_step,
+            )
+        if args.out:
+            finish_run(trained)
 
 
 def _say_once(message: str) -> None:
