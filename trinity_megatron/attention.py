@@ -209,8 +209,10 @@ def logit_bound(query: torch.Tensor, key: torch.Tensor, *, scale: float) -> torc
     Returns:
         Scalar, fp32.
     """
-    longest_query = torch.linalg.vector_norm(query.float(), dim=-1).amax(dim=0)
-    longest_key = torch.linalg.vector_norm(key.float(), dim=-1).amax(dim=0)
+    longest_query, longest_key = (
+        torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32).amax(dim=0)
+        for vectors in (query, key)
+    )
     by_group = longest_query.unflatten(-1, (key.size(2), -1))  # [b, ng, np / ng]
     return scale * (by_group * longest_key.unsqueeze(-1)).max()
 
@@ -353,7 +355,6 @@ class TrinityDotProductAttention(MegatronModule):
                 f"cp_comm_type={cp_comm_type!r} is not available in the local attention. "
                 "Remedy: --cp-comm-type all_gather, or --transformer-impl transformer_engine."
             )
-        self.layer_number = layer_number
         self.layer_number = layer_number
         self.window = _window_of_layer(config, layer_number)
         self.softmax_scale = softmax_scale

@@ -44,6 +44,7 @@ _BF16_PEAKS = {
     "B300": 2.25e15,
     "B200": 2.25e15,
     "H200": 989.4e12,
+    "H100 PCIe": 756e12,
     "H100": 989.4e12,
     "A100": 312e12,
 }
@@ -67,7 +68,9 @@ def measured_matmul_rate(device: torch.device) -> float:
     """FLOP/s of a large matrix product: bf16 on a GPU, fp32 on a CPU (best of a few)."""
     on_gpu = device.type == "cuda"
     size, rounds = (8192, 20) if on_gpu else (1024, 5)
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    generator = torch.Generator(device).manual_seed(0)  # the training's own must not move
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    a = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
     a @ a
     best = float("inf")
     for _ in range(rounds):

@@ -36,8 +36,7 @@ _SIGN_RULE = {"moe_router_bias_update_rule": "sign", "moe_router_bias_update_rat
 _SMEBU = {
     "moe_router_bias_update_rule": "smebu",
     "moe_router_bias_update_rate": 5e-4,
-    "moe_router_bias_momentum": 0.5,
-    "moe_router_bias_clamp_scale": 2.0,
+    "moe_router_bias_clamp_scale": 2.0,  # the momentum is the rule's own, 0.5
     "moe_router_load_balancing_type": "seq_aux_loss",
     "moe_aux_loss_coeff": 1e-4,
 }

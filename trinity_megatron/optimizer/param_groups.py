@@ -188,11 +188,16 @@ def local_gradient_squares(optimizer: Any, replicas: Callable[[Tensor], int]) ->
         len(GRADIENT_GROUPS), dtype=torch.float64, device=torch.cuda.current_device()
     )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        is_sharded = hasattr(part, "shard_fp32_groups")  # DistributedOptimizer
+        copies = None
+        if hasattr(part, "shard_fp32_groups"):  # DistributedOptimizer: every instance has it all
+            copies = part.ddp_config.num_distributed_optimizer_instances
         for param in part.get_parameters():
-            index = GRADIENT_GROUPS.index(param.gradient_group)
+            group = getattr(param, "gradient_group", None)
+            if group is None:  # FSDP makes parameters of its own, without our attribute
+                continue
             for grad in part._filter_grads_for_norm([param]):
-                squares[index] += sum_of_squares(grad) / (1 if is_sharded else replicas(param))
+                share = sum_of_squares(grad) / (copies or replicas(param))
+                squares[GRADIENT_GROUPS.index(group)] += share
     return squares
 
 
@@ -205,7 +210,8 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
     whole = flat.numel() // _ROW * _ROW
     rows = [flat[:whole].view(-1, _ROW), flat[whole:].view(1, -1)]
-    return sum(torch.linalg.vector_norm(r, dim=-1).double().square().sum() for r in rows)  # type: ignore[return-value]
+    norms = [torch.linalg.vector_norm(row, dim=-1, dtype=torch.float32) for row in rows]
+    return torch.cat(norms).double().square().sum()
 
 
 _ROW = 1024

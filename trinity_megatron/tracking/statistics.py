@@ -31,7 +31,7 @@ class StepStatistics:
         self._micro_batches: list[torch.Tensor] = []
 
     def clear(self) -> None:
-        """Forget everything, e.g. of a step that was run again."""
+        """Forget everything, before a step begins."""
         self._values.clear()
         self._micro_batches.clear()
 
@@ -55,7 +55,13 @@ class StepStatistics:
         """
         assert name in STATISTIC_NAMES, name
         device = maximum.device
-        seen = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in (count, total)]
+        # full(): a number that is copied to a GPU would make the host wait for it.
+        seen = [
+            value.double()
+            if isinstance(value, torch.Tensor)
+            else torch.full((), value, dtype=torch.float64, device=device)
+            for value in (count, total)
+        ]
         new = torch.stack([*seen, maximum.detach().double()])
         old = self._values.get((name, layer))
         if old is not None:

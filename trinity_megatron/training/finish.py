@@ -82,7 +82,8 @@ def finish_run(model: list[torch.nn.Module]) -> None:
         unigram_entropy=entropy,
     )
     valid = log.scalars("lm loss validation")
-    done = f"{args.train_iters}, of which {args.iteration} before this start"
+    reached = args.iteration if args.skip_train else args.train_iters
+    done = f"{reached}, of which {args.iteration} before this start"
     lines = [
         "",
         f"Steps                 {done}",
@@ -100,9 +101,7 @@ def finish_run(model: list[torch.nn.Module]) -> None:
         ]
     if wandb_writer := get_wandb_writer():
         for picture in report.pictures:
-            wandb_writer.log_image(
-                f"report/{picture.stem}", _read_pixels(picture), args.train_iters
-            )
+            wandb_writer.log_image(f"report/{picture.stem}", _read_pixels(picture), reached)
         lines += [f"W&B                   {wandb_writer.url}"] if wandb_writer.url else []
     if report.verdict is not None:
         lines.append(f"Expert load           {report.verdict.headline}")

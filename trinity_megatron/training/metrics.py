@@ -192,15 +192,23 @@ class _LoggingStepTracker(MoEMetricsTracker):
     """Megatron's tracker of the balance losses; it would exchange and read them in every step."""
 
     def report(self, loss_scale: float, iteration: int, *args: Any, **kwargs: Any) -> str:
-        if not is_logging_step(iteration):
+        settings = get_args()
+        is_written, is_shown = is_logging_step(iteration), iteration % settings.log_interval == 0
+        if not (is_written or is_shown) or not any(settings.moe_layer_freq):
             self.clear()
             return ""
+        if not is_written:
+            kwargs.update(writer=None, wandb_writer=None)
         # Its mean for the console would take steps into account that were not exchanged.
         kwargs["total_loss_dict"] = None
         # Megatron finds "aux_loss" inside "seq_aux_loss" and would log a loss that is always zero.
-        if get_args().moe_router_load_balancing_type == "seq_aux_loss":
+        if settings.moe_router_load_balancing_type in ("seq_aux_loss", "global_aux_loss"):
             kwargs["track_names"].remove("load_balancing_loss")
         return super().report(loss_scale, iteration, *args, **kwargs)
+
+    @staticmethod
+    def _format(scalars: dict) -> str:
+        return "".join(f" {name}: {float(value):.6E} |" for name, value in scalars.items())
 
 
 def is_logging_step(iteration: int) -> bool:
@@ -254,27 +262,22 @@ def _exchange(
     """
     # Tensor-parallel ranks have the same tokens: one of them speaks.
     speaks = mpu.get_tensor_model_parallel_rank() == 0
-    own = torch.cat([statistics.flatten(), (losses * speaks).flatten(), squares])
+    place = losses.new_tensor([mpu.get_data_parallel_rank()])
+    own = torch.cat([statistics.flatten(), (losses * speaks).flatten(), squares, place])
     ranks = torch.distributed.get_world_size()
     everyone = own
     if ranks > 1:
         everyone = own.new_empty(ranks * own.numel())
         torch.distributed.all_gather_into_tensor(everyone, own)
     everyone = everyone.cpu().view(ranks, -1)
-    sizes = [statistics.numel(), losses.numel(), squares.numel()]
-    seen, lost, norms = everyone.split(sizes, dim=1)
+    sizes = [statistics.numel(), losses.numel(), squares.numel(), 1]
+    seen, lost, norms, places = everyone.split(sizes, dim=1)
     seen = seen.view(ranks, *statistics.shape)
     total = torch.cat([seen[..., :2].sum(0), seen[..., 2:].amax(0)], dim=-1)
     # The parts of a sequence on context-parallel ranks are one micro-batch.
     micro_batches = torch.zeros(mpu.get_data_parallel_world_size(), losses.numel()).double()
-    micro_batches.index_add_(0, _data_parallel_ranks(ranks), lost)
+    micro_batches.index_add_(0, places.flatten().long(), lost)
     return total, micro_batches.view(-1, 2), norms.sum(0)
-
-
-def _data_parallel_ranks(ranks: int) -> torch.Tensor:
-    """Data-parallel rank of each rank.  Megatron's order: tensor, context, data, pipeline."""
-    inner = mpu.get_tensor_model_parallel_world_size() * mpu.get_context_parallel_world_size()
-    return torch.arange(ranks) // inner % mpu.get_data_parallel_world_size()
 
 
 def _replicas(param: torch.Tensor) -> int:
@@ -285,7 +288,12 @@ def _replicas(param: torch.Tensor) -> int:
 
 
 def _gradient_norms(squares: torch.Tensor, grad_norm: float | None) -> dict[str, float]:
-    """Norm of each group before clipping; the gradients in memory are clipped."""
+    """Norm of each group before clipping; the gradients in memory are clipped.
+
+    Nothing under FSDP, whose parameters are not ours.
+    """
+    if not squares.any():
+        return {}
     limit = get_args().clip_grad
     clipped = 1.0
     if grad_norm is not None and limit > 0:
