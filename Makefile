@@ -22,7 +22,7 @@ train: setup ## prepare the data and train (tiny preset, on the CPU if there is 
 		$(if $(NPROC),--nproc $(NPROC)) $(ARGS)
 
 test: setup ## all tests that need no GPU
-	$(BIN)/python -m pytest tests -m "not gpu and not te" $(ARGS)
+	$(BIN)/python -m pytest tests -m "not gpu and not te" -n 2 --dist loadfile $(ARGS)
 
 lint: setup ## style and types
 	$(BIN)/ruff check .
