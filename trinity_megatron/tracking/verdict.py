@@ -36,7 +36,7 @@ WHAT_HELPED = (
 _STATE_WORDS: tuple[tuple[State, str], ...] = (
     ("collapsing", "collapsing"),
     ("drifting", "losing balance"),
-    ("unbalanced", "not balanced and not getting better"),
+    ("unbalanced", "not balanced, and improves slowly if at all"),
     ("settling", "not balanced yet (MaxVio falls, or the bias still builds up)"),
 )
 
