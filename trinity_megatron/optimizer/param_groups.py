@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from trinity_megatron.optimizer.muon import MatrixSplit
+from trinity_megatron.tracking.statistics import GRADIENT_GROUPS
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ParamRow:
         name: Glob on the last components of the parameter's name; wrappers, layer numbers and
             whatever else comes before do not matter.
         optimizer: Who updates it.
-        group: Part of the model, for the gradient norm by group.
+        group: Part of the model, one of ``GRADIENT_GROUPS``.
         split: How its rows divide into matrices: per query group into query, gate, key and value,
             or into gate and up projection.
     """
@@ -56,8 +57,6 @@ PARAM_TABLE: tuple[ParamRow, ...] = (
     ParamRow("mlp.experts.local_experts.*.linear_fc2.weight", "muon", "experts"),
     ParamRow("mlp.router.weight", "muon", "router"),
 )
-
-GRADIENT_GROUPS = tuple(dict.fromkeys(row.group for row in PARAM_TABLE))
 
 
 def find_row(name: str) -> ParamRow:

@@ -41,18 +41,8 @@ from trinity_megatron.tracking.charts import (
 )
 from trinity_megatron.tracking.history import RunHistory, Series, bin_steps, mean_bins, sum_bins
 from trinity_megatron.tracking.run_log import TOKENS_TAG, RunLog
-from trinity_megatron.tracking.verdict import MEAN_LIMIT, sampling_noise, tolerance
-
-GRADIENT_GROUPS = (
-    "embedding",
-    "attention",
-    "dense_mlp",
-    "shared_experts",
-    "experts",
-    "router",
-    "norms",
-    "lm_head",
-)
+from trinity_megatron.tracking.statistics import GRADIENT_GROUPS
+from trinity_megatron.tracking.verdict import MEAN_LIMIT, sampling_noises, tolerance
 
 
 def draw_loss(log: RunLog, path: Path, *, unigram_entropy: float | None = None) -> None:
@@ -196,8 +186,7 @@ def violation_figure(history: RunHistory) -> Figure | None:
 
 def _noise(history: RunHistory) -> np.ndarray:
     """MaxVio that chance alone gives in each step, ``[num_steps]``."""
-    tokens = history.tokens_per_expert.mean(axis=(1, 2))
-    return np.array([sampling_noise(float(f"{t:.3g}"), history.num_experts) for t in tokens])
+    return sampling_noises(history.tokens_per_expert.mean(axis=(1, 2)), history.num_experts)
 
 
 def expert_load_figure(history: RunHistory) -> Figure | None:

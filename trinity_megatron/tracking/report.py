@@ -14,13 +14,13 @@ from trinity_megatron.tracking import figures
 from trinity_megatron.tracking.figures import draw_expert_load, draw_loss
 from trinity_megatron.tracking.history import RunHistory
 from trinity_megatron.tracking.page import DrawnPicture, render_page
-from trinity_megatron.tracking.run_log import BIAS_TAG, TOKENS_TAG, RunLog
+from trinity_megatron.tracking.run_log import BIAS_TAG, EVENT_FILES, TOKENS_TAG, RunLog
+from trinity_megatron.tracking.statistics import GRADIENT_GROUPS
 from trinity_megatron.tracking.verdict import Verdict, judge_balance
 
 __all__ = ["Report", "draw_expert_load", "draw_loss", "report_run", "run_period", "write_report"]
 
 PAGE_NAME = "report.html"
-EVENT_FILES = "events.out.tfevents.*"
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ PICTURES = (
         "Before clipping, on a logarithmic axis. A group that leaves the others is where trouble "
         "starts; single spikes are normal.",
         figures.gradient_norm_figure,
-        ("grad-norm", *(f"grad_norm/{name}" for name in figures.GRADIENT_GROUPS)),
+        ("grad-norm", *(f"grad_norm/{name}" for name in GRADIENT_GROUPS)),
     ),
     Picture(
         _SUPPLY,

@@ -7,6 +7,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
+EVENT_FILES = "events.out.tfevents.*"  # as TensorBoard names them
 # Tags under which training/metrics.py writes; ``[num_moe_layers, num_experts]`` each.
 TOKENS_TAG = "moe/tokens_per_expert"
 BIAS_TAG = "moe/expert_bias"
@@ -26,7 +27,7 @@ class RunLog:
 
     def __init__(self, tensorboard_dir: Path | str) -> None:
         directory = Path(tensorboard_dir)
-        files = sorted(directory.glob("events.out.tfevents.*"), key=lambda f: f.stat().st_mtime)
+        files = sorted(directory.glob(EVENT_FILES), key=lambda f: f.stat().st_mtime)
         if not files:
             raise FileNotFoundError(
                 f"{directory} has no TensorBoard event file. Remedy: give the folder of a run that "

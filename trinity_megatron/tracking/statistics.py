@@ -17,6 +17,18 @@ STATISTIC_NAMES = (
     "lm_head/logsumexp_square",
 )
 
+# Parts of the model whose gradient norms are logged; optimizer/param_groups.py says what is whose.
+GRADIENT_GROUPS = (
+    "embedding",
+    "attention",
+    "dense_mlp",
+    "shared_experts",
+    "experts",
+    "router",
+    "norms",
+    "lm_head",
+)
+
 
 class StepStatistics:
     """Counts, sums and maxima of one step on this rank, by name and layer, and micro-batch losses.

@@ -169,6 +169,13 @@ def sampling_noise(mean_tokens: float, num_experts: int) -> float:
     return max(0.0, largest / mean_tokens - 1.0)
 
 
+def sampling_noises(mean_tokens: np.ndarray, num_experts: int) -> np.ndarray:
+    """:func:`sampling_noise` of each of the values, ``[...]``."""
+    # Three digits are enough, and make the values of all layers and of many steps one.
+    flat = [sampling_noise(float(f"{value:.3g}"), num_experts) for value in mean_tokens.flat]
+    return np.array(flat).reshape(mean_tokens.shape)
+
+
 def tolerance(limit: float, noise: np.ndarray) -> np.ndarray:
     """A limit of MaxVio beyond chance; where chance gives more than twice as much, half of that."""
     return np.maximum(limit, noise / 2)
@@ -234,7 +241,7 @@ class _Blocks:
         self.violation = violation.mean(axis=1)
         self.error = violation.std(axis=1, ddof=1) / math.sqrt(window)
         self.tokens = sums.mean(axis=2)
-        self.noise = self._noise(self.tokens / window)
+        self.noise = sampling_noises(self.tokens / window, self.num_experts)
         self.loads = load_share(torch.from_numpy(sums)).numpy()
 
     @property
@@ -245,17 +252,13 @@ class _Blocks:
     @property
     def persistent(self) -> np.ndarray:
         """MaxVio of the last window's summed counts beyond chance, ``[num_layers]``."""
-        return np.maximum(self.loads[-1].max(axis=-1) - 1.0 - self._noise(self.tokens[-1]), 0.0)
+        noise = sampling_noises(self.tokens[-1], self.num_experts)
+        return np.maximum(self.loads[-1].max(axis=-1) - 1.0 - noise, 0.0)
 
     def idle(self, block: int) -> np.ndarray:
         """Number of idle experts in a window, ``[num_layers]``."""
         enough = self.tokens[block] >= IDLE_MIN_TOKENS
         return np.where(enough, (self.loads[block] < IDLE_LOAD).sum(axis=-1), 0)
-
-    def _noise(self, tokens: np.ndarray) -> np.ndarray:
-        # Three digits are enough, and make the values of all layers one.
-        flat = [sampling_noise(float(f"{value:.3g}"), self.num_experts) for value in tokens.flat]
-        return np.array(flat).reshape(tokens.shape)
 
 
 def _judge_layers(

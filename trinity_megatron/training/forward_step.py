@@ -70,7 +70,7 @@ def get_batch(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    if mpu.get_pipeline_model_parallel_world_size() == 1:
+    if training and mpu.get_pipeline_model_parallel_world_size() == 1:
         loaded["padding_mask"] = padding_positions(loaded["tokens"], loaded["loss_mask"])
     loaded = flatten_batch_for_packed_sequences(loaded)
     if packed and loaded.get("padding_mask") is not None:
@@ -191,6 +191,6 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
         packed_seq_params=get_packed_seq_params(batch),
-        padding_mask=batch.get("padding_mask") if model.training else None,
+        padding_mask=batch.get("padding_mask"),
     )
     return output, partial(loss_func, batch["loss_mask"])

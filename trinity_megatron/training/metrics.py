@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.num_microbatches_calculator import (
+    get_current_running_global_batch_size,
+    get_num_microbatches,
+)
 from megatron.core.transformer.moe.moe_logging import (
     MoEMetricsTracker,
     get_moe_metrics_tracker,
@@ -24,7 +27,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from trinity_megatron.config import TrinityConfig
 from trinity_megatron.flops import peak_flops, training_flops_per_token
 from trinity_megatron.moe.finalize import BiasUpdate, observe_bias_updates
-from trinity_megatron.optimizer.param_groups import GRADIENT_GROUPS, local_gradient_squares
+from trinity_megatron.optimizer.param_groups import local_gradient_squares
 from trinity_megatron.tracking.moe_metrics import (
     batch_heterogeneity,
     count_idle_steps,
@@ -33,7 +36,7 @@ from trinity_megatron.tracking.moe_metrics import (
     routing_metrics,
 )
 from trinity_megatron.tracking.run_log import BIAS_TAG, LAYER_NUMBERS_TAG, TOKENS_TAG
-from trinity_megatron.tracking.statistics import STATISTICS
+from trinity_megatron.tracking.statistics import GRADIENT_GROUPS, STATISTICS
 
 
 class StepMetrics:
@@ -77,7 +80,7 @@ class StepMetrics:
             start = time.perf_counter()
             result = train_step(step, data, model, optimizer, *args, **kw)
             self._seconds += time.perf_counter() - start
-            self._tokens += get_args().seq_length * _global_batch_size()
+            self._tokens += get_args().seq_length * get_current_running_global_batch_size()
             if STATISTICS.is_collecting:
                 STATISTICS.is_collecting = False
                 if self._update is not None:  # not a step that was skipped
@@ -302,12 +305,8 @@ def _gradient_norms(squares: torch.Tensor, grad_norm: float | None) -> dict[str,
     return {f"grad_norm/{name}": n for name, n in zip(GRADIENT_GROUPS, norms, strict=True)}
 
 
-def _global_batch_size() -> int:
-    args = get_args()
-    return get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
-
-
 def _tokens_seen() -> int:
     """Tokens up to this step; Megatron adds the step's samples after it."""
     args = get_args()
-    return (args.consumed_train_samples + _global_batch_size()) * args.seq_length
+    samples = args.consumed_train_samples + get_current_running_global_batch_size()
+    return samples * args.seq_length
