@@ -270,9 +270,26 @@ def _stand_in_for_megatron_paths() -> None:
 def _multi_tensor_l2_norm(
     chunk_size: int, noop_flag: Any, tensor_lists: list, per_tensor: bool, *args: Any
 ) -> tuple[torch.Tensor, None]:
-    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensor_lists[0]]
-    norms = torch.cat([torch.linalg.vector_norm(matrix, dim=-1) for matrix in rows])
+    norms = torch.cat([norm for tensor in tensor_lists[0] for norm in norms_of_rows(tensor)])
     return torch.linalg.vector_norm(norms.double()).float().view(1), None
+
+
+def norms_of_rows(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Norms of pieces of a tensor so short that one running fp32 sum is exact enough.
+
+    Args:
+        tensor: Any shape, floating.
+
+    Returns:
+        fp32 tensors; all their elements are norms of pieces.
+    """
+    flat = tensor.reshape(-1)
+    whole = flat.numel() // _ROW * _ROW
+    rows = [flat[:whole].view(-1, _ROW), flat[whole:].view(1, -1)]
+    return [torch.linalg.vector_norm(row, dim=-1, dtype=torch.float32) for row in rows]
+
+
+_ROW = 1024
 
 
 def _multi_tensor_scale(chunk_size: int, noop_flag: Any, tensor_lists: list, scale: float) -> None:

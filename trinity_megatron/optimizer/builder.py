@@ -15,8 +15,11 @@ from megatron.core.optimizer import emerging_optimizers as registry
 from megatron.core.optimizer.emerging_optimizers import EmergingOptimizerEntry
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 
+from trinity_megatron.optimizer.distributed import SkippingOptimizer, build_sharded
+from trinity_megatron.optimizer.layout import align_expert_buffers
 from trinity_megatron.optimizer.muon import SCALES, Muon
 from trinity_megatron.optimizer.newton_schulz import COEFFICIENTS, coefficient_schedule
 from trinity_megatron.optimizer.param_groups import attach_muon_splits, is_adam_parameter
@@ -35,12 +38,13 @@ _MATMUL_DTYPES: dict[str, torch.dtype | None] = {
     "high": torch.float32,
 }
 
+# --muon-momentum-dtype
+MOMENTUM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 # Requests that Muon cannot meet: field -> reason and remedy.
 _REFUSED = {
-    "use_distributed_optimizer": "Muon needs whole matrices, and the sharding that Megatron turns "
-    "this into is not supported yet; drop --use-distributed-optimizer",
-    "use_layer_wise_distributed_optimizer": "layer-wise sharding is not supported yet; drop "
-    "--use-distributed-optimizer and take --optimizer muon, not dist_muon",
+    "use_layer_wise_distributed_optimizer": "Muon is sharded by Megatron's distributed optimizer, "
+    "see `finish_muon_arguments`; take --optimizer muon --use-distributed-optimizer, not dist_muon",
     # https://github.com/NVIDIA/Megatron-LM/issues/5707
     "fp8_param_gather": "with Muon the fp8 weights would never be updated; drop --fp8-param-gather",
     "optimizer_cpu_offload": "only Adam's state can be offloaded; drop --optimizer-cpu-offload",
@@ -73,9 +77,10 @@ def register_muon() -> None:
     core_optimizer.HAVE_EMERGING_OPTIMIZERS = True
     # What Megatron copies from a weight to its float32 master; Muon needs the split on the master.
     tensor_parallel_layers._MODEL_PARALLEL_ATTRIBUTE_DEFAULTS["muon_split"] = None
-    core_optimizer._get_megatron_emerging_optimizer = _with_param_overrides(
+    core_optimizer._get_megatron_emerging_optimizer = _build_muon_or(
         core_optimizer._get_megatron_emerging_optimizer
     )
+    align_expert_buffers()
 
 
 def muon_param_overrides(config: Any) -> dict[ParamKey, ParamGroupOverride]:
@@ -109,7 +114,15 @@ def validate_muon_arguments(args: Any) -> None:
         ValueError: Names the argument, its value and the remedy.
     """
     if args.optimizer == "dist_muon":
-        raise ValueError(f"optimizer={args.optimizer!r}: {_REFUSED['use_distributed_optimizer']}")
+        raise ValueError(
+            f"optimizer={args.optimizer!r}: take --optimizer muon --use-distributed-optimizer"
+        )
+    if args.use_distributed_optimizer and args.ckpt_format != "torch_dist":
+        raise ValueError(
+            f"ckpt_format={args.ckpt_format!r} with optimizer='muon' and "
+            "use_distributed_optimizer=True: the state is saved as torch_dist only; drop "
+            "--ckpt-format"
+        )
     sizes = [args.tensor_model_parallel_size, getattr(args, "expert_tensor_parallel_size", None)]
     _check_settings(args, tensor_parallel_size=max(size or 1 for size in sizes))
 
@@ -119,17 +132,58 @@ _ADAM_PARAMETERS = ParamKey(
 )
 
 
-def _with_param_overrides(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Let the overrides of our entry, which Megatron wants as constants, follow the config."""
+_training_arguments: Any = None  # what Megatron does not hand to the builders of optimizers
+
+
+def finish_muon_arguments(args: Any) -> None:
+    """Undo what Megatron's checks turned ``--use-distributed-optimizer`` into for Muon.
+
+    They replace it by its layer-wise optimizer; see `optimizer/distributed.py` for why not that.
+    The arguments are kept for what is not in ``OptimizerConfig``.
+
+    Args:
+        args: Megatron's arguments after ``validate_args``.
+    """
+    global _training_arguments
+    _training_arguments = args
+    if args.optimizer == "muon" and args.use_layer_wise_distributed_optimizer:
+        args.use_layer_wise_distributed_optimizer = False
+        args.use_distributed_optimizer = True
+
+
+def _build_muon_or(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Build Muon as `finish_muon_arguments` wants it, or as Megatron does, with our overrides and chain."""
 
     @functools.wraps(build)
-    def wrapper(config: Any, *args: Any, **kwargs: Any) -> Any:
-        if config.optimizer == "muon":
-            entry = registry._EMERGING_OPTIMIZERS["muon"]
-            entry.default_param_overrides = muon_param_overrides(config)
-        return build(config, *args, **kwargs)
+    def wrapper(
+        config: Any,
+        model_chunks: list[Any],
+        config_overrides: dict[ParamKey, Any] | None = None,
+        pg_collection: Any = None,
+    ) -> Any:
+        if config.optimizer != "muon":
+            return build(config, model_chunks, config_overrides, pg_collection)
+        overrides = muon_param_overrides(config)
+        if not config.use_distributed_optimizer:
+            # Megatron wants constants here; ours follow the config.
+            registry._EMERGING_OPTIMIZERS["muon"].default_param_overrides = overrides
+            chain = build(config, model_chunks, config_overrides, pg_collection)
+            return SkippingOptimizer(chain.chained_optimizers)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        kwargs = _muon_kwargs(config, model_chunks, groups)
+        return build_sharded(
+            config,
+            model_chunks,
+            {**(config_overrides or {}), **overrides},
+            lambda param_groups: Muon(param_groups, **kwargs),
+            use_gloo_process_groups=_argument("use_gloo_process_groups", True),
+        )
 
     return wrapper
+
+
+def _argument(name: str, default: Any) -> Any:
+    return getattr(_training_arguments, name, default)
 
 
 def _init_state(optimizer: Muon, config: Any = None) -> None:
@@ -153,6 +207,7 @@ def _muon_kwargs(config: Any, model_chunks: list[Any], pg_collection: Any) -> di
         "num_ns_steps": config.muon_num_ns_steps,
         "coefficients": config.muon_coefficient_type,
         "dtype": _MATMUL_DTYPES[config.muon_fp32_matmul_prec],
+        "momentum_dtype": MOMENTUM_DTYPES[_argument("muon_momentum_dtype", "fp32")],
         "tp_group": pg_collection.tp,
         "expert_tp_group": expert_tp,
     }

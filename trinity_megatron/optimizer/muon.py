@@ -12,23 +12,36 @@ more about itself with attributes, all of them optional and all but the first Me
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
+from trinity_megatron.optimizer.exchange import (
+    Placement,
+    Round,
+    Run,
+    plan_rounds,
+    plan_runs,
+    shard_start,
+    stack_view,
+)
 from trinity_megatron.optimizer.newton_schulz import coefficient_schedule, orthogonalize
+from trinity_megatron.optimizer.ownership import Shard, Stack, assign_dense, list_matrices
 
 # Factor of the learning rate for a matrix [fan_out, fan_in].  The names are those of Megatron's
 # --muon-scale-mode (Emerging-Optimizers, get_muon_scale_factor).
 SCALES: dict[str, Callable[[int, int], float]] = {
     "shape_scaling": lambda fan_out, fan_in: math.sqrt(max(1.0, fan_out / fan_in)),
     "spectral": lambda fan_out, fan_in: math.sqrt(max(fan_out, fan_in)),
+    # Moonlight, arXiv 2502.16982, equation 4.
+    "rms_match": lambda fan_out, fan_in: 0.2 * math.sqrt(max(fan_out, fan_in)),
     "unit_rms_norm": lambda fan_out, fan_in: math.sqrt(fan_out / fan_in),
 }
 
@@ -51,36 +64,12 @@ class MatrixSplit:
 
     sizes: tuple[int, ...]
 
-    def blocks(self, tensor: Tensor) -> list[Tensor]:
-        """Return views of the separate matrices.
-
-        Args:
-            tensor: ``[rows, columns]`` or a stack ``[count, rows, columns]``.
-
-        Returns:
-            One ``[count, groups, size, columns]`` for each of ``sizes`` (count 1 without a stack).
-
-        Raises:
-            ValueError: The rows are not a whole number of groups.
-        """
-        rows = tensor.shape[-2]
-        if rows % sum(self.sizes):
-            raise ValueError(
-                f"muon_split={self.sizes}: a parameter of shape {tuple(tensor.shape)} does not "
-                f"hold a whole number of groups of {sum(self.sizes)} rows"
-            )
-        stack = tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
-        grouped = stack.unflatten(1, (rows // sum(self.sizes), sum(self.sizes)))
-        return list(grouped.split(self.sizes, dim=2))
-
 
 class _Kind(NamedTuple):
-    """What matrices of one batch have in common: their whole shape and how they are divided."""
+    """What matrices of one batch have in common."""
 
     fan_out: int
     fan_in: int
-    shard_dim: int | None  # 0: rows, 1: columns
-    group: ProcessGroup | None
     weight_dtype: torch.dtype
     device: torch.device
 
@@ -91,9 +80,51 @@ class _Part(NamedTuple):
     weight: Tensor
     grad: Tensor
     momentum: Tensor
+    param: Tensor
 
     def narrow(self, start: int, count: int) -> "_Part":
-        return _Part(*(view.narrow(0, start, count) for view in self))
+        weight, grad, momentum = (view.narrow(0, start, count) for view in self[:3])
+        return _Part(weight, grad, momentum, self.param)
+
+
+@dataclass
+class UpdateStatistics:
+    """What one step did, measured on this rank.
+
+    Attributes:
+        squares: Sum of squares of the update, float64 ``[]``, by ``gradient_group`` of the
+            parameters.
+        numel: Elements of the update, by group.
+        orthogonality_error: ``|X X^T - I|_F / sqrt(m)`` of one result X with short side m,
+            float32 ``[]``; None where this rank owns no matrix.
+    """
+
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    numel: dict[str, int] = field(default_factory=dict)
+    orthogonality_error: Tensor | None = None
+
+    def add(self, group: str, update: Tensor, factor: float) -> None:
+        square = torch.linalg.vector_norm(update, dtype=torch.float32).double().square()
+        square = square * factor**2
+        self.squares[group] = self.squares[group] + square if group in self.squares else square
+        self.numel[group] = self.numel.get(group, 0) + update.numel()
+
+
+def orthogonality_error(matrix: Tensor) -> Tensor:
+    """``|X X^T - I|_F / sqrt(m)`` on the short side m: the RMS distance of the squared singular
+    values from 1.
+
+    Args:
+        matrix: ``[rows, columns]``, floating.
+
+    Returns:
+        float32 ``[]``.
+    """
+    x = matrix.float()
+    x = x.mT if x.shape[0] > x.shape[1] else x
+    gram = x @ x.mT
+    gram.diagonal().sub_(1.0)
+    return torch.linalg.vector_norm(gram) / math.sqrt(len(gram))
 
 
 class Muon(torch.optim.Optimizer):
@@ -105,12 +136,12 @@ class Muon(torch.optim.Optimizer):
         U  = M, with Nesterov momentum G + momentum M
         p <- (1 - lr weight_decay) p - lr scale(fan_out, fan_in) orthogonalize(U)
 
-    Matrices of one shape are orthogonalized together, across parameters.  Matrices divided over a
-    tensor-parallel group are gathered, one collective for a batch, and every rank keeps its part of
-    the whole result.  A stack ``[E, out, in]`` is E matrices.
+    Matrices of one shape are orthogonalized together, across parameters.  A stack ``[E, out, in]``
+    is E matrices.  A matrix divided over ranks has one owner, which gets its parts, orthogonalizes
+    the whole and sends the parts of the result back, while all ranks work on what they hold alone.
 
-    The state is ``momentum_buffer``, float32 and of the parameter's shape, and nothing else:
-    Megatron's distributed checkpoint shards it like the parameter.
+    The state is ``momentum_buffer``, of the parameter's shape, and nothing else: Megatron's
+    distributed checkpoint shards it like the parameter.
 
     Args:
         params: Parameters or groups of them, each 2-D ``[out, in]`` or 3-D ``[E, out, in]``.
@@ -119,13 +150,15 @@ class Muon(torch.optim.Optimizer):
         nesterov: Look one step ahead.
         weight_decay: Decoupled weight decay, multiplied with lr but not with the scale.
         scale: "shape_scaling" (sqrt(max(1, fan_out / fan_in)), the report's), "spectral"
-            (sqrt(max(fan_out, fan_in))) or "unit_rms_norm" (sqrt(fan_out / fan_in)); fan_out and
-            fan_in are of the separate, whole matrix.
+            (sqrt(max(fan_out, fan_in))), "rms_match" (0.2 sqrt(max(fan_out, fan_in)): the size of
+            AdamW's updates) or "unit_rms_norm" (sqrt(fan_out / fan_in)); fan_out and fan_in are of
+            the separate, whole matrix.
         extra_scale_factor: Multiplied with the scale.
         num_ns_steps: Newton-Schulz steps.
         coefficients: Their coefficients, a name of `newton_schulz.COEFFICIENTS`.
         eps: Smallest Frobenius norm that is divided by.
         dtype: What Newton-Schulz computes in; default bfloat16 on CUDA, float32 on CPU.
+        momentum_dtype: What the momentum is kept in, float32 or bfloat16.
         tp_group: Tensor-parallel group; None stands for one rank.
         expert_tp_group: The same for routed experts.
         batch_elements: Elements orthogonalized at once, at least one matrix; default 2**28 on CUDA,
@@ -152,6 +185,7 @@ class Muon(torch.optim.Optimizer):
         coefficients: str = "dion",
         eps: float = 1e-7,
         dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype = torch.float32,
         tp_group: ProcessGroup | None = None,
         expert_tp_group: ProcessGroup | None = None,
         batch_elements: int | None = None,
@@ -161,6 +195,8 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"{name}={value}: must not be negative")
         if scale not in SCALES:
             raise ValueError(f"scale={scale!r} is not known; choose one of {sorted(SCALES)}")
+        if momentum_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"momentum_dtype={momentum_dtype}: take float32 or bfloat16")
         coefficient_schedule(coefficients, num_ns_steps)  # refuses what it does not know
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
@@ -174,6 +210,10 @@ class Muon(torch.optim.Optimizer):
         self.scale = scale
         self.extra_scale_factor = extra_scale_factor
         self.dtype = dtype
+        self.momentum_dtype = momentum_dtype
+        self.statistics: UpdateStatistics | None = None
+        self.placements: list[Placement] = []
+        self._plans: list[_Plan] | None = None
         self._newton_schulz = partial(
             orthogonalize, steps=num_ns_steps, coefficients=coefficients, eps=eps, dtype=dtype
         )
@@ -198,16 +238,26 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        settings: dict[Tensor, dict[str, Any]] = {}
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
+            settings.update(dict.fromkeys(params, group))
             self._update_momentum(params, group["momentum"])
-            kinds: dict[_Kind, list[_Part]] = defaultdict(list)
-            for param in params:
-                for kind, part in self._parts(param):
-                    kinds[kind].append(part)
-            for kind, parts in kinds.items():
-                for batch in _batches(parts, self._batch_count(kind)):
-                    self._update_batch(batch, kind, group)
+            if group["weight_decay"] != 0.0 and params:
+                torch._foreach_mul_(params, 1.0 - float(group["lr"]) * group["weight_decay"])
+        if self._plans is None:
+            self._plans = self._make_plans()
+        # What travels is on its way while the rest is orthogonalized.
+        rounds = [part for plan in self._plans for part in plan.rounds]
+        sent = rounds[0].send(partial(self._read, rounds[0], settings)) if rounds else None
+        self._update_local(settings)
+        for number, current in enumerate(rounds):
+            assert sent is not None
+            matrices = current.receive(sent)
+            if number + 1 < len(rounds):
+                later = rounds[number + 1]
+                sent = later.send(partial(self._read, later, settings))
+            self._update_cut(current, matrices, settings)
         return loss
 
     def init_state(self) -> None:
@@ -217,7 +267,7 @@ class Muon(torch.optim.Optimizer):
                 self._momentum(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; the momentum stays float32 where a parameter is not.
+        """Load a state; the momentum keeps its dtype whatever that of the parameter is.
 
         Args:
             state_dict: What `state_dict` returned.
@@ -230,90 +280,219 @@ class Muon(torch.optim.Optimizer):
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(saved, own, strict=True):
-            if param.dtype != torch.float32 and index in state_dict["state"]:
+            if index in state_dict["state"]:
                 momentum = state_dict["state"][index]["momentum_buffer"]
-                self.state[param]["momentum_buffer"] = momentum.to(param.device, torch.float32)
+                state = {"momentum_buffer": momentum.to(param.device, self.momentum_dtype)}
+                self.state[param] = state
+        for group in self.param_groups:
+            group.pop("step", None)  # Megatron's distributed optimizer adds Adam's
+
+    def place(self, placements: list[Placement]) -> None:
+        """Say how the parameters lie on the ranks; without it, each is whole on its TP group.
+
+        Args:
+            placements: Every parameter of this optimizer in one of them, the same on all ranks of
+                its group; ``tensors`` are those of ``param_groups``.
+        """
+        self.placements, self._plans = placements, None
 
     def _momentum(self, param: Tensor) -> Tensor:
         state = self.state[param]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(param, dtype=torch.float32)
+            state["momentum_buffer"] = torch.zeros_like(param, dtype=self.momentum_dtype)
         return state["momentum_buffer"]
 
     def _update_momentum(self, params: list[Tensor], factor: float) -> None:
         if not params:
             return
         momenta = [self._momentum(param) for param in params]
-        torch._foreach_mul_(momenta, factor)
-        torch._foreach_add_(momenta, [_gradient(param) for param in params])
+        if self.momentum_dtype == torch.float32:
+            torch._foreach_mul_(momenta, factor)
+            torch._foreach_add_(momenta, [_gradient(param) for param in params])
+            return
+        for momentum, param in zip(momenta, params, strict=True):  # one rounding, not two
+            momentum.copy_(torch.add(_gradient(param).float(), momentum, alpha=factor))
 
-    def _parts(self, param: Tensor) -> Iterator[tuple[_Kind, _Part]]:
-        shard_dim, group = self._sharding(param)
-        split = getattr(param, "muon_split", None) or MatrixSplit((param.shape[-2],))
-        views = (split.blocks(t) for t in (param, _gradient(param), self._momentum(param)))
-        for part in map(_Part, *views):
-            _, groups, size, columns = part.weight.shape
-            whole = [groups * size, columns]
-            if shard_dim is not None:
-                whole[shard_dim] *= torch.distributed.get_world_size(group)
-            yield _Kind(whole[0], whole[1], shard_dim, group, param.dtype, param.device), part
+    def _make_plans(self) -> list["_Plan"]:
+        placements = self.placements or list(self._default_placements())
+        plans = []
+        for placement in placements:
+            runs, cuts = plan_runs(placement)
+            dtype = self._compute_dtype(placement.device, torch.float32)
+            plans.append(_Plan(placement, runs, plan_rounds(placement, cuts, dtype)))
+        return plans
 
-    def _sharding(self, param: Tensor) -> tuple[int | None, ProcessGroup | None]:
-        expert = getattr(param, "expert_tp", False) or not getattr(param, "allreduce", True)
-        group = self.expert_tp_group if expert else self.tp_group
-        divided = getattr(param, "tensor_model_parallel", False)
-        if not divided or group is None or torch.distributed.get_world_size(group) == 1:
-            return None, None
-        # Of the matrix: 0 rows, 1 columns; the stack's own dimension is never divided by TP.
-        shard_dim = param.partition_dim - (param.dim() - 2)  # type: ignore[attr-defined]
-        if shard_dim not in (0, 1):
-            raise ValueError(
-                f"partition_dim={param.partition_dim} of a tensor-parallel parameter of shape "  # type: ignore[attr-defined]
-                f"{tuple(param.shape)} does not name its rows or columns"
+    def _default_placements(self) -> Iterator[Placement]:
+        """Yield placements of whole parameters: alone, on the TP group, on that of experts."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        by_group: dict[ProcessGroup | None, list[Tensor]] = defaultdict(list)
+        for param in params:
+            expert = getattr(param, "expert_tp", False) or not getattr(param, "allreduce", True)
+            group = self.expert_tp_group if expert else self.tp_group
+            alone = group is None or torch.distributed.get_world_size(group) == 1
+            by_group[None if alone else group].append(param)
+        for group, members in by_group.items():
+            ranks = 1 if group is None else torch.distributed.get_world_size(group)
+            numbers = [
+                [(Shard(rank, 0, param.numel()),) for rank in range(ranks)] for param in members
+            ]
+            stacks = [
+                make_stack(p, p.shape, holders) for p, holders in zip(members, numbers, strict=True)
+            ]
+            yield Placement(
+                stacks,
+                list(members),
+                assign_dense(list_matrices(stacks), np.zeros(ranks)),
+                members[0].device,
+                group,
+                0 if group is None else torch.distributed.get_rank(group),
             )
-        stride = getattr(param, "partition_stride", 1)
-        if stride > 1 and getattr(param, "muon_split", None) is None:
-            raise ValueError(
-                f"a tensor-parallel parameter of shape {tuple(param.shape)} holds {stride} "
-                "matrices (partition_stride) but has no muon_split; see attach_muon_splits()"
-            )
-        return shard_dim, group
+
+    def _update_local(self, settings: dict[Tensor, dict[str, Any]]) -> None:
+        kinds: dict[_Kind, list[_Part]] = defaultdict(list)
+        for placement, runs, _ in self._plans or ():
+            for run in runs:
+                param = placement.tensors[run.stack]
+                if param is None or param not in settings:
+                    continue
+                stack, start = placement.stacks[run.stack], shard_start(placement, run.stack)
+                tensors = (param, _gradient(param), self._momentum(param))
+                weight, grad, momentum = (stack_view(stack, t, start, run) for t in tensors)
+                part = _Part(weight, grad, momentum, param)
+                kinds[_Kind(*stack.shape(run.block), param.dtype, param.device)].append(part)
+        for kind, parts in kinds.items():
+            for batch in _batches(parts, self._batch_count(kind)):
+                self._update_batch(batch, kind, settings)
 
     def _batch_count(self, kind: _Kind) -> int:
         default = _CUDA_BATCH_ELEMENTS if kind.device.type == "cuda" else _CPU_BATCH_ELEMENTS
         elements = self.batch_elements or default
         return max(1, elements // max(1, kind.fan_out * kind.fan_in))
 
-    def _update_batch(self, batch: list[_Part], kind: _Kind, group: dict[str, Any]) -> None:
-        if self.nesterov:
-            blocks = [torch.add(p.grad, p.momentum, alpha=group["momentum"]) for p in batch]
-        else:
-            blocks = [part.momentum for part in batch]
+    def _update_batch(
+        self, batch: list[_Part], kind: _Kind, settings: dict[Tensor, dict[str, Any]]
+    ) -> None:
+        blocks = [
+            self._direction(part.grad, part.momentum, settings[part.param]["momentum"])
+            for part in batch
+        ]
         matrices = [block.flatten(1, 2) for block in blocks]
         stacked = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-        update = self._orthogonalize(stacked, kind)
+        update = self._newton_schulz(stacked)
+        self._measure(update)
         updates = [
             rows.unflatten(1, part.weight.shape[1:3])
             for rows, part in zip(update.split([len(p.weight) for p in batch]), batch, strict=True)
         ]
-        weights = [part.weight for part in batch]
-        factor = SCALES[self.scale](kind.fan_out, kind.fan_in) * self.extra_scale_factor
-        if group["weight_decay"] != 0.0:
-            torch._foreach_mul_(weights, 1.0 - float(group["lr"]) * group["weight_decay"])
-        torch._foreach_add_(weights, updates, alpha=-float(group["lr"]) * factor)
+        by_rate: dict[float, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for part, found in zip(batch, updates, strict=True):
+            factor = self._factor(part.param, (kind.fan_out, kind.fan_in), settings)
+            self._measure_update(part.param, found, factor)
+            by_rate[factor][0].append(part.weight)
+            by_rate[factor][1].append(found)
+        for factor, (weights, found_updates) in by_rate.items():
+            torch._foreach_add_(weights, found_updates, alpha=-factor)
 
-    def _orthogonalize(self, matrices: Tensor, kind: _Kind) -> Tensor:
-        """Orthogonalize ``[count, rows, columns]`` as parts of whole matrices."""
-        if kind.shard_dim is None:
-            return self._newton_schulz(matrices)
-        dim, ranks = 1 + kind.shard_dim, torch.distributed.get_world_size(kind.group)
-        # Send what is computed in: half the bytes where that is bfloat16.
-        dtype = self.dtype or (torch.bfloat16 if matrices.is_cuda else matrices.dtype)
-        local = matrices.to(dtype).contiguous()
-        gathered = local.new_empty(ranks * len(local), *local.shape[1:])
-        torch.distributed.all_gather_into_tensor(gathered, local, group=kind.group)
-        whole = torch.cat(gathered.chunk(ranks), dim=dim)
-        return self._newton_schulz(whole).chunk(ranks, dim)[torch.distributed.get_rank(kind.group)]
+    def _read(self, current: Round, settings: dict[Tensor, dict[str, Any]], number: int) -> Tensor:
+        """This rank's part of the direction of a stack, flat."""
+        param = current.placement.tensors[number]
+        if param is None or param not in settings:
+            raise ValueError(
+                f"a parameter of stack {current.placement.stacks[number]} is divided over ranks "
+                "and has no gradient on this one; all or none of them must have it"
+            )
+        factor = settings[param]["momentum"]
+        return self._direction(_gradient(param), self._momentum(param), factor).reshape(-1)
+
+    def _direction(self, grad: Tensor, momentum: Tensor, factor: float) -> Tensor:
+        return torch.add(grad, momentum, alpha=factor) if self.nesterov else momentum
+
+    def _update_cut(
+        self, current: Round, matrices: list[Tensor], settings: dict[Tensor, dict[str, Any]]
+    ) -> None:
+        results: list[Tensor | None] = [None] * len(matrices)
+        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+        for number, matrix in enumerate(matrices):
+            by_shape[matrix.shape].append(number)
+        for shape, numbers in by_shape.items():
+            kind = _Kind(shape[0], shape[1], current.dtype, current.placement.device)
+            limit = self._batch_count(kind)
+            for start in range(0, len(numbers), limit):
+                some = numbers[start : start + limit]
+                update = self._newton_schulz(torch.stack([matrices[n] for n in some]))
+                self._measure(update)
+                for number, result in zip(some, update, strict=True):
+                    results[number] = result
+        sent = current.send_back([result for result in results if result is not None])
+        weights: dict[float, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for number, offset, values, shape_of in current.receive_back(sent):
+            param = current.placement.tensors[number]
+            assert param is not None
+            factor = self._factor(param, shape_of, settings)
+            self._measure_update(param, values, factor)
+            weights[factor][0].append(param.view(-1)[offset : offset + len(values)])
+            weights[factor][1].append(values)
+        for factor, (targets, values_of) in weights.items():
+            torch._foreach_add_(targets, values_of, alpha=-factor)
+
+    def _factor(
+        self, param: Tensor, shape: tuple[int, int], settings: dict[Tensor, dict[str, Any]]
+    ) -> float:
+        scale = SCALES[self.scale](*shape) * self.extra_scale_factor
+        return float(settings[param]["lr"]) * scale
+
+    def _compute_dtype(self, device: torch.device, own: torch.dtype) -> torch.dtype:
+        return self.dtype or (torch.bfloat16 if device.type == "cuda" else own)
+
+    def _measure(self, orthogonalized: Tensor) -> None:
+        if self.statistics is not None and self.statistics.orthogonality_error is None:
+            self.statistics.orthogonality_error = orthogonality_error(orthogonalized[0])
+
+    def _measure_update(self, param: Tensor, update: Tensor, factor: float) -> None:
+        if self.statistics is not None:
+            self.statistics.add(getattr(param, "gradient_group", None) or "all", update, factor)
+
+
+class _Plan(NamedTuple):
+    placement: Placement
+    runs: list[Run]
+    rounds: list[Round]
+
+
+def make_stack(param: Tensor, shape: Sequence[int], holders: Sequence[tuple[Shard, ...]]) -> Stack:
+    """Describe the matrices of a parameter and who holds them.
+
+    Args:
+        param: The parameter or a shard of it, with its attributes.
+        shape: Shape of its tensor-parallel part, ``[out, in]`` or ``[E, out, in]``.
+        holders: For each tensor-parallel rank, who holds which elements.
+
+    Raises:
+        ValueError: The attributes contradict the shape.
+    """
+    count, rows, columns = (1, *shape) if len(shape) == 2 else shape
+    split = getattr(param, "muon_split", None) or MatrixSplit((rows,))
+    if rows % sum(split.sizes):
+        raise ValueError(
+            f"muon_split={split.sizes}: a parameter of shape {tuple(shape)} does not hold a whole "
+            f"number of groups of {sum(split.sizes)} rows"
+        )
+    shard_dim = None
+    if getattr(param, "tensor_model_parallel", False) and len(holders) > 1:
+        # Of the matrix: 0 rows, 1 columns; the stack's own dimension is never divided by TP.
+        shard_dim = param.partition_dim - (len(shape) - 2)  # type: ignore[attr-defined]
+        if shard_dim not in (0, 1):
+            raise ValueError(
+                f"partition_dim={param.partition_dim} of a tensor-parallel parameter of shape "  # type: ignore[attr-defined]
+                f"{tuple(shape)} does not name its rows or columns"
+            )
+        if getattr(param, "partition_stride", 1) > 1 and getattr(param, "muon_split", None) is None:
+            raise ValueError(
+                f"a tensor-parallel parameter of shape {tuple(shape)} holds "
+                f"{param.partition_stride} matrices (partition_stride) but has no muon_split; "  # type: ignore[attr-defined]
+                "see attach_muon_splits()"
+            )
+    return Stack(count, rows, columns, split.sizes, shard_dim, tuple(holders))
 
 
 def _gradient(param: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from torch import Tensor
 from torch.nn import Module
 
+from trinity_megatron.host import norms_of_rows
 from trinity_megatron.optimizer.muon import MatrixSplit
 from trinity_megatron.tracking.statistics import GRADIENT_GROUPS
 
@@ -206,11 +207,4 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
     Args:
         tensor: Any shape, floating.
     """
-    flat = tensor.reshape(-1)
-    whole = flat.numel() // _ROW * _ROW
-    rows = [flat[:whole].view(-1, _ROW), flat[whole:].view(1, -1)]
-    norms = [torch.linalg.vector_norm(row, dim=-1, dtype=torch.float32) for row in rows]
-    return torch.cat(norms).double().square().sum()
-
-
-_ROW = 1024
+    return torch.cat(norms_of_rows(tensor)).double().square().sum()

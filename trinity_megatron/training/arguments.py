@@ -25,7 +25,9 @@ from trinity_megatron.data.dataset import DataManifest, load_manifest
 from trinity_megatron.host import is_cpu_host
 from trinity_megatron.moe.expert_bias import BIAS_RULES
 from trinity_megatron.optimizer.builder import (
+    MOMENTUM_DTYPES,
     MUON_ARGUMENT_DEFAULTS,
+    finish_muon_arguments,
     validate_muon_arguments,
 )
 from trinity_megatron.presets import PRESETS, Preset, get_preset
@@ -77,6 +79,7 @@ def parse_trinity_args() -> argparse.Namespace:
     check_args(args, manifest)
     with _argument_dump(args):
         validate_args(args, {"tokenizer_type": "HuggingFaceTokenizer"})
+    finish_muon_arguments(args)
     global_vars._set_wandb_writer = _set_wandb_writer
     global_vars.set_global_variables(args)
     return args
@@ -150,6 +153,12 @@ def _add_balance_args(group: Any) -> None:
         help="Beta, the momentum of the bias update; default 0.5 for smebu, 0 for the others.",
     )
     group.add_argument(
+        "--muon-momentum-dtype",
+        choices=sorted(MOMENTUM_DTYPES),
+        default="fp32",
+        help="What Muon keeps its momentum in.",
+    )
+    group.add_argument(
         "--moe-router-bias-clamp-scale",
         type=float,
         default=2.0,
@@ -199,6 +208,8 @@ def default_arguments(preset: Preset, data: str | None, out: str | None) -> dict
         # A resume with another --train-iters takes the schedule of the command line.
         override_opt_param_scheduler=True,
         ckpt_format="torch_dist",
+        # The state of a distributed optimizer loads under every layout.
+        dist_ckpt_optim_fully_reshardable=True,
         create_attention_mask_in_dataloader=False,
         **_UNPUBLISHED,
     )

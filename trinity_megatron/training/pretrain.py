@@ -25,6 +25,7 @@ from trinity_megatron.data.dataset import load_manifest  # noqa: E402
 from trinity_megatron.loss import attach_language_model_loss  # noqa: E402
 from trinity_megatron.moe.finalize import set_step_source  # noqa: E402
 from trinity_megatron.optimizer.builder import register_muon  # noqa: E402
+from trinity_megatron.optimizer.layout import separate_muon_buffers  # noqa: E402
 from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
 from trinity_megatron.training.arguments import (  # noqa: E402
     parse_trinity_args,
@@ -53,6 +54,8 @@ def main() -> None:
     set_step_source(lambda: args.curr_iteration + 1)
     config = model_config_from_args(args)
     config.pre_wrap_hooks += [label_gradient_groups, attach_language_model_loss]
+    if args.optimizer == "muon" and args.use_distributed_optimizer:
+        config.pre_wrap_hooks.append(separate_muon_buffers)
     trained: list = []
 
     def keep(model: list) -> list:

@@ -96,9 +96,9 @@ def arguments(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_distributed_optimizer": True}, "drop --use-distributed-optimizer"),
-        ({"use_layer_wise_distributed_optimizer": True}, "drop --use-distributed-optimizer"),
-        ({"optimizer": "dist_muon"}, "drop --use-distributed-optimizer"),
+        ({"use_layer_wise_distributed_optimizer": True}, "--use-distributed-optimizer, not dist"),
+        ({"optimizer": "dist_muon"}, "take --optimizer muon --use-distributed-optimizer"),
+        ({"use_distributed_optimizer": True, "ckpt_format": "torch"}, "drop --ckpt-format"),
         ({"fp8_param_gather": True}, "drop --fp8-param-gather"),
         ({"optimizer_cpu_offload": True}, "drop --optimizer-cpu-offload"),
         ({"optimizer_cuda_graph": True}, "drop --optimizer-cuda-graph"),
@@ -278,7 +278,8 @@ def check_tensor_parallel_step(*, bf16: bool) -> None:
             continue
         split = getattr(param, "muon_split", None) or MatrixSplit((param.shape[0],))
         assert len(split.sizes) == 4 if "qkv" in name else len(split.sizes) == 1 + ("fc1" in name)
-        for block in split.blocks(before[name] - main):
+        change = (before[name] - main).unsqueeze(0) if main.dim() == 2 else before[name] - main
+        for block in change.unflatten(1, (-1, sum(split.sizes))).split(split.sizes, dim=2):
             matrix = whole(block[0].flatten(0, 1), param)
             factor = LR * max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
             values = torch.linalg.svdvals(matrix.double()) / factor

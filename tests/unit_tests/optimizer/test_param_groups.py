@@ -106,7 +106,9 @@ def split_labels(name: str, labels: list[str], columns: int = 2, **changes: Any)
     param = torch.arange(len(labels)).float().unsqueeze(1).repeat(1, columns)
     param = param.expand(3, -1, -1) if "mlp.experts.linear" in name else param
     attach_muon_splits([(name, param)], config(**changes))
-    blocks = param.muon_split.blocks(param)  # type: ignore[attr-defined]
+    sizes = param.muon_split.sizes  # type: ignore[attr-defined]
+    stack = param if param.dim() == 3 else param[None]
+    blocks = stack.unflatten(1, (-1, sum(sizes))).split(sizes, dim=2)
     return [[labels[int(row)] for row in block[0].flatten(0, 1)[:, 0]] for block in blocks]
 
 

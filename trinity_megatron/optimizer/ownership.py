@@ -1,0 +1,252 @@
+"""Which rank orthogonalizes which matrix: pure arithmetic, the same on every rank, no network.
+
+A parameter is a stack of matrices, and its elements lie on the ranks of a group: on tensor-parallel
+ranks as parts of rows or columns, and on data-parallel ranks as intervals of the flat part.  Every
+matrix has one owner.  Mostly that is the rank that holds it; what is cut, and what a rank has too
+much of, is sent to its owner and back (`optimizer/exchange.py`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from heapq import heapify, heapreplace
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+# A rank above this multiple of the mean gives matrices away; a rank with less keeps what it holds.
+_TOLERATED_LOAD = 1.03
+
+
+def newton_schulz_flops(fan_out: int, fan_in: int, steps: int = 5) -> float:
+    """Floating point operations of `orthogonalize` on one matrix.
+
+    A step is X X^T, its square, and the product with X, on the short side m and the long side n:
+    4 m^2 n + 2 m^3.
+
+    Args:
+        fan_out: Rows.
+        fan_in: Columns.
+        steps: Newton-Schulz steps.
+    """
+    short, long = sorted((fan_out, fan_in))
+    return steps * (4.0 * short**2 * long + 2.0 * short**3)
+
+
+class Shard(NamedTuple):
+    """Elements ``start`` to ``stop`` of a flat parameter, on a rank of its group."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+class Piece(NamedTuple):
+    """Part of one matrix on one rank.
+
+    Attributes:
+        rank: Rank in the group.
+        part: Tensor-parallel part of the matrix.
+        start: First element, of the part of the matrix taken row by row.
+        stop: One past the last.
+    """
+
+    rank: int
+    part: int
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The matrices of one parameter and the ranks that hold them.
+
+    Attributes:
+        count: Matrices stacked along the first dimension: experts, or 1.
+        rows: Rows of a tensor-parallel part.
+        columns: Columns of a tensor-parallel part.
+        sizes: Rows of each separate matrix in one group of rows, see `MatrixSplit`.
+        shard_dim: What tensor parallelism divides: 0 rows, 1 columns, None nothing.
+        holders: For each tensor-parallel part, who holds which elements; where ``shard_dim`` is
+            None the parts are copies.
+    """
+
+    count: int
+    rows: int
+    columns: int
+    sizes: tuple[int, ...]
+    shard_dim: int | None
+    holders: tuple[tuple[Shard, ...], ...]
+
+    @property
+    def groups(self) -> int:
+        return self.rows // sum(self.sizes)
+
+    @property
+    def numel(self) -> int:
+        """Elements of a tensor-parallel part."""
+        return self.count * self.rows * self.columns
+
+    def part_numel(self, block: int) -> int:
+        """Elements of a tensor-parallel part of the separate matrix ``block``."""
+        return self.groups * self.sizes[block] * self.columns
+
+    def shape(self, block: int) -> tuple[int, int]:
+        """``(fan_out, fan_in)`` of the whole separate matrix ``block``."""
+        whole = [self.groups * self.sizes[block], self.columns]
+        if self.shard_dim is not None:
+            whole[self.shard_dim] *= len(self.holders)
+        return whole[0], whole[1]
+
+    @cached_property
+    def _offsets(self) -> tuple[int, ...]:
+        return (0, *accumulate(self.sizes))
+
+    def elements_before(self, expert: int, block: int, offset: int) -> int:
+        """How many elements of a matrix lie before ``offset`` of the flat part."""
+        inside = min(max(offset - expert * self.rows * self.columns, 0), self.rows * self.columns)
+        size = self.sizes[block] * self.columns
+        group, rest = divmod(inside, sum(self.sizes) * self.columns)
+        return group * size + min(max(rest - self._offsets[block] * self.columns, 0), size)
+
+    def intervals(self, expert: int, block: int, piece: Piece) -> Iterator[tuple[int, int]]:
+        """Yield the intervals of the flat part that a piece consists of."""
+        size, stride = self.sizes[block] * self.columns, sum(self.sizes) * self.columns
+        first = expert * self.rows * self.columns + self._offsets[block] * self.columns
+        position = piece.start
+        while position < piece.stop:
+            group, inside = divmod(position, size)
+            length = min(size - inside, piece.stop - position)
+            start = first + group * stride + inside
+            yield start, start + length
+            position += length
+
+    def copies(self, expert: int, block: int) -> list[list[Piece]]:
+        """Pieces of a matrix, for each of its copies; a divided matrix has one copy."""
+        parts = [
+            [
+                Piece(shard.rank, part, start, stop)
+                for shard in shards
+                if (start := self.elements_before(expert, block, shard.start))
+                < (stop := self.elements_before(expert, block, shard.stop))
+            ]
+            for part, shards in enumerate(self.holders)
+        ]
+        return parts if self.shard_dim is None else [[piece for part in parts for piece in part]]
+
+
+class Matrix(NamedTuple):
+    """One matrix: number of its stack, its place there, cost and pieces of its first copy."""
+
+    stack: int
+    expert: int
+    block: int
+    cost: float
+    pieces: tuple[Piece, ...]
+
+
+def list_matrices(stacks: Sequence[Stack]) -> list[Matrix]:
+    """List every matrix of the stacks, in order."""
+    return [
+        Matrix(
+            number,
+            expert,
+            block,
+            newton_schulz_flops(*stack.shape(block)),
+            tuple(stack.copies(expert, block)[0]),
+        )
+        for number, stack in enumerate(stacks)
+        for expert in range(stack.count)
+        for block in range(len(stack.sizes))
+    ]
+
+
+@dataclass
+class Assignment:
+    """Owners of the matrices of one group.
+
+    Attributes:
+        matrices: All of the group.
+        owners: Rank of the owner of each.
+        loads: Cost of each rank, floating point operations a step, other groups included.
+    """
+
+    matrices: list[Matrix]
+    owners: list[int]
+    loads: np.ndarray = field(repr=False)
+
+
+def hold_matrices(matrices: list[Matrix], ranks: int) -> Assignment:
+    """Give every matrix to the rank that holds most of it, of several the one with least to do."""
+    loads = np.zeros(ranks)
+    owners = []
+    for matrix in matrices:
+        held: dict[int, int] = {}
+        for piece in matrix.pieces:
+            held[piece.rank] = held.get(piece.rank, 0) + piece.numel
+        owner = min(held, key=lambda rank: (-held[rank], loads[rank], rank))
+        owners.append(owner)
+        loads[owner] += matrix.cost
+    return Assignment(matrices, owners, loads)
+
+
+def assign_dense(matrices: list[Matrix], base: np.ndarray) -> Assignment:
+    """Give the largest matrix first to a rank that holds a part of it or has least to do.
+
+    Args:
+        matrices: Matrices of the group.
+        base: What each rank has to do already.
+
+    Returns:
+        Owners; ``loads`` includes ``base``.
+    """
+    loads = base.astype(float).copy()
+    limit = _TOLERATED_LOAD * (loads.sum() + sum(m.cost for m in matrices)) / max(1, len(loads))
+    heap = [(load, rank) for rank, load in enumerate(loads)]
+    heapify(heap)
+    owners = [0] * len(matrices)
+    for number in sorted(range(len(matrices)), key=lambda n: -matrices[n].cost):
+        matrix = matrices[number]
+        near = min({p.rank for p in matrix.pieces}, key=lambda rank: (loads[rank], rank))
+        if loads[near] + matrix.cost <= limit:
+            owner = near
+        else:
+            while heap[0][0] != loads[heap[0][1]]:  # an entry from before its rank got more
+                heapreplace(heap, (loads[heap[0][1]], heap[0][1]))
+            owner = heap[0][1]
+        owners[number] = owner
+        loads[owner] += matrix.cost
+    return Assignment(matrices, owners, loads)
+
+
+def relieve(assignment: Assignment, base: np.ndarray) -> Assignment:
+    """Move matrices from ranks with too much to do to those with least, while that helps.
+
+    Args:
+        assignment: Owners without regard to ``base``.
+        base: What each rank has to do besides.
+
+    Returns:
+        New owners; ``loads`` includes ``base``.
+    """
+    loads = assignment.loads + base
+    owners = list(assignment.owners)
+    limit = _TOLERATED_LOAD * loads.mean()
+    held: dict[int, list[int]] = {}
+    for number, owner in enumerate(owners):
+        held.setdefault(owner, []).append(number)
+    for rank in np.argsort(-loads, kind="stable").tolist():
+        while loads[rank] > limit and held.get(rank):
+            number = held[rank].pop()
+            cost, target = assignment.matrices[number].cost, int(loads.argmin())
+            if loads[target] + cost >= loads[rank]:
+                break
+            owners[number] = target
+            loads[rank] -= cost
+            loads[target] += cost
+    return Assignment(assignment.matrices, owners, loads)
