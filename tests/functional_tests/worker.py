@@ -48,6 +48,7 @@ def probed(
     spoil: dict[str, float] | None = None,
     trace: str | None = None,
     pad: int = 0,
+    collectives: str | None = None,
 ) -> Iterator[None]:
     """Record the routers' state as each step finds it; spoil the gradient of some steps.
 
@@ -56,6 +57,7 @@ def probed(
         spoil: Value to put into one gradient after the reduction, by step (1-based).
         trace: Prefix of the files of ``traced``, one for each rank.
         pad: Tokens of padding at the end of the last sequence of each global batch of 8.
+        collectives: Prefix of the files of ``counted``, one for each rank.
     """
     from trinity_megatron import layer_specs
     from trinity_megatron.moe.finalize import find_routers
@@ -72,6 +74,8 @@ def probed(
                 for name in names
             }
         )
+        weights = [p.detach().double().sum() for p in model[0].parameters()]
+        states[-1]["weights"] = torch.stack(weights)
         real(model, *args, **kwargs)
         if spoil and str(len(states)) in spoil:
             gradient = next(p for p in model[0].parameters() if p.requires_grad).main_grad
@@ -80,7 +84,7 @@ def probed(
     if record or spoil:
         layer_specs.finalize_model_grads = finalize_model_grads
     try:
-        with traced(trace), padded(pad):
+        with traced(trace), padded(pad), counted(collectives):
             yield
     finally:
         layer_specs.finalize_model_grads = real
@@ -127,6 +131,85 @@ def traced(prefix: str | None) -> Iterator[None]:
         remove()
         content = {"calls": calls, "updates": updates}
         torch.save(content, f"{prefix}.{torch.distributed.get_rank()}.pt")
+
+
+@contextmanager
+def counted(prefix: str | None) -> Iterator[None]:
+    """Write down the collectives of the last step's reduction of gradients and of its optimizer.
+
+    The file has ``calls``, (name, bytes on this rank, whether over expert-parallel ranks), and for
+    each kind of Muon parameters ``stacks``, ``matrices``, ``owners`` and ``rank``; for each buffer
+    of the model its bytes of gradients and of weights.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.distributed import param_and_grad_buffer
+
+    from trinity_megatron.optimizer.distributed import ShardedMuonOptimizer
+    from trinity_megatron.optimizer.muon import Muon
+
+    if prefix is None:
+        yield
+        return
+    content: dict[str, Any] = {}
+    calls: list[tuple[str, int, bool]] = []
+    stepping = []
+    places = [
+        (param_and_grad_buffer, "dist_reduce_scatter_func", 1),
+        (param_and_grad_buffer, "dist_all_gather_func", 0),
+        *((torch.distributed, name, 0) for name in ("all_reduce", "all_gather", "broadcast")),
+        *((torch.distributed, name, 1) for name in ("all_to_all_single",)),
+    ]
+    originals = [getattr(module, name) for module, name, _ in places]
+
+    def counting(name: str, argument: int, original: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            tensors = args[argument] if isinstance(args[argument], list) else [args[argument]]
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            over_experts = kwargs.get("group") is parallel_state.get_expert_model_parallel_group()
+            if stepping or name.startswith("dist_"):
+                calls.append((name, size, over_experts))
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    step, zero_grad = ShardedMuonOptimizer.step, ShardedMuonOptimizer.zero_grad
+
+    def recorded(self: Any) -> Any:
+        stepping.append(True)
+        result = step(self)
+        stepping.clear()
+        muons = [p for p in self.chained_optimizers if isinstance(p.optimizer, Muon)]
+        content["placements"] = [
+            {
+                "stacks": p.stacks,
+                "matrices": [(m.stack, m.expert, m.block) for m in p.assignment.matrices],
+                "owners": p.assignment.owners,
+                "rank": p.rank,
+            }
+            for muon in muons
+            for p in muon.optimizer.placements
+        ]
+        content["buffers"] = [
+            (b.grad_data.nbytes, b.param_data.nbytes)
+            for chunk in self.model_chunks
+            for b in (*chunk.buffers, *chunk.expert_parallel_buffers)
+        ]
+        return result
+
+    def cleared(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.clear()
+        return zero_grad(self, *args, **kwargs)
+
+    for (module, name, argument), original in zip(places, originals, strict=True):
+        setattr(module, name, counting(name, argument, original))
+    ShardedMuonOptimizer.step, ShardedMuonOptimizer.zero_grad = recorded, cleared
+    try:
+        yield
+    finally:
+        for (module, name, _), original in zip(places, originals, strict=True):
+            setattr(module, name, original)
+        ShardedMuonOptimizer.step, ShardedMuonOptimizer.zero_grad = step, zero_grad
+        torch.save({**content, "calls": calls}, f"{prefix}.{torch.distributed.get_rank()}.pt")
 
 
 @contextmanager

@@ -91,6 +91,10 @@ class _StackedLinear(torch.nn.Module):
         # has the same parts with and without expert parallelism, and a checkpoint fits all.
         self.weight.allreduce = False  # type: ignore[attr-defined]
 
+    def forward(self) -> torch.Tensor:
+        """The weight.  Called, so that Megatron's hook waits for it to be gathered."""
+        return self.weight
+
 
 class TrinityGroupedMLP(MegatronModule):
     """All experts of one rank in two stacked weights.
@@ -134,8 +138,8 @@ class TrinityGroupedMLP(MegatronModule):
             permuted_hidden_states,
             permuted_probs,
             tokens_per_expert,
-            self.linear_fc1.weight,
-            self.linear_fc2.weight,
+            self.linear_fc1(),
+            self.linear_fc2(),
         )
         return output, None
 

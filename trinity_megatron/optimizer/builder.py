@@ -49,6 +49,7 @@ _REFUSED = {
     "fp8_param_gather": "with Muon the fp8 weights would never be updated; drop --fp8-param-gather",
     "optimizer_cpu_offload": "only Adam's state can be offloaded; drop --optimizer-cpu-offload",
     "optimizer_cuda_graph": "Muon's step is not captured; drop --optimizer-cuda-graph",
+    "use_precision_aware_optimizer": "it is Adam's; drop --use-precision-aware-optimizer",
     "use_mup": "muP's learning rates would be applied to stacked experts; drop --use-mup",
 }
 
@@ -152,7 +153,7 @@ def finish_muon_arguments(args: Any) -> None:
 
 
 def _build_muon_or(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Build Muon as `finish_muon_arguments` wants it, or as Megatron does, with our overrides and chain."""
+    """Build Muon sharded, or as Megatron does with our overrides; other optimizers as before."""
 
     @functools.wraps(build)
     def wrapper(

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import megatron.core.optimizer as core_optimizer
-import numpy as np
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -29,12 +28,10 @@ from trinity_megatron.optimizer.muon import Muon, make_stack
 from trinity_megatron.optimizer.ownership import (
     Assignment,
     Shard,
-    Stack,
-    assign_dense,
-    hold_matrices,
-    list_matrices,
-    relieve,
+    own_matrices,
 )
+
+ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 class SkippingOptimizer(ChainedOptimizer):
@@ -69,21 +66,36 @@ class ShardedMuonOptimizer(SkippingOptimizer):
         return done
 
 
-class MuonDistributedOptimizer(DistributedOptimizer):
-    """Megatron's distributed optimizer around `Muon`."""
+class ShardedOptimizer(DistributedOptimizer):
+    """Megatron's distributed optimizer around `Muon` or AdamW."""
 
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
-        return ("momentum_buffer",)
+        return ("momentum_buffer",) if isinstance(self.optimizer, Muon) else ADAM_STATE_KEYS
 
     def _get_state_key_dtype(self, key: str) -> torch.dtype:
-        return self.optimizer.momentum_dtype
+        muon = isinstance(self.optimizer, Muon)
+        return self.optimizer.momentum_dtype if muon else torch.float32
 
     def state_dict(self) -> dict[str, Any]:
-        """The groups; Megatron takes ``step`` from Adam's state, and Muon has none."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        kept = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        return {"optimizer": {"param_groups": [{**group, "step": 0} for group in kept]}}
+        """The groups, with Adam's step; before the first step too, where Megatron's asserts."""
+        inner = self.optimizer.state_dict()
+        steps = {float(state["step"]) for state in inner["state"].values() if "step" in state}
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in inner["param_groups"]]
+        for group in groups:
+            group["step"] = max(steps, default=group.get("step", 0))
+        return {"optimizer": {"param_groups": groups}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load; Megatron gives all of AdamW's states one tensor for the step, counted by each."""
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: Any) -> None:
+        # torch's AdamW has its step among the tensors; Megatron reads it from the groups instead.
+        super()._set_main_param_and_optimizer_states(model_param, {"step": None, **tensors})
 
 
 def build_sharded(
@@ -117,7 +129,15 @@ def build_sharded(
     for group in core_optimizer._get_param_groups(model_chunks, config, config_overrides):
         kind = group.get("optimizer", "muon"), group["is_expert_parallel"]
         by_kind.setdefault(kind, []).append(group)
-    parts: list[Any] = []
+    adam_config = copy.copy(config)
+    adam_config.optimizer = "adam"
+    makers: dict[str, Callable[[list[dict[str, Any]]], tuple[Any, Callable[..., None]]]] = {
+        "muon": lambda params: (make_muon(params), lambda muon, config=None: muon.init_state()),
+        "adam": lambda params: core_optimizer._get_megatron_optimizer_based_on_param_groups(
+            adam_config, model_chunks, params, skip_megatron_wrapping=True
+        ),
+    }
+    parts: list[ShardedOptimizer] = []
     for expert in (False, True):
         shared = {
             "model_chunks": model_chunks,
@@ -130,35 +150,23 @@ def build_sharded(
             ].rank(),
             "distributed_optimizer_instance_id": instance,
         }
-        if by_kind.get(("muon", expert)):
-            optimizer = make_muon(by_kind["muon", expert])
-            part = MuonDistributedOptimizer(
+        for name, make in makers.items():
+            if not by_kind.get((name, expert)):
+                continue
+            optimizer, init_state = make(by_kind[name, expert])
+            part = ShardedOptimizer(
                 optimizer,
                 config,
                 None,
-                lambda muon, config=None: muon.init_state(),
-                per_model_buffers=_buffers(model_chunks, "muon", expert),
+                init_state,
+                per_model_buffers=_buffers(model_chunks, name, expert),
                 **shared,
             )
             part.grad_stats_parallel_group = groups["intra_dist_opt_group"]
             part.tp_group = pg_collection.tp
             part.expert_tp_group = pg_collection.expt_tp
             parts.append(part)
-        if by_kind.get(("adam", expert)):
-            adam_config = copy.copy(config)
-            adam_config.optimizer = "adam"
-            part = core_optimizer._get_megatron_optimizer_based_on_param_groups(
-                config=adam_config,
-                param_groups=by_kind["adam", expert],
-                per_model_buffers=_buffers(model_chunks, "adam", expert),
-                model_parallel_group=groups["mp_group"],
-                intra_dist_opt_group=groups["intra_dist_opt_group"],
-                pg_collection=pg_collection,
-                **shared,
-            )
-            part.config = config  # a chain wants one
-            parts.append(part)
-    place_matrices([p for p in parts if isinstance(p, MuonDistributedOptimizer)], pg_collection)
+    place_matrices([p for p in parts if isinstance(p.optimizer, Muon)], pg_collection)
     return ShardedMuonOptimizer(parts)
 
 
@@ -181,72 +189,66 @@ def _buffers(model_chunks: list[Any], optimizer: str, expert: bool) -> dict[int,
     return found
 
 
-def place_matrices(
-    optimizers: list[MuonDistributedOptimizer], pg_collection: ProcessGroupCollection
-) -> None:
+def place_matrices(optimizers: list[ShardedOptimizer], groups: ProcessGroupCollection) -> None:
     """Tell every Muon how its matrices lie on the ranks and who owns which.
 
-    Dense matrices are owned across all ranks of the pipeline stage, experts within their own
-    expert-data-parallel group: no expert travels to another expert-parallel rank.
+    All ranks of an optimizer instance share the work, those of other pipeline stages too: stages
+    differ in what they hold, and all of them step at the same time.
 
     Args:
-        optimizers: Of dense parameters and of experts, either may be missing.
-        pg_collection: Megatron's groups.
+        optimizers: Of dense parameters and of experts.
+        groups: Megatron's groups.
     """
     scenes = {}
     for part in optimizers:
         expert = not getattr(part.buffers[0].params[0], "allreduce", True)
-        tp_group = pg_collection.expt_tp if expert else pg_collection.tp
-        scenes[expert] = _Scene(part, tp_group)
-    loads: np.ndarray | None = None
-    experts, dense = scenes.get(True), scenes.get(False)
-    held: Assignment | None = None
-    if experts:
-        held = hold_matrices(list_matrices(experts.stacks), len(experts.ranks))
-    if dense:
-        base = np.zeros(len(dense.ranks))
-        if experts and held:
-            # Which place in its expert group each rank of the dense group has.
-            places: list[Any] = [None] * len(dense.ranks)
-            torch.distributed.all_gather_object(places, experts.rank, group=dense.group)
-            base = held.loads[places]
-        assigned = assign_dense(list_matrices(dense.stacks), base)
-        dense.place(assigned)
-        loads = assigned.loads - base
-    if experts and held:
-        besides = np.zeros(len(experts.ranks))
-        if dense and loads is not None:
-            besides = np.array([loads[dense.ranks.index(rank)] for rank in experts.ranks])
-        experts.place(relieve(held, besides))
+        scenes[expert] = _Scene(part, groups.expt_tp if expert else groups.tp, groups.pp)
+    dense, experts = scenes[False], scenes.get(True)
+    if experts is None:
+        places = members = list(range(len(dense.ranks)))
+        dense.place(own_matrices(dense.stacks, [], places, members)[0])
+        return
+    members = [dense.ranks.index(rank) for rank in experts.ranks]
+    places = _gather(experts.rank, dense.group)
+    owned = own_matrices(dense.stacks, experts.stacks, places, members)
+    dense.place(owned[0])
+    experts.place(owned[1])
 
 
 class _Scene:
-    """Parameters of one distributed optimizer on all ranks that hold parts of them."""
+    """Parameters of one distributed optimizer on all ranks that can share its work."""
 
-    def __init__(self, part: MuonDistributedOptimizer, tp_group: ProcessGroup) -> None:
+    def __init__(
+        self, part: ShardedOptimizer, tp_group: ProcessGroup, pp_group: ProcessGroup
+    ) -> None:
         self.muon = part.optimizer
-        tables = _shard_ranks(part.data_parallel_group, tp_group)
-        self.ranks = sorted({rank for table in tables for rank in table})
-        self.group = _group_of(self.ranks, part.data_parallel_group)
-        self.rank = self.ranks.index(torch.distributed.get_rank())
-        local = {id(p): shard for p, shard in _model_and_shard(part)}
-        self.stacks: list[Stack] = []
-        self.tensors: list[Tensor | None] = []
         self.device = part.buffers[0].grad_data.device
+        own = torch.distributed.get_process_group_ranks(part.data_parallel_group)
+        tables = _gather(own, tp_group)
+        shards = {id(model): shard for model, shard in _model_and_shard(part)}
+        stacks, tensors = [], []
         for buffer in part.buffers:
             for param, (start, _, bucket) in buffer.param_index_map.items():
-                bounds = shard_bounds(start, param.numel(), buffer.bucket_indices[bucket], tables)
-                holders = tuple(
-                    tuple(Shard(self.ranks.index(s.rank), s.start, s.stop) for s in shards)
-                    for shards in bounds
-                )
-                self.stacks.append(make_stack(param, param.shape, holders))
-                self.tensors.append(local.get(id(param)))
+                holders = shard_bounds(start, param.numel(), buffer.bucket_indices[bucket], tables)
+                stacks.append(make_stack(param, param.shape, holders))
+                tensors.append(shards.get(id(param)))
+        stages = _gather((tables, stacks), pp_group)
+        ranks = sorted({rank for tables, _ in stages for table in tables for rank in table})
+        self.ranks = ranks
+        self.rank = ranks.index(torch.distributed.get_rank())
+        self.group = _group_of(ranks, part.data_parallel_group)
+        places = {rank: place for place, rank in enumerate(ranks)}
+        self.stacks = [stack.renumbered(places) for _, found in stages for stack in found]
+        self.tensors: list[Tensor | None] = [None] * len(self.stacks)
+        first = sum(len(found) for _, found in stages[: pp_group.rank()])
+        self.tensors[first : first + len(tensors)] = tensors
 
     def place(self, assignment: Assignment) -> None:
-        self.muon.place(
-            [Placement(self.stacks, self.tensors, assignment, self.device, self.group, self.rank)]
+        """Hand the owners to the optimizer."""
+        placement = Placement(
+            self.stacks, self.tensors, assignment, self.device, self.group, self.rank
         )
+        self.muon.place([placement])
 
 
 def shard_bounds(
@@ -276,7 +278,7 @@ def shard_bounds(
     ]
 
 
-def _model_and_shard(part: MuonDistributedOptimizer) -> list[tuple[Tensor, Tensor]]:
+def _model_and_shard(part: ShardedOptimizer) -> list[tuple[Tensor, Tensor]]:
     pairs = [
         (part.model_float16_groups, part.shard_fp32_from_float16_groups),
         (part.model_fp32_groups, part.shard_fp32_groups),
@@ -289,21 +291,20 @@ def _model_and_shard(part: MuonDistributedOptimizer) -> list[tuple[Tensor, Tenso
     ]
 
 
-def _shard_ranks(data_parallel: ProcessGroup, tensor_parallel: ProcessGroup) -> list[list[int]]:
-    """Global ranks of the shards of each tensor-parallel rank."""
-    own = torch.distributed.get_process_group_ranks(data_parallel)
-    tables: list[Any] = [None] * tensor_parallel.size()
-    torch.distributed.all_gather_object(tables, own, group=tensor_parallel)
-    return tables
+def _gather(value: Any, group: ProcessGroup) -> list[Any]:
+    values: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
 
 
 def _group_of(ranks: list[int], data_parallel: ProcessGroup) -> ProcessGroup:
     """The group of these ranks; every rank of the world calls it, with its own ranks."""
-    wanted: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(wanted, ranks)
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    wanted = _gather(ranks, world)
     own = torch.distributed.get_process_group_ranks(data_parallel)
     if all(len(some) == len(own) for some in wanted):
-        return data_parallel  # no tensor parallelism: Megatron has the group
+        return data_parallel  # neither tensor nor pipeline parallelism: Megatron has the group
     found = None
     for some in sorted({tuple(some) for some in wanted}):
         group = torch.distributed.new_group(list(some))

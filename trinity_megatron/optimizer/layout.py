@@ -6,7 +6,7 @@ it cut none of them, and nothing has to travel to be orthogonalized.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -31,16 +31,29 @@ def separate_muon_buffers(model: list[Module]) -> list[Module]:
         ValueError: A parameter is in no row of PARAM_TABLE.
     """
     for chunk in model:
-        config: Any = chunk.config
-        for name, param in chunk.named_parameters():
-            if param.requires_grad:
-                row = find_row(name)
-                param.is_managed_by_layer_wise_optimizer = row.optimizer == "muon"  # type: ignore[attr-defined]
-                if row.group == "experts":
-                    split = row.split == "gate_up" and config.gated_linear_unit
-                    matrices = (param.shape[0] if param.dim() == 3 else 1) * (2 if split else 1)
-                    param.muon_matrix_numel = param.numel() // matrices  # type: ignore[attr-defined]
+        tag_for_buffers(chunk.named_parameters(), chunk.config)
     return model
+
+
+def tag_for_buffers(named_parameters: Iterable[tuple[str, Tensor]], config: Any) -> None:
+    """Set what decides on the buffer of a parameter and its layout there.
+
+    Args:
+        named_parameters: Names and parameters of a part of the model.
+        config: Megatron's ``TransformerConfig``.
+
+    Raises:
+        ValueError: A parameter is in no row of PARAM_TABLE.
+    """
+    for name, param in named_parameters:
+        if not param.requires_grad:
+            continue
+        row = find_row(name)
+        param.is_managed_by_layer_wise_optimizer = row.optimizer == "muon"  # type: ignore[attr-defined]
+        if row.group == "experts":
+            split = row.split == "gate_up" and config.gated_linear_unit
+            matrices = (param.shape[0] if param.dim() == 3 else 1) * (2 if split else 1)
+            param.muon_matrix_numel = param.numel() // matrices  # type: ignore[attr-defined]
 
 
 def align_expert_buffers() -> None:

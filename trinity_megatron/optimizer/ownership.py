@@ -6,8 +6,8 @@ matrix has one owner.  Mostly that is the rank that holds it; what is cut, and w
 much of, is sent to its owner and back (`optimizer/exchange.py`).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from heapq import heapify, heapreplace
 from itertools import accumulate
@@ -83,8 +83,19 @@ class Stack:
     shard_dim: int | None
     holders: tuple[tuple[Shard, ...], ...]
 
+    def renumbered(self, places: Mapping[int, int]) -> "Stack":
+        """The same stack with other names of the ranks."""
+        return replace(
+            self,
+            holders=tuple(
+                tuple(shard._replace(rank=places[shard.rank]) for shard in shards)
+                for shards in self.holders
+            ),
+        )
+
     @property
     def groups(self) -> int:
+        """Groups of rows."""
         return self.rows // sum(self.sizes)
 
     @property
@@ -250,3 +261,29 @@ def relieve(assignment: Assignment, base: np.ndarray) -> Assignment:
             loads[rank] -= cost
             loads[target] += cost
     return Assignment(assignment.matrices, owners, loads)
+
+
+def own_matrices(
+    dense: Sequence[Stack],
+    experts: Sequence[Stack],
+    places: Sequence[int],
+    members: Sequence[int],
+) -> tuple[Assignment, Assignment]:
+    """Give every matrix an owner so that all ranks have equally much to do.
+
+    Dense matrices go to any rank, experts to the ranks of their own group: no expert travels to
+    another expert-parallel rank.
+
+    Args:
+        dense: Dense parameters of all ranks.
+        experts: Experts of this rank's group; the other groups hold theirs in the same way.
+        places: For each rank, its place in its group of expert ranks.
+        members: For each place in this rank's group, the rank.
+
+    Returns:
+        Owners among all ranks, and owners among the places; ``loads`` of both include the other.
+    """
+    held = hold_matrices(list_matrices(experts), len(members))
+    base = held.loads[np.asarray(places, dtype=int)]
+    assigned = assign_dense(list_matrices(dense), base)
+    return assigned, relieve(held, (assigned.loads - base)[np.asarray(members, dtype=int)])

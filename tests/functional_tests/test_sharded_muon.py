@@ -1,0 +1,206 @@
+"""Muon on the distributed optimizer: equal to one process, in every layout, and saved in all."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.functional_tests.launch import Job, train
+from tests.functional_tests.test_resume import read_tensors
+from trinity_megatron.tracking.run_log import RunLog
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+SHARDED = "--use-distributed-optimizer"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+EP2, EP4 = "--expert-model-parallel-size 2", "--expert-model-parallel-size 4"
+PP2 = "--pipeline-model-parallel-size 2"
+INSTANCES = "--num-distributed-optimizer-instances 2"
+OVERLAP = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 300000"
+# Layout -> ranks, data-parallel size, flags.
+LAYOUTS = {
+    "dp1": (1, 1, ""),
+    "tp2": (2, 1, TP2),
+    "ep2": (2, 2, EP2),
+    "pp2": (2, 1, PP2),
+    "overlap": (2, 2, OVERLAP),
+    "ep4": (4, 4, EP4),
+    "dp4": (4, 4, ""),
+    "tp2_ep2_etp1": (4, 2, f"{TP2} {EP2} --expert-tensor-parallel-size 1"),
+    "tp2_etp2": (4, 2, TP2),
+    "pp2_ep2": (4, 2, f"{PP2} {EP2}"),
+    "instances": (4, 4, f"{INSTANCES} {EP2}"),
+}
+# Written under the first, read under the second; every layout changes something else.
+PAIRS = [
+    ("dp1", "tp2"),
+    ("ep2", "dp4"),
+    ("dp4", "pp2"),
+    ("tp2_ep2_etp1", "ep4"),
+    ("pp2_ep2", "dp1"),
+    ("instances", "tp2_etp2"),
+]
+COUNTED = ("dp4", "ep4", "tp2_ep2_etp1", "pp2_ep2", "instances")
+
+
+def micro_batches(name: str, count: int) -> str:
+    return f"--micro-batch-size {8 // (count * LAYOUTS[name][1])}"
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("sharded")
+    worlds: dict[int, list[Job]] = {1: [], 2: [], 4: []}
+
+    def add(name: str, ranks: int, flags: str, **probe: Any) -> None:
+        worlds[ranks].append(Job(name, flags, checkpoints=folder / f"{name}_saved", probe=probe))
+
+    add("alone_4", 1, "--micro-batch-size 2")
+    add("alone_1", 1, "--micro-batch-size 8")
+    for name, (ranks, data_parallel, flags) in LAYOUTS.items():
+        probe = {"collectives": str(folder / name)} if name in COUNTED else {}
+        for count in (1, 4):
+            if count * data_parallel > 8:
+                continue
+            add(
+                f"{name}_{count}",
+                ranks,
+                f"{SHARDED} {flags} {micro_batches(name, count)}",
+                **probe,
+            )
+            probe = {}
+    train(data, folder, [(ranks, jobs) for ranks, jobs in worlds.items()])
+    # What was loaded is saved again at once: no step is left to train, and none was a save.
+    later: dict[int, list[Job]] = {1: [], 2: [], 4: []}
+    for saved, loaded in PAIRS:
+        ranks, _, flags = LAYOUTS[loaded]
+        name = f"{saved}_to_{loaded}"
+        again = f"--load {folder}/{saved}_1_saved --save {folder}/{name}_saved --save-interval 7"
+        flags = f"{SHARDED} {flags} {micro_batches(loaded, 1)} {again}"
+        later[ranks].append(Job(name, flags, checkpoints=folder / "none"))
+    bf16 = f"{SHARDED} {EP2} --muon-momentum-dtype bf16"
+    for name, flags in (
+        ("half", f"{SHARDED} {EP2} --exit-interval 5 --save-interval 5"),
+        ("bf16", f"{bf16} --async-save"),
+        ("bf16_half", f"{bf16} --exit-interval 5 --save-interval 5"),
+    ):
+        later[2].append(Job(name, flags, checkpoints=folder / f"{name}_saved"))
+    for name, flags in (("half", f"{SHARDED} {EP2}"), ("bf16_half", bf16)):
+        log = f"{name}_resumed"
+        later[2].append(Job(log, flags, checkpoints=folder / f"{name}_saved"))
+    later[2].append(Job("whole", f"{SHARDED} {EP2}", checkpoints=folder / "whole_saved"))
+    train(data, folder, [(ranks, jobs) for ranks, jobs in later.items()])
+    return SimpleNamespace(folder=folder, log=lambda name: RunLog(folder / name))
+
+
+def saved_tensors(runs: SimpleNamespace, name: str) -> dict[str, torch.Tensor]:
+    return read_tensors(runs.folder / f"{name}_saved" / "iter_0000010")
+
+
+def of_adam(name: str) -> bool:
+    return "layernorm" in name or "embedding" in name or "output_layer" in name
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_equals_one_process(name: str, count: int, runs: SimpleNamespace) -> None:
+    if count * LAYOUTS[name][1] > 8:
+        pytest.skip("a batch of 8 sequences has no 4 micro-batches on 4 ranks")
+    serial, sharded = runs.log(f"alone_{count}"), runs.log(f"{name}_{count}")
+    for tag in ("lm loss", "grad-norm"):
+        expected, values = serial.scalars(tag), sharded.scalars(tag)
+        assert list(values) == list(expected) == list(range(1, 11))
+        np.testing.assert_allclose(
+            list(values.values()), list(expected.values()), rtol=1e-6, err_msg=tag
+        )
+    alone, found = saved_tensors(runs, f"alone_{count}"), saved_tensors(runs, f"{name}_{count}")
+    compared = 0
+    for key, expected_value in alone.items():
+        if key.startswith("optimizer") or not expected_value.is_floating_point():
+            continue
+        difference = (found[key].double() - expected_value.double()).norm()
+        # AdamW divides gradients that are nearly zero by themselves: rounding decides their sign.
+        limit = 1e-5 if of_adam(key) else 1e-6
+        assert difference <= limit * expected_value.double().norm(), key
+        compared += not of_adam(key)
+    assert compared >= 20
+
+
+@pytest.mark.parametrize(("saved", "loaded"), PAIRS)
+def test_another_layout_loads_all_of_it(saved: str, loaded: str, runs: SimpleNamespace) -> None:
+    before, after = saved_tensors(runs, f"{saved}_1"), saved_tensors(runs, f"{saved}_to_{loaded}")
+    state = [key for key in before if key.startswith("optimizer.state.")]
+    momenta = [key for key in state if "momentum_buffer" in key]
+    assert len(momenta) >= 20 and len(state) > 2 * len(momenta)
+    for key in before:
+        if key in state or key.startswith(("decoder", "embedding", "output_layer")):
+            assert torch.equal(before[key], after[key]), key
+    assert all(before[key].abs().max() > 0 for key in momenta)
+
+
+@pytest.mark.parametrize(("whole", "resumed"), [("whole", "half"), ("bf16", "bf16_half")])
+def test_a_resume_is_exact(whole: str, resumed: str, runs: SimpleNamespace) -> None:
+    expected, found = saved_tensors(runs, whole), saved_tensors(runs, resumed)
+    for key, value in expected.items():
+        if key.startswith(("optimizer.state", "decoder", "embedding", "output_layer")):
+            assert torch.equal(found[key], value), key
+
+
+def test_bf16_momentum_is_bf16(runs: SimpleNamespace) -> None:
+    kinds = {
+        name: {
+            torch.equal(value, value.bfloat16().to(value.dtype))
+            for key, value in saved_tensors(runs, name).items()
+            if "momentum_buffer" in key
+        }
+        for name in ("bf16", "whole")
+    }
+    assert kinds == {"bf16": {True}, "whole": {False}}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_bytes_of_a_step(name: str, runs: SimpleNamespace) -> None:
+    """Gradients in, weights out, and the elements of matrices that are not with their owner."""
+    for rank in range(LAYOUTS[name][0]):
+        found = torch.load(runs.folder / f"{name}.{rank}.pt", weights_only=False)
+        sums: dict[str, int] = {}
+        for call, size, _ in found["calls"]:
+            sums[call] = sums.get(call, 0) + size
+        # The whole buffer goes into the reduction, and the whole buffer comes out of the gather.
+        assert sums["dist_reduce_scatter_func"] == sum(grads for grads, _ in found["buffers"])
+        assert sums["dist_all_gather_func"] == sum(weights for _, weights in found["buffers"])
+        assert sums.get("all_to_all_single", 0) == sum(
+            elements_sent(placement) * 4 for placement in found["placements"]
+        )
+        assert not [call for call, _, over_experts in found["calls"] if over_experts]
+        # What is left is the norm and the like: numbers.
+        assert sums.get("all_gather", 0) == 0 and sums["all_reduce"] < 1024
+
+
+def elements_sent(placement: dict[str, Any]) -> int:
+    """Element by element: what this rank puts into the all-to-alls, its own part included."""
+    rank, sent = placement["rank"], 0
+    for (number, expert, block), owner in zip(
+        placement["matrices"], placement["owners"], strict=True
+    ):
+        stack = placement["stacks"][number]
+        holders = []
+        for shards in stack.holders:
+            holder = np.full(stack.numel, -1)
+            for shard in shards:
+                assert (holder[shard.start : shard.stop] == -1).all()
+                holder[shard.start : shard.stop] = shard.rank
+            assert (holder >= 0).all()
+            rows = holder.reshape(stack.count, -1, sum(stack.sizes), stack.columns)[expert]
+            first = sum(stack.sizes[:block])
+            holders.append(rows[:, first : first + stack.sizes[block]])
+        source = np.concatenate(holders if stack.shard_dim is not None else holders[:1], axis=None)
+        target = np.concatenate(holders, axis=None)
+        if (target == owner).all():
+            continue
+        sent += int((source == rank).sum())
+        sent += int(target.size) if owner == rank else 0
+    return sent
