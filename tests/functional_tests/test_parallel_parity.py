@@ -21,7 +21,10 @@ ON_FOUR = {"ep4": EP4, "tp2_ep2": f"{TP2} {EP2}", "pp2_ep2": f"{PP2} {EP2}"}
 # So strong that its scale shows in the gradient norm.  At the preset's 1e-4 nothing would.
 BALANCED = "--train-iters 3 --moe-aux-loss-coeff 3.0"
 # One step: what they log can only differ by rounding.
-METRICS = ("router/", "attention/", "lm_head/", "data/", "grad_norm/", "lr/", "train/", "moe/")
+METRICS = (
+    *("router/", "attention/", "lm_head/", "data/", "grad_norm/", "update_rms/", "lr/", "train/"),
+    "moe/",
+)
 DISTRIBUTED_ADAM = f"{' '.join(ADAM)} {EP2} --use-distributed-optimizer"
 
 

@@ -19,6 +19,9 @@ TOKENS_PER_LAYER = 8 * 64 * 4
 FLAGS = f"--train-iters {STEPS}"
 # Small scales: nothing overflows but what the test spoils.
 FP16 = f"{' '.join(ADAM)} --fp16 --initial-loss-scale 4 --min-loss-scale 1 --hysteresis 1"
+UNCHECKED = "--no-check-for-nan-in-loss-and-grad"
+SHARDED = "--use-distributed-optimizer --expert-model-parallel-size 2"
+SPOILED = ("fp16_nan", "fp16_inf", "muon_inf")
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
@@ -34,12 +37,15 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
         # Megatron's loss scaler sees the NaN after the backward pass and skips the step.
         spoiled("fp16_nan", FP16, float("nan")),
         spoiled("fp16_inf", FP16, float("inf")),
+        spoiled("muon_inf", UNCHECKED, float("inf")),
         Job("plain", FLAGS),
         Job("recompute", f"{FLAGS} {RECOMPUTE}"),
         Job("evaluated", f"{FLAGS} --eval-iters 2 --eval-interval 3"),
     ]
-    logs = train(data, folder, [(1, jobs)])
-    states = {name: torch.load(folder / f"{name}.pt") for name in ("fp16_nan", "fp16_inf")}
+    # Two ranks with half of the experts each; the NaN is in the shard of one.
+    sharded = spoiled("muon_sharded", f"{UNCHECKED} {SHARDED}", float("nan"))
+    logs = train(data, folder, [(1, jobs), (2, [sharded])])
+    states = {name: torch.load(folder / f"{name}.pt") for name in (*SPOILED, "muon_sharded")}
     return SimpleNamespace(logs=logs, states=states)
 
 
@@ -54,7 +60,7 @@ def expected_after(state: dict[str, torch.Tensor]) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", ["fp16_nan", "fp16_inf"])
+@pytest.mark.parametrize("name", SPOILED)
 def test_a_skipped_step_moves_nothing(name: str, runs: SimpleNamespace) -> None:
     states = runs.states[name]
     assert len(states) == STEPS
@@ -66,11 +72,22 @@ def test_a_skipped_step_moves_nothing(name: str, runs: SimpleNamespace) -> None:
         if step != SKIPPED:
             expected = expected_after(found)
             assert not torch.equal(expected[0], found["expert_bias"])
+        assert torch.equal(after["weights"], found["weights"]) == (step == SKIPPED)
         # The same function on the same numbers: equal.
         assert torch.equal(after["expert_bias"], expected[0]), step
         assert torch.equal(after["expert_bias_momentum"], expected[1]), step
     logged = runs.logs[name].tensors(TOKENS_TAG)
     assert SKIPPED not in logged and len(logged) == STEPS - 1
+
+
+def test_all_ranks_skip(runs: SimpleNamespace) -> None:
+    states = runs.states["muon_sharded"]
+    assert len(states) == STEPS
+    for step, (found, after) in enumerate(zip(states, states[1:], strict=False), start=1):
+        for name in ("weights", "expert_bias", "expert_bias_momentum"):
+            assert torch.equal(after[name], found[name]) == (step == SKIPPED), (step, name)
+    loss = runs.logs["muon_sharded"].scalars("lm loss")
+    assert np.isfinite(list(loss.values())).all()
 
 
 @pytest.mark.parametrize("name", ["recompute", "evaluated"])

@@ -11,6 +11,7 @@ more about itself with attributes, all of them optional and all but the first Me
 """
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
+from trinity_megatron.host import norms_of_rows
 from trinity_megatron.optimizer.exchange import (
     Placement,
     Round,
@@ -95,17 +97,35 @@ class UpdateStatistics:
         squares: Sum of squares of the update, float64 ``[]``, by ``gradient_group`` of the
             parameters.
         numel: Elements of the update, by group.
-        orthogonality_error: ``|X X^T - I|_F / sqrt(m)`` of one result X with short side m,
-            float32 ``[]``; None where this rank owns no matrix.
+        orthogonality_error: `orthogonality_error` of one result; None where this rank owns no
+            matrix.
     """
 
     squares: dict[str, Tensor] = field(default_factory=dict)
     numel: dict[str, int] = field(default_factory=dict)
     orthogonality_error: Tensor | None = None
+    _marks: list[Any] = field(default_factory=list)
+
+    def mark(self) -> None:
+        """Note the time: at the start of the step and at its end."""
+        if not torch.cuda.is_available():
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)
+
+    def seconds(self) -> float:
+        """Time between the marks; waits for the device."""
+        start, stop = self._marks
+        if isinstance(start, float):
+            return float(stop - start)
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3
 
     def add(self, group: str, update: Tensor, factor: float) -> None:
-        square = torch.linalg.vector_norm(update, dtype=torch.float32).double().square()
-        square = square * factor**2
+        """Take a part of the update into account: ``factor * update``."""
+        square = torch.cat(norms_of_rows(update)).double().square().sum() * factor**2
         self.squares[group] = self.squares[group] + square if group in self.squares else square
         self.numel[group] = self.numel.get(group, 0) + update.numel()
 
@@ -238,6 +258,8 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.statistics is not None:
+            self.statistics.mark()
         settings: dict[Tensor, dict[str, Any]] = {}
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
@@ -258,6 +280,8 @@ class Muon(torch.optim.Optimizer):
                 later = rounds[number + 1]
                 sent = later.send(partial(self._read, later, settings))
             self._update_cut(current, matrices, settings)
+        if self.statistics is not None:
+            self.statistics.mark()
         return loss
 
     def init_state(self) -> None:

@@ -7,7 +7,7 @@ biases of all stages.  In other steps nothing is exchanged or copied to the host
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from trinity_megatron.config import TrinityConfig
 from trinity_megatron.flops import peak_flops, training_flops_per_token
 from trinity_megatron.moe.finalize import BiasUpdate, observe_bias_updates
+from trinity_megatron.optimizer.muon import Muon, UpdateStatistics
 from trinity_megatron.optimizer.param_groups import local_gradient_squares
 from trinity_megatron.tracking.moe_metrics import (
     batch_heterogeneity,
@@ -77,14 +78,22 @@ class StepMetrics:
             STATISTICS.clear()
             STATISTICS.is_collecting = is_logging_step(get_args().curr_iteration + 1)
             rates = learning_rates(optimizer) if STATISTICS.is_collecting else {}
+            muons = find_muons(optimizer) if STATISTICS.is_collecting else []
+            for muon in muons:
+                muon.statistics = UpdateStatistics()
             start = time.perf_counter()
             result = train_step(step, data, model, optimizer, *args, **kw)
-            self._seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self._seconds += seconds
             self._tokens += get_args().seq_length * get_current_running_global_batch_size()
             if STATISTICS.is_collecting:
                 STATISTICS.is_collecting = False
+                measured = [muon.statistics for muon in muons]
+                for muon in muons:
+                    muon.statistics = None
                 if self._update is not None:  # not a step that was skipped
-                    self._write(optimizer, self._update, rates, grad_norm=result[5])
+                    rates.update(muon_share(measured, seconds))
+                    self._write(optimizer, self._update, rates, measured, grad_norm=result[5])
             return result
 
         return wrapper
@@ -97,15 +106,22 @@ class StepMetrics:
         self._idle_steps = count_idle_steps(self._idle_steps, counts)
 
     def _write(
-        self, optimizer: Any, update: BiasUpdate, rates: dict[str, float], grad_norm: float | None
+        self,
+        optimizer: Any,
+        update: BiasUpdate,
+        rates: dict[str, float],
+        muon: Sequence[UpdateStatistics],
+        grad_norm: float | None,
     ) -> None:
         """Exchange and write; every rank comes here in a logging step."""
         device = torch.device(torch.cuda.current_device())
-        statistics, losses, squares = _exchange(
+        squares, updates = local_gradient_squares(optimizer, _replicas), _update_sums(muon, device)
+        statistics, losses, sums = _exchange(
             STATISTICS.take(self.config.num_layers, device),
             STATISTICS.take_micro_batches(get_num_microbatches(), device),
-            local_gradient_squares(optimizer, _replicas),
+            torch.cat([squares, updates.flatten()]),
         )
+        squares, updates = sums[: len(squares)], sums[len(squares) :].view(-1, 2)
         layers = self._layers_of_all_stages(update)
         writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
         speed = self._speed(device, is_writer=writer is not None)
@@ -116,6 +132,7 @@ class StepMetrics:
             **logit_metrics(statistics, z_loss_coeff=self.config.lm_head_z_loss_coeff),
             "data/batch_het": batch_heterogeneity(*losses.unbind(-1)).item(),
             **_gradient_norms(squares, grad_norm),
+            **_update_metrics(updates),
             **rates,
             "train/tokens_seen": _tokens_seen(),
             **speed,
@@ -228,7 +245,7 @@ def learning_rates(optimizer: Any) -> dict[str, float]:
         inner = getattr(part, "optimizer", None)
         if inner is None:
             continue
-        name = "lr/muon" if type(inner).__name__ == "Muon" else "lr/adamw"
+        name = "lr/muon" if isinstance(inner, Muon) else "lr/adamw"
         for group in inner.param_groups:
             rates[name] = max(rates.get(name, 0.0), float(group["lr"]))
     return rates
@@ -257,11 +274,11 @@ def _exchange(
     Args:
         statistics: This rank's, fp64 ``[names, num_layers + 1, 3]``.
         losses: Loss sum and tokens of this rank's micro-batches, fp64 ``[M, 2]``.
-        squares: This rank's share of the squared gradient norms, fp64 ``[groups]``.
+        squares: This rank's share of sums over all ranks, fp64 ``[sums]``.
 
     Returns:
         The same of all ranks: statistics; losses of all data-parallel ranks' micro-batches,
-        ``[dp * M, 2]``; squares.
+        ``[dp * M, 2]``; sums.
     """
     # Tensor-parallel ranks have the same tokens: one of them speaks.
     speaks = mpu.get_tensor_model_parallel_rank() == 0
@@ -303,6 +320,42 @@ def _gradient_norms(squares: torch.Tensor, grad_norm: float | None) -> dict[str,
         clipped = min(1.0, limit / (grad_norm + 1e-6))  # as Megatron computes it
     norms = (squares.sqrt() / clipped).tolist()
     return {f"grad_norm/{name}": n for name, n in zip(GRADIENT_GROUPS, norms, strict=True)}
+
+
+def find_muons(optimizer: Any) -> list[Muon]:
+    """Every Muon of Megatron's optimizer."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in parts if isinstance(getattr(part, "optimizer", None), Muon)]
+
+
+def muon_share(measured: Sequence[UpdateStatistics], seconds: float) -> dict[str, float]:
+    """``muon/step_share``: time in Muon's step over that of the training step, on this rank."""
+    return {"muon/step_share": sum(m.seconds() for m in measured) / seconds} if measured else {}
+
+
+def _update_sums(measured: Sequence[UpdateStatistics], device: torch.device) -> torch.Tensor:
+    """fp64 ``[groups + 1, 2]``: squares and elements of the update, last error and its count.
+
+    Ranks with the same parameters count in both.
+    """
+    sums = torch.zeros(len(GRADIENT_GROUPS) + 1, 2, dtype=torch.float64, device=device)
+    for found in measured:
+        for name, square in found.squares.items():
+            row = sums[GRADIENT_GROUPS.index(name)]
+            row[0] += square
+            row[1] += found.numel[name]
+        if found.orthogonality_error is not None:
+            sums[-1, 0] += found.orthogonality_error
+            sums[-1, 1] += 1
+    return sums
+
+
+def _update_metrics(sums: torch.Tensor) -> dict[str, float]:
+    """RMS of Muon's update by group, and the mean error of the sampled matrices."""
+    names = [*(f"update_rms/{name}" for name in GRADIENT_GROUPS), "muon/orthogonality_error"]
+    values = (sums[:, 0] / sums[:, 1]).tolist()
+    values = [*(value**0.5 for value in values[:-1]), values[-1]]
+    return {n: v for n, v, count in zip(names, values, sums[:, 1].tolist(), strict=True) if count}
 
 
 def _tokens_seen() -> int:
