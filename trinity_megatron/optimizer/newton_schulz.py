@@ -6,14 +6,16 @@ from torch import Tensor
 Coefficients = tuple[tuple[float, float, float], ...]
 
 # One (a, b, c) for every step X <- a X + b (X X^T) X + c (X X^T)^2 X.  The names are those of
-# Megatron's --muon-coefficient-type (Emerging-Optimizers, muon_utils.py), plus "dion".
+# Megatron's --muon-coefficient-type (Emerging-Optimizers, muon_utils.py), plus "dion".  What each
+# set does to the singular values is measured in docs/muon.md.
 
 # Keller Jordan, https://kellerjordan.github.io/posts/muon/: one triple, any number of steps.
 _SIMPLE: Coefficients = ((3.4445, -4.7750, 2.0315),)
 
-# Found by YouJiacheng (https://x.com/YouJiacheng/status/1905861218138804534); the constants of
-# modded-nanogpt, of the Dion repository (newton_schulz_triton.py), whose fork is the likely source
-# of Trinity's Muon, and of Emerging-Optimizers' "quintic".
+# Franz Cesista, YouJiacheng and Keller Jordan, https://leloykun.github.io/ponder/muon-opt-coeffs/;
+# the numbers of YouJiacheng (https://x.com/YouJiacheng/status/1905861218138804534), as in
+# modded-nanogpt, in the Dion repository (newton_schulz_triton.py), whose fork is the likely source
+# of Trinity's Muon, and in Emerging-Optimizers' "quintic".
 _DION: Coefficients = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -22,8 +24,8 @@ _DION: Coefficients = (
     (2.8366, -3.0525, 1.2012),
 )
 
-# Amsel et al., "The Polar Express", arXiv 2505.16932, Algorithm 1: every step but the last is
-# divided by a safety factor of 1.01; the last one repeats.
+# Amsel et al., "The Polar Express", arXiv 2505.16932, Algorithm 1, made for singular values from
+# 1e-3 to 1: every step but the last is divided by a safety factor of 1.01; the last one repeats.
 _POLAR_EXPRESS: Coefficients = (
     *(
         (a / 1.01, b / 1.01**3, c / 1.01**5)
@@ -49,6 +51,10 @@ COEFFICIENTS: dict[str, Coefficients] = {
 
 # Steps between two Gram matrices where the short form is used, see `orthogonalize`.
 _MAX_BLOCK = 3
+
+# Compute capability -> smallest short side from which `syrk.symmetric_product` was measured faster
+# than torch.bmm (bench_muon.py, "SYRK against matmul").  Empty: no GPU was at hand to measure on.
+_SYRK_FROM: dict[tuple[int, int], int] = {}
 
 
 def coefficient_schedule(coefficients: str, steps: int) -> Coefficients:
@@ -91,6 +97,7 @@ def orthogonalize(
     coefficients: str = "dion",
     eps: float = 1e-7,
     dtype: torch.dtype | None = None,
+    syrk: bool | None = None,
 ) -> Tensor:
     """Approximate ``U V^T`` of the singular value decomposition ``U S V^T`` of every matrix.
 
@@ -110,13 +117,15 @@ def orthogonalize(
         eps: Smallest Frobenius norm that is divided by.
         dtype: What to compute in: float32, float64 or bfloat16.  By default bfloat16 on CUDA and
             the dtype of ``matrices`` on CPU.
+        syrk: Whether the products that are symmetric are made by the Triton kernels of
+            `optimizer.syrk`, in bfloat16.  By default where they were measured faster.
 
     Returns:
         ``[..., m, n]`` in the dtype computed in; for m > n a transposed view.
 
     Raises:
         ValueError: ``matrices`` has fewer than two dimensions, the dtype is not one of the three,
-            or `coefficient_schedule` refuses the steps.
+            or `coefficient_schedule` refuses the steps; or ``syrk`` is asked for in another dtype.
 
     Source: Keller Jordan et al., https://kellerjordan.github.io/posts/muon/; the composition on
         the Gram matrix with restarts: Dao-AILab, gram-newton-schulz.
@@ -128,36 +137,68 @@ def orthogonalize(
         dtype = torch.bfloat16 if matrices.is_cuda else matrices.dtype
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise ValueError(f"dtype={dtype}: take float32, float64 or bfloat16")
+    if syrk and dtype != torch.bfloat16:
+        raise ValueError(f"syrk=True with dtype={dtype}: only bfloat16 takes the Triton kernels")
     if matrices.numel() == 0:
         return matrices.to(dtype)
 
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    short, long = x.shape[-2:]
-    x = x.reshape(-1, short, long).to(dtype)
+    x = x.reshape(-1, *x.shape[-2:]).to(dtype)
     if dtype == torch.bfloat16:
-        x = x.contiguous()  # oneDNN has no bfloat16 kernel for transposed operands: 100 x slower
-    block = _MAX_BLOCK if dtype != torch.bfloat16 and long >= 2 * short else 1
+        x = _half_precision(x, schedule, eps, _use_syrk(x) if syrk is None else syrk)
+    else:
+        x = _full_precision(x, schedule, eps)
+    return (x.mT if tall else x).reshape(matrices.shape)
 
+
+def _half_precision(x: Tensor, schedule: Coefficients, eps: float, syrk: bool) -> Tensor:
+    """Take the steps one by one, with the roundings of torch.optim.Muon.
+
+    X is normalized before the first product, and ``a X`` is added by the product itself: an ``a I``
+    inside the polynomial would be rounded to 8 bits, which doubles the error of the result.
+    """
+    # oneDNN has no bfloat16 kernel for transposed operands: 100 x slower.
+    x = x.contiguous()
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    x = x / norm.clamp(min=eps).to(x.dtype)
+    for a, b, c in schedule:
+        if syrk:
+            from trinity_megatron.optimizer.syrk import symmetric_product, symmetric_square
+
+            polynomial = symmetric_square(symmetric_product(x), alpha=c, beta=b)
+        else:
+            gram = torch.bmm(x, x.mT)
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
+
+
+def _use_syrk(x: Tensor) -> bool:
+    if not x.is_cuda:
+        return False
+    smallest = _SYRK_FROM.get(torch.cuda.get_device_capability(x.device))
+    return smallest is not None and x.shape[-2] >= smallest
+
+
+def _full_precision(x: Tensor, schedule: Coefficients, eps: float) -> Tensor:
+    """Take the steps in blocks that share a Gram matrix, where that saves work."""
+    short, long = x.shape[-2:]
+    block = _MAX_BLOCK if long >= 2 * short else 1
     # The first block is the short one: its steep polynomials amplify rounding most.
     start, stop = 0, len(schedule) % block or block
     while start < len(schedule):
         gram = torch.bmm(x, x.mT)
         if start == 0:
             # The trace of X X^T is the squared Frobenius norm: no pass over X is needed for it.
-            trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=_sum_dtype(dtype))
-            square = trace.clamp(min=eps * eps)[:, None, None]
+            square = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=eps * eps)[:, None, None]
             gram.div_(square)
             polynomial = _compose(gram, schedule[start:stop]).mul_(square.rsqrt())
         else:
             polynomial = _compose(gram, schedule[start:stop])
         x = torch.bmm(polynomial, x)
         start, stop = stop, stop + block
-    return (x.mT if tall else x).reshape(matrices.shape)
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return x
 
 
 def _compose(gram: Tensor, schedule: Coefficients) -> Tensor:

@@ -1,4 +1,4 @@
-"""Muon against a slow reference, against torch.optim.Muon, and parallel against serial."""
+"""Muon against a slow reference, and parallel against serial."""
 
 import copy
 import math
@@ -172,25 +172,6 @@ def test_experts_do_not_mix() -> None:
     others = [0, 1, 3]
     assert torch.equal(first[others], second[others])
     assert not torch.equal(first[2], second[2])
-
-
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_agrees_with_torch(nesterov: bool) -> None:
-    """torch damps the gradient by 1 - momentum, which orthogonalization does not see."""
-    shapes = [(24, 60), (60, 24), (32, 32)]
-    ours = [parameter(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-    theirs = copy.deepcopy(ours)
-    settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "nesterov": nesterov}
-    optimizer = Muon(ours, coefficients="simple", dtype=torch.bfloat16, **settings)
-    other = torch.optim.Muon(theirs, adjust_lr_fn="original", **settings)
-    for step in range(3):
-        set_gradients(ours, step)
-        set_gradients(theirs, step)
-        optimizer.step()
-        other.step()
-    for mine, its in zip(ours, theirs, strict=True):
-        # Three steps of 0.05, each of singular values around 1 known to bfloat16's 8 bits.
-        assert torch.linalg.matrix_norm(mine - its, 2) < 3 * 0.05 * 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
