@@ -11,4 +11,5 @@ torchrun \
     --preset large --data "${DATA:?folder made by trinity-megatron prepare-data}" \
     --out "${OUT:?folder of the run}" \
     --pipeline-model-parallel-size 4 --expert-model-parallel-size 64 \
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
     --train-iters ${TRAIN_ITERS:-100000} --save-interval 1000 "$@"

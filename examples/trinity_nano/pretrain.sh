@@ -11,4 +11,5 @@ torchrun \
     --preset nano --data "${DATA:?folder made by trinity-megatron prepare-data}" \
     --out "${OUT:?folder of the run}" \
     --expert-model-parallel-size 8 \
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
     --train-iters ${TRAIN_ITERS:-100000} --save-interval 1000 "$@"
