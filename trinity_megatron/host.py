@@ -289,6 +289,11 @@ def norms_of_rows(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [torch.linalg.vector_norm(row, dim=-1, dtype=torch.float32) for row in rows]
 
 
+def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of squares, fp64 ``[]``, of a floating tensor of any shape."""
+    return torch.cat(norms_of_rows(tensor)).double().square().sum()
+
+
 _ROW = 1024
 
 

@@ -7,6 +7,7 @@ registered one, also where emerging-optimizers is installed.
 
 import functools
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import megatron.core.optimizer as core_optimizer
@@ -49,6 +50,8 @@ _REFUSED = {
     "fp8_param_gather": "with Muon the fp8 weights would never be updated; drop --fp8-param-gather",
     "optimizer_cpu_offload": "only Adam's state can be offloaded; drop --optimizer-cpu-offload",
     "optimizer_cuda_graph": "Muon's step is not captured; drop --optimizer-cuda-graph",
+    "overlap_param_gather_with_optimizer_step": "all its parts step before weights are gathered; "
+    "drop --overlap-param-gather-with-optimizer-step",
     "use_precision_aware_optimizer": "it is Adam's; drop --use-precision-aware-optimizer",
     "use_mup": "muP's learning rates would be applied to stacked experts; drop --use-mup",
 }
@@ -178,6 +181,7 @@ def _build_muon_or(build: Callable[..., Any]) -> Callable[..., Any]:
             {**(config_overrides or {}), **overrides},
             lambda param_groups: Muon(param_groups, **kwargs),
             use_gloo_process_groups=_argument("use_gloo_process_groups", True),
+            timeout=timedelta(minutes=_argument("distributed_timeout_minutes", 10)),
         )
 
     return wrapper
@@ -233,7 +237,7 @@ def _check_settings(settings: Any, *, tensor_parallel_size: int) -> None:
     if tensor_parallel_size > 1 and settings.muon_tp_mode != "duplicated":
         raise ValueError(
             f"muon_tp_mode={settings.muon_tp_mode!r} with tensor parallelism: our Muon "
-            "orthogonalizes whole matrices, gathered on every rank; set --muon-tp-mode duplicated"
+            "orthogonalizes whole matrices, each on one rank; set --muon-tp-mode duplicated"
         )
     if not getattr(settings, "decoupled_weight_decay", True):
         raise ValueError(

@@ -13,6 +13,7 @@ largest (2048 times the attention's QKV), knows no optimizer instances, and fail
 import copy
 import math
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import megatron.core.optimizer as core_optimizer
@@ -60,14 +61,20 @@ class ShardedMuonOptimizer(SkippingOptimizer):
         for optimizer in self.chained_optimizers:
             optimizer._defer_param_sync = True
         done = super().step_with_ready_grads()
-        if done and not self.chained_optimizers[0].ddp_config.overlap_param_gather:
-            for chunk in self.model_chunks:
+        for chunk in self.model_chunks:
+            if done and not chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync()
         return done
 
 
 class ShardedOptimizer(DistributedOptimizer):
-    """Megatron's distributed optimizer around `Muon` or AdamW."""
+    """Megatron's distributed optimizer around `Muon` or AdamW.
+
+    Attributes:
+        is_expert: Whether its parameters are routed experts.
+    """
+
+    is_expert: bool
 
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
@@ -80,10 +87,13 @@ class ShardedOptimizer(DistributedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """The groups, with Adam's step; before the first step too, where Megatron's asserts."""
         inner = self.optimizer.state_dict()
-        steps = {float(state["step"]) for state in inner["state"].values() if "step" in state}
+        steps = [state["step"] for state in inner["state"].values() if "step" in state]
+        # FusedAdam counts in the groups, and not in those that are empty on this rank.
+        steps += [group["step"] for group in inner["param_groups"] if "step" in group]
+        step = max((int(step) for step in steps), default=0)
         groups = [{k: v for k, v in g.items() if k != "params"} for g in inner["param_groups"]]
         for group in groups:
-            group["step"] = max(steps, default=group.get("step", 0))
+            group["step"] = step
         return {"optimizer": {"param_groups": groups}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -105,6 +115,7 @@ def build_sharded(
     make_muon: Callable[[list[dict[str, Any]]], Muon],
     *,
     use_gloo_process_groups: bool,
+    timeout: timedelta,
 ) -> ShardedMuonOptimizer:
     """Build the chain: Muon on dense matrices, Muon on experts, AdamW on the rest.
 
@@ -114,6 +125,10 @@ def build_sharded(
         config_overrides: Megatron's overrides; those of Muon among them.
         make_muon: Makes the optimizer of parameter groups.
         use_gloo_process_groups: Whether Megatron made gloo groups, for checkpoints.
+        timeout: Of the group of all ranks that share the work.
+
+    Returns:
+        Megatron's optimizer.
 
     Raises:
         ValueError: A buffer holds parameters of both optimizers.
@@ -162,11 +177,15 @@ def build_sharded(
                 per_model_buffers=_buffers(model_chunks, name, expert),
                 **shared,
             )
+            part.is_expert = expert
             part.grad_stats_parallel_group = groups["intra_dist_opt_group"]
             part.tp_group = pg_collection.tp
             part.expert_tp_group = pg_collection.expt_tp
             parts.append(part)
-    place_matrices([p for p in parts if isinstance(p.optimizer, Muon)], pg_collection)
+    muons = [part for part in parts if isinstance(part.optimizer, Muon)]
+    place_matrices(muons, pg_collection, timeout)
+    if muons:
+        muons[0].optimizer.step_together([part.optimizer for part in muons[1:]])
     return ShardedMuonOptimizer(parts)
 
 
@@ -189,42 +208,55 @@ def _buffers(model_chunks: list[Any], optimizer: str, expert: bool) -> dict[int,
     return found
 
 
-def place_matrices(optimizers: list[ShardedOptimizer], groups: ProcessGroupCollection) -> None:
+def place_matrices(
+    optimizers: list[ShardedOptimizer], groups: ProcessGroupCollection, timeout: timedelta
+) -> None:
     """Tell every Muon how its matrices lie on the ranks and who owns which.
 
     All ranks of an optimizer instance share the work, those of other pipeline stages too: stages
-    differ in what they hold, and all of them step at the same time.
+    differ in what they hold, and all of them step at the same time.  Every rank of the world has
+    the same optimizers, be they empty.
 
     Args:
-        optimizers: Of dense parameters and of experts.
+        optimizers: Of dense parameters and of experts; either may be missing.
         groups: Megatron's groups.
+        timeout: Of a group that has to be made.
     """
-    scenes = {}
-    for part in optimizers:
-        expert = not getattr(part.buffers[0].params[0], "allreduce", True)
-        scenes[expert] = _Scene(part, groups.expt_tp if expert else groups.tp, groups.pp)
-    dense, experts = scenes[False], scenes.get(True)
-    if experts is None:
-        places = members = list(range(len(dense.ranks)))
-        dense.place(own_matrices(dense.stacks, [], places, members)[0])
-        return
-    members = [dense.ranks.index(rank) for rank in experts.ranks]
-    places = _gather(experts.rank, dense.group)
-    owned = own_matrices(dense.stacks, experts.stacks, places, members)
-    dense.place(owned[0])
-    experts.place(owned[1])
+    scenes = {part.is_expert: _Scene(part, groups, timeout) for part in optimizers}
+    dense, experts = scenes.get(False), scenes.get(True)
+    if dense and experts:
+        members = [dense.ranks.index(rank) for rank in experts.ranks]
+        places = _gather(experts.rank, dense.group)
+        owned = own_matrices(dense.stacks, experts.stacks, places, members)
+    elif dense or experts:
+        places = members = list(range(len((dense or experts).ranks)))  # type: ignore[union-attr]
+        owned = own_matrices(
+            dense.stacks if dense else [], experts.stacks if experts else [], places, members
+        )
+    for scene, assignment in zip((dense, experts), owned if scenes else (), strict=False):
+        if scene:
+            scene.place(assignment)
+    if scenes and torch.distributed.get_rank() == 0:
+        loads = owned[1 if experts else 0].loads
+        print(
+            f"> Muon: {sum(len(found.matrices) for found in owned)} matrices owned by "
+            f"{len(loads)} ranks, the busiest with {loads.max() / loads.mean():.3f} times the mean "
+            f"work; masters and momentum of this rank: "
+            f"{sum(scene.state_bytes for scene in scenes.values()) / 2**20:,.1f} MiB",
+            flush=True,
+        )
 
 
 class _Scene:
     """Parameters of one distributed optimizer on all ranks that can share its work."""
 
     def __init__(
-        self, part: ShardedOptimizer, tp_group: ProcessGroup, pp_group: ProcessGroup
+        self, part: ShardedOptimizer, groups: ProcessGroupCollection, timeout: timedelta
     ) -> None:
         self.muon = part.optimizer
-        self.device = part.buffers[0].grad_data.device
+        self.device = torch.device(torch.cuda.current_device())
         own = torch.distributed.get_process_group_ranks(part.data_parallel_group)
-        tables = _gather(own, tp_group)
+        tables = _gather(own, groups.expt_tp if part.is_expert else groups.tp)
         shards = {id(model): shard for model, shard in _model_and_shard(part)}
         stacks, tensors = [], []
         for buffer in part.buffers:
@@ -232,16 +264,18 @@ class _Scene:
                 holders = shard_bounds(start, param.numel(), buffer.bucket_indices[bucket], tables)
                 stacks.append(make_stack(param, param.shape, holders))
                 tensors.append(shards.get(id(param)))
-        stages = _gather((tables, stacks), pp_group)
+        stages = _gather((tables, stacks), groups.pp)
         ranks = sorted({rank for tables, _ in stages for table in tables for rank in table})
         self.ranks = ranks
         self.rank = ranks.index(torch.distributed.get_rank())
-        self.group = _group_of(ranks, part.data_parallel_group)
+        self.group = _group_of(ranks, part.data_parallel_group, timeout)
         places = {rank: place for place, rank in enumerate(ranks)}
         self.stacks = [stack.renumbered(places) for _, found in stages for stack in found]
         self.tensors: list[Tensor | None] = [None] * len(self.stacks)
-        first = sum(len(found) for _, found in stages[: pp_group.rank()])
+        first = sum(len(found) for _, found in stages[: groups.pp.rank()])
         self.tensors[first : first + len(tensors)] = tensors
+        itemsize = 4 + self.muon.momentum_dtype.itemsize
+        self.state_bytes = sum(t.numel() * itemsize for t in tensors if t is not None)
 
     def place(self, assignment: Assignment) -> None:
         """Hand the owners to the optimizer."""
@@ -297,7 +331,7 @@ def _gather(value: Any, group: ProcessGroup) -> list[Any]:
     return values
 
 
-def _group_of(ranks: list[int], data_parallel: ProcessGroup) -> ProcessGroup:
+def _group_of(ranks: list[int], data_parallel: ProcessGroup, timeout: timedelta) -> ProcessGroup:
     """The group of these ranks; every rank of the world calls it, with its own ranks."""
     world = torch.distributed.group.WORLD
     assert world is not None
@@ -307,7 +341,7 @@ def _group_of(ranks: list[int], data_parallel: ProcessGroup) -> ProcessGroup:
         return data_parallel  # neither tensor nor pipeline parallelism: Megatron has the group
     found = None
     for some in sorted({tuple(some) for some in wanted}):
-        group = torch.distributed.new_group(list(some))
+        group = torch.distributed.new_group(list(some), timeout=timeout)
         if list(some) == ranks:
             found = group
     assert found is not None

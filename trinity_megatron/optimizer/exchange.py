@@ -6,6 +6,7 @@ it alone, and only elements of matrices travel.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,14 @@ class Placement:
     device: torch.device
     group: ProcessGroup | None = None
     rank: int = 0
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First element of this rank's part of each stack, in the flat tensor-parallel part."""
+        return [
+            next((s.start for shards in stack.holders for s in shards if s.rank == self.rank), 0)
+            for stack in self.stacks
+        ]
 
 
 class Run(NamedTuple):
@@ -76,10 +85,8 @@ def plan_runs(placement: Placement) -> tuple[list[Run], list[Cut]]:
         placement.assignment.matrices, placement.assignment.owners, strict=True
     ):
         stack = placement.stacks[matrix.stack]
-        if len(stack.holders) == 1 or stack.shard_dim is not None:
-            sources = targets = matrix.pieces
-        else:
-            sources = matrix.pieces
+        sources = targets = matrix.pieces
+        if len(stack.holders) > 1 and stack.shard_dim is None:
             targets = tuple(p for c in stack.copies(matrix.expert, matrix.block) for p in c)
         if any(piece.rank != owner for piece in targets):
             cuts.append(Cut(matrix.stack, matrix.expert, matrix.block, owner, sources, targets))
@@ -150,17 +157,6 @@ class Round:
                 if cut.owner == me:
                     self._back_out[piece.rank].append(_Parcel(cut, piece))
 
-    @property
-    def sent_bytes(self) -> tuple[int, int]:
-        """Bytes that this rank sends to others, to the owners and back from them."""
-        size = torch.empty((), dtype=self.dtype).element_size()
-        there, back = (
-            sum(p.piece.numel for rank, to in enumerate(lists) if rank != me for p in to)
-            for me in [self.placement.rank]
-            for lists in (self._out, self._back_out)
-        )
-        return there * size, back * size
-
     def send(self, read: Callable[[int], Tensor]) -> "Sent":
         """Start to send the pieces to their owners.
 
@@ -172,7 +168,7 @@ class Round:
         for cut, piece in _flat(self._out):
             if cut.stack not in parts:
                 parts[cut.stack] = read(cut.stack)
-            offset = shard_start(self.placement, cut.stack)
+            offset = self.placement.starts[cut.stack]
             for start, stop in self.placement.stacks[cut.stack].intervals(
                 cut.expert, cut.block, piece
             ):
@@ -181,14 +177,14 @@ class Round:
 
     def receive(self, sent: "Sent") -> list[Tensor]:
         """Wait for the pieces and return the whole matrices of ``owned``, ``[fan_out, fan_in]``."""
-        found: dict[Cut, list[tuple[Piece, Tensor]]] = {cut: [] for cut in self.owned}
+        found: dict[int, list[tuple[Piece, Tensor]]] = {id(cut): [] for cut in self.owned}
         for (cut, piece), value in zip(_flat(self._in), sent.wait(), strict=True):
-            found[cut].append((piece, value))
-        return [self._assemble(cut, found[cut]) for cut in self.owned]
+            found[id(cut)].append((piece, value))
+        return [self._assemble(cut, found[id(cut)]) for cut in self.owned]
 
     def send_back(self, results: Sequence[Tensor]) -> "Sent":
         """Start to send what became of ``owned`` to all who hold a part."""
-        parts: dict[tuple[Cut, int], Tensor] = {}
+        parts: dict[tuple[int, int], Tensor] = {}
         for cut, result in zip(self.owned, results, strict=True):
             stack = self.placement.stacks[cut.stack]
             copies = len(stack.holders)
@@ -198,9 +194,10 @@ class Round:
                 else result.chunk(copies, stack.shard_dim)
             )
             for part, value in enumerate(cut_parts):
-                parts[cut, part] = value.reshape(-1)
+                parts[id(cut), part] = value.reshape(-1)
         values = [
-            parts[cut, piece.part][piece.start : piece.stop] for cut, piece in _flat(self._back_out)
+            parts[id(cut), piece.part][piece.start : piece.stop]
+            for cut, piece in _flat(self._back_out)
         ]
         return self._all_to_all(values, self._back_out, self._back_in)
 
@@ -209,7 +206,7 @@ class Round:
         for (cut, piece), value in zip(_flat(self._back_in), sent.wait(), strict=True):
             stack, offset = self.placement.stacks[cut.stack], 0
             shape = stack.shape(cut.block)
-            first = shard_start(self.placement, cut.stack)
+            first = self.placement.starts[cut.stack]
             for start, stop in stack.intervals(cut.expert, cut.block, piece):
                 yield cut.stack, start - first, value[offset : offset + stop - start], shape
                 offset += stop - start
@@ -273,15 +270,6 @@ def plan_rounds(placement: Placement, cuts: Sequence[Cut], dtype: torch.dtype) -
         rounds[-1].append(cut)
         size += numel
     return [Round(placement, some, dtype) for some in rounds]
-
-
-def shard_start(placement: Placement, number: int) -> int:
-    """First element of this rank's part of a stack, in the flat tensor-parallel part."""
-    for shards in placement.stacks[number].holders:
-        for shard in shards:
-            if shard.rank == placement.rank:
-                return shard.start
-    raise AssertionError(f"rank {placement.rank} holds nothing of stack {number}")
 
 
 def _flat(lists: Iterable[list[_Parcel]]) -> Iterator[_Parcel]:

@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
-from trinity_megatron.host import norms_of_rows
+from trinity_megatron.host import sum_of_squares
 from trinity_megatron.optimizer.exchange import (
     Placement,
     Round,
     Run,
+    Sent,
     plan_rounds,
     plan_runs,
-    shard_start,
     stack_view,
 )
 from trinity_megatron.optimizer.newton_schulz import coefficient_schedule, orthogonalize
@@ -107,7 +107,7 @@ class UpdateStatistics:
     _marks: list[Any] = field(default_factory=list)
 
     def mark(self) -> None:
-        """Note the time: at the start of the step and at its end."""
+        """Note the time, at the start and at the end of a part of the step."""
         if not torch.cuda.is_available():
             self._marks.append(time.perf_counter())
             return
@@ -116,16 +116,25 @@ class UpdateStatistics:
         self._marks.append(event)
 
     def seconds(self) -> float:
-        """Time between the marks; waits for the device."""
-        start, stop = self._marks
-        if isinstance(start, float):
-            return float(stop - start)
-        stop.synchronize()
-        return float(start.elapsed_time(stop)) / 1e3
+        """Time between the marks, in pairs; waits for the device."""
+        total = 0.0
+        for start, stop in zip(self._marks[::2], self._marks[1::2], strict=True):
+            if isinstance(start, float):
+                total += stop - start
+            else:
+                stop.synchronize()
+                total += start.elapsed_time(stop) / 1e3
+        return total
 
     def add(self, group: str, update: Tensor, factor: float) -> None:
-        """Take a part of the update into account: ``factor * update``."""
-        square = torch.cat(norms_of_rows(update)).double().square().sum() * factor**2
+        """Take a part of the update into account.
+
+        Args:
+            group: The part of the model it belongs to.
+            update: Orthogonalized, any shape.
+            factor: What it is multiplied with: learning rate and scale.
+        """
+        square = sum_of_squares(update) * factor**2
         self.squares[group] = self.squares[group] + square if group in self.squares else square
         self.numel[group] = self.numel.get(group, 0) + update.numel()
 
@@ -218,14 +227,8 @@ class Muon(torch.optim.Optimizer):
         if momentum_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"momentum_dtype={momentum_dtype}: take float32 or bfloat16")
         coefficient_schedule(coefficients, num_ns_steps)  # refuses what it does not know
+        self._plans: list[_Plan] | None = None
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.dim() not in (2, 3):
-                    raise ValueError(
-                        f"Muon got a parameter of shape {tuple(param.shape)}: it takes matrices "
-                        "[out, in] and stacks [E, out, in]; give the others to AdamW"
-                    )
         self.nesterov = nesterov
         self.scale = scale
         self.extra_scale_factor = extra_scale_factor
@@ -233,7 +236,8 @@ class Muon(torch.optim.Optimizer):
         self.momentum_dtype = momentum_dtype
         self.statistics: UpdateStatistics | None = None
         self.placements: list[Placement] = []
-        self._plans: list[_Plan] | None = None
+        self._team: tuple[Muon, ...] = (self,)
+        self._pending: tuple[dict[Tensor, dict[str, Any]], list[Round], Sent | None] | None = None
         self._newton_schulz = partial(
             orthogonalize, steps=num_ns_steps, coefficients=coefficients, eps=eps, dtype=dtype
         )
@@ -252,12 +256,34 @@ class Muon(torch.optim.Optimizer):
             The loss of ``closure``, if there is one.
 
         Raises:
-            ValueError: The attributes of a parameter contradict its shape.
+            ValueError: The attributes of a parameter contradict its shape, or a parameter divided
+                over ranks has no gradient.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self is self._team[0]:
+            # All of the team at once: their ranks are balanced over the sum of their work.
+            for muon in self._team:
+                muon._begin()
+            for muon in self._team:
+                muon._finish()
+        return loss
+
+    def step_together(self, others: Sequence["Muon"]) -> None:
+        """Let this optimizer's `step` step others too, whose own then does nothing.
+
+        What ranks wait for comes after the work that they do alone, of all of them.
+
+        Args:
+            others: Optimizers of other parameters.
+        """
+        for muon in (self, *others):
+            muon._team = (self, *others)
+
+    def _begin(self) -> None:
+        """Send what travels, and do what does not."""
         if self.statistics is not None:
             self.statistics.mark()
         settings: dict[Tensor, dict[str, Any]] = {}
@@ -269,10 +295,19 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(params, 1.0 - float(group["lr"]) * group["weight_decay"])
         if self._plans is None:
             self._plans = self._make_plans()
-        # What travels is on its way while the rest is orthogonalized.
         rounds = [part for plan in self._plans for part in plan.rounds]
         sent = rounds[0].send(partial(self._read, rounds[0], settings)) if rounds else None
         self._update_local(settings)
+        self._pending = settings, rounds, sent
+        if self.statistics is not None:
+            self.statistics.mark()
+
+    def _finish(self) -> None:
+        """Orthogonalize what came, and apply what comes back."""
+        assert self._pending is not None
+        (settings, rounds, sent), self._pending = self._pending, None
+        if self.statistics is not None:
+            self.statistics.mark()
         for number, current in enumerate(rounds):
             assert sent is not None
             matrices = current.receive(sent)
@@ -282,7 +317,35 @@ class Muon(torch.optim.Optimizer):
             self._update_cut(current, matrices, settings)
         if self.statistics is not None:
             self.statistics.mark()
-        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters.
+
+        Args:
+            param_group: As torch takes it.
+
+        Raises:
+            ValueError: A parameter is neither 2-D nor 3-D, or `place` has placed all of them.
+        """
+        if getattr(self, "placements", None):
+            raise ValueError("Muon's parameters are placed on ranks; no group can be added")
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.dim() not in (2, 3):
+                self.param_groups.pop()
+                raise ValueError(
+                    f"Muon got a parameter of shape {tuple(param.shape)}: it takes matrices "
+                    "[out, in] and stacks [E, out, in]; give the others to AdamW"
+                )
+        self._plans = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the plans, which follow from the rest; torch would keep the state only."""
+        return {**self.__dict__, "_plans": None, "_team": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._team = (self,)
 
     def init_state(self) -> None:
         """Make the state of every parameter, also of those without a gradient."""
@@ -379,7 +442,7 @@ class Muon(torch.optim.Optimizer):
                 param = placement.tensors[run.stack]
                 if param is None or param not in settings:
                     continue
-                stack, start = placement.stacks[run.stack], shard_start(placement, run.stack)
+                stack, start = placement.stacks[run.stack], placement.starts[run.stack]
                 tensors = (param, _gradient(param), self._momentum(param))
                 weight, grad, momentum = (stack_view(stack, t, start, run) for t in tensors)
                 part = _Part(weight, grad, momentum, param)
@@ -400,7 +463,9 @@ class Muon(torch.optim.Optimizer):
             self._direction(part.grad, part.momentum, settings[part.param]["momentum"])
             for part in batch
         ]
-        matrices = [block.flatten(1, 2) for block in blocks]
+        # In the dtype computed in: half the memory where that is bfloat16.
+        dtype = self._compute_dtype(kind.device, blocks[0].dtype)
+        matrices = [block.flatten(1, 2).to(dtype) for block in blocks]
         stacked = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         update = self._newton_schulz(stacked)
         self._measure(update)
@@ -422,8 +487,9 @@ class Muon(torch.optim.Optimizer):
         param = current.placement.tensors[number]
         if param is None or param not in settings:
             raise ValueError(
-                f"a parameter of stack {current.placement.stacks[number]} is divided over ranks "
-                "and has no gradient on this one; all or none of them must have it"
+                f"a parameter of {current.placement.stacks[number].count} x "
+                f"{current.placement.stacks[number].shape(0)} is divided over ranks and has no "
+                "gradient on this one; every rank must have it in every step, of zeros if need be"
             )
         factor = settings[param]["momentum"]
         return self._direction(_gradient(param), self._momentum(param), factor).reshape(-1)

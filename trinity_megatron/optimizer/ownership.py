@@ -6,6 +6,7 @@ matrix has one owner.  Mostly that is the rank that holds it; what is cut, and w
 much of, is sent to its owner and back (`optimizer/exchange.py`).
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,8 +20,8 @@ import numpy as np
 _TOLERATED_LOAD = 1.03
 
 
-def newton_schulz_flops(fan_out: int, fan_in: int, steps: int = 5) -> float:
-    """Floating point operations of `orthogonalize` on one matrix.
+def newton_schulz_flops(fan_out: int, fan_in: int) -> float:
+    """Floating point operations of `orthogonalize` on one matrix, with five steps.
 
     A step is X X^T, its square, and the product with X, on the short side m and the long side n:
     4 m^2 n + 2 m^3.
@@ -28,10 +29,9 @@ def newton_schulz_flops(fan_out: int, fan_in: int, steps: int = 5) -> float:
     Args:
         fan_out: Rows.
         fan_in: Columns.
-        steps: Newton-Schulz steps.
     """
     short, long = sorted((fan_out, fan_in))
-    return steps * (4.0 * short**2 * long + 2.0 * short**3)
+    return 5 * (4.0 * short**2 * long + 2.0 * short**3)
 
 
 class Shard(NamedTuple):
@@ -139,16 +139,26 @@ class Stack:
 
     def copies(self, expert: int, block: int) -> list[list[Piece]]:
         """Pieces of a matrix, for each of its copies; a divided matrix has one copy."""
-        parts = [
-            [
-                Piece(shard.rank, part, start, stop)
-                for shard in shards
-                if (start := self.elements_before(expert, block, shard.start))
-                < (stop := self.elements_before(expert, block, shard.stop))
-            ]
-            for part, shards in enumerate(self.holders)
-        ]
+        size = self.rows * self.columns
+        parts = []
+        for part, shards in enumerate(self.holders):
+            # Thousands of ranks may hold a stack, few of them a part of one matrix.
+            begin = bisect_right(self._stops[part], expert * size)
+            pieces = []
+            for shard in shards[begin:]:
+                if shard.start >= (expert + 1) * size:
+                    break
+                start, stop = (
+                    self.elements_before(expert, block, end) for end in (shard.start, shard.stop)
+                )
+                if start < stop:
+                    pieces.append(Piece(shard.rank, part, start, stop))
+            parts.append(pieces)
         return parts if self.shard_dim is None else [[piece for part in parts for piece in part]]
+
+    @cached_property
+    def _stops(self) -> list[list[int]]:
+        return [[shard.stop for shard in shards] for shards in self.holders]
 
 
 class Matrix(NamedTuple):
@@ -193,7 +203,12 @@ class Assignment:
 
 
 def hold_matrices(matrices: list[Matrix], ranks: int) -> Assignment:
-    """Give every matrix to the rank that holds most of it, of several the one with least to do."""
+    """Give every matrix to the rank that holds most of it, of several the one with least to do.
+
+    Args:
+        matrices: Matrices of the group.
+        ranks: Size of the group.
+    """
     loads = np.zeros(ranks)
     owners = []
     for matrix in matrices:

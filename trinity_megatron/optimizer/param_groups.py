@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from torch import Tensor
 from torch.nn import Module
 
-from trinity_megatron.host import norms_of_rows
+from trinity_megatron.host import sum_of_squares
 from trinity_megatron.optimizer.muon import MatrixSplit
 from trinity_megatron.tracking.statistics import GRADIENT_GROUPS
 
@@ -199,12 +199,3 @@ def local_gradient_squares(optimizer: Any, replicas: Callable[[Tensor], int]) ->
                 share = sum_of_squares(grad) / (copies or replicas(param))
                 squares[GRADIENT_GROUPS.index(group)] += share
     return squares
-
-
-def sum_of_squares(tensor: Tensor) -> Tensor:
-    """Sum of squares, fp64: row by row, for one running fp32 sum is wrong in the fifth digit.
-
-    Args:
-        tensor: Any shape, floating.
-    """
-    return torch.cat(norms_of_rows(tensor)).double().square().sum()

@@ -79,7 +79,8 @@ def plan_muon(
         world_size: Ranks; no tensor or context parallelism.
         expert_parallel: Expert-parallel size.
         stages: Layers (from 0) of each pipeline stage; default: one stage.
-        bucket_size: Elements of a bucket of gradients; default: Megatron's.
+        bucket_size: Elements of a bucket of gradients; default: Megatron's with
+            ``--overlap-grad-reduce``.
 
     Raises:
         ValueError: The sizes do not divide each other.
@@ -90,6 +91,11 @@ def plan_muon(
     if per_stage * len(stages) != world_size or per_stage % expert_parallel:
         raise ValueError(
             f"world_size={world_size} is no multiple of {len(stages)} pipeline stages times "
+            f"expert_parallel={expert_parallel}"
+        )
+    if config.num_moe_experts % expert_parallel:
+        raise ValueError(
+            f"num_moe_experts={config.num_moe_experts} is no multiple of "
             f"expert_parallel={expert_parallel}"
         )
     bucket_size = bucket_size or max(40_000_000, 1_000_000 * per_stage)
@@ -103,7 +109,10 @@ def plan_muon(
         tag_for_buffers(named, config)
         first = number * per_stage
         for found, is_muon, is_expert in _stacks(
-            [param for _, param in named], per_stage, expert_parallel, bucket_size
+            [param for _, param in named],
+            per_stage,
+            expert_parallel,
+            bucket_size if number == 0 else None,  # Megatron: later stages have one bucket
         ):
             for stack in found:
                 _add_state(state, stack, first, is_muon, expert_parallel if is_expert else 1)
@@ -154,10 +163,9 @@ def stage_parameters(
         count, width = config.num_moe_experts // expert_parallel, config.moe_ffn_hidden_size
         shared = config.moe_shared_expert_intermediate_size
         yield f"{prefix}mlp.router.weight", empty(config.num_moe_experts, hidden)
-        fc1, fc2 = empty(count, 2 * width, hidden, expert=True), None
-        fc2 = empty(count, hidden, width, expert=True)
-        yield f"{prefix}mlp.experts.linear_fc1.weight", fc1
-        yield f"{prefix}mlp.experts.linear_fc2.weight", fc2
+        experts = f"{prefix}mlp.experts."
+        yield f"{experts}linear_fc1.weight", empty(count, 2 * width, hidden, expert=True)
+        yield f"{experts}linear_fc2.weight", empty(count, hidden, width, expert=True)
         if shared:
             yield f"{prefix}mlp.shared_experts.linear_fc1.weight", empty(2 * shared, hidden)
             yield f"{prefix}mlp.shared_experts.linear_fc2.weight", empty(hidden, shared)
@@ -176,7 +184,7 @@ def even_stages(num_layers: int, count: int) -> list[range]:
 
 
 def _stacks(
-    params: list[Parameter], ranks: int, expert_parallel: int, bucket_size: int
+    params: list[Parameter], ranks: int, expert_parallel: int, bucket_size: int | None
 ) -> Iterator[tuple[list[Stack], bool, bool]]:
     """Lay out the buffers of a stage: stacks, whether of Muon, whether of experts."""
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)

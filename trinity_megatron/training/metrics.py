@@ -341,6 +341,8 @@ def _update_sums(measured: Sequence[UpdateStatistics], device: torch.device) -> 
     sums = torch.zeros(len(GRADIENT_GROUPS) + 1, 2, dtype=torch.float64, device=device)
     for found in measured:
         for name, square in found.squares.items():
+            if name not in GRADIENT_GROUPS:
+                continue
             row = sums[GRADIENT_GROUPS.index(name)]
             row[0] += square
             row[1] += found.numel[name]

@@ -7,6 +7,7 @@ import copy
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from trinity_megatron.optimizer.builder import (
     register_muon,
     validate_muon_arguments,
 )
+from trinity_megatron.optimizer.distributed import ShardedOptimizer
 from trinity_megatron.optimizer.muon import MatrixSplit, Muon
 
 LR, ADAM_LR, ADAM_MIN_LR = 0.02, 3e-3, 3e-4
@@ -101,6 +103,11 @@ def arguments(**changes: Any) -> Any:
         ({"use_distributed_optimizer": True, "ckpt_format": "torch"}, "drop --ckpt-format"),
         ({"fp8_param_gather": True}, "drop --fp8-param-gather"),
         ({"optimizer_cpu_offload": True}, "drop --optimizer-cpu-offload"),
+        (
+            {"overlap_param_gather_with_optimizer_step": True},
+            "drop --overlap-param-gather-with-optimizer-step",
+        ),
+        ({"use_precision_aware_optimizer": True}, "drop --use-precision-aware-optimizer"),
         ({"optimizer_cuda_graph": True}, "drop --optimizer-cuda-graph"),
         ({"use_mup": True}, "drop --use-mup"),
         ({"muon_coefficient_type": "aol"}, "muon_coefficient_type='aol'.*'polar_express'"),
@@ -130,6 +137,24 @@ def test_what_is_supported_is_not_refused() -> None:
     validate_muon_arguments(arguments(muon_tp_mode="blockwise"))  # one rank: nothing to divide
     validate_muon_arguments(arguments(muon_coefficient_type="simple", muon_num_ns_steps=3))
     validate_muon_arguments(arguments(tensor_model_parallel_size=2, expert_tensor_parallel_size=1))
+
+
+@pytest.mark.parametrize(
+    ("state", "groups", "expected"),
+    [
+        ({0: {"step": torch.tensor(5.0)}}, [{"params": [0]}, {"params": []}], 5),  # torch's
+        ({0: {}}, [{"params": [0], "step": 7}, {"params": []}], 7),  # FusedAdam's
+        ({}, [{"params": []}, {"params": []}], 0),  # before the first step
+    ],
+)
+def test_every_group_is_saved_with_the_step(
+    state: dict[int, Any], groups: list[dict[str, Any]], expected: int
+) -> None:
+    part = ShardedOptimizer.__new__(ShardedOptimizer)
+    content = {"state": state, "param_groups": groups}
+    part.optimizer = SimpleNamespace(state_dict=lambda: content)
+    saved = part.state_dict()["optimizer"]["param_groups"]
+    assert saved == [{"step": expected}] * 2
 
 
 # --- ranks ----------------------------------------------------------------------------------------

@@ -233,6 +233,31 @@ def test_refusals_name_the_remedy() -> None:
 # --- tensor parallelism ---------------------------------------------------------------------------
 
 TP = {"tensor_model_parallel": True}
+
+
+def test_a_copy_and_a_new_group_are_stepped() -> None:
+    params = [parameter(8, 6, seed=1), parameter(8, 6, seed=2)]
+    optimizer = Muon(params[:1], lr=0.1, weight_decay=0.0)
+    set_gradients(params, 0)
+    optimizer.step()
+    optimizer.add_param_group({"params": params[1:]})
+    before = params[1].detach().clone()
+    optimizer.step()
+    # A direction of singular values near one, at the learning rate.
+    change = torch.linalg.matrix_norm(params[1].detach() - before, 2)
+    assert change == pytest.approx(0.1 * (8 / 6) ** 0.5, rel=0.2)
+    with pytest.raises(ValueError, match=r"\(8,\)"):
+        optimizer.add_param_group({"params": [parameter(8)]})
+    copied = copy.deepcopy(optimizer)
+    twins = [param for group in copied.param_groups for param in group["params"]]
+    for step in (1, 2):
+        set_gradients(params, step)
+        set_gradients(twins, step)
+        optimizer.step()
+        copied.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True))
+
+
 EXPERT = {**TP, "allreduce": False}
 
 
