@@ -1,0 +1,114 @@
+"""Draw an optimizer study again, without training: ``python plot.py runs/optimizer_study``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+from results import (
+    LABELS,
+    SEARCH_SEED,
+    Comparison,
+    Run,
+    best_runs,
+    compare,
+    find_best,
+    mean_curve,
+    read_run,
+)
+
+# Okabe and Ito's colors, which the common kinds of color blindness tell apart.
+COLORS = {"muon": "#0072B2", "adam": "#D55E00"}
+PICTURE = "optimizer_study.png"
+
+
+def draw_study(runs: Sequence[Run], out: Path) -> Path:
+    """Draw the loss over the steps at the best learning rates, and the search.
+
+    Args:
+        runs: All runs of the study.
+        out: Folder to write.
+
+    Returns:
+        The picture.
+    """
+    best = {name: best_runs(runs, name, find_best(runs, name).lr) for name in LABELS}
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    curves, search = figure.subplots(1, 2, width_ratios=(3, 2))
+    for axis in (curves, search):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#e5e7eb", linewidth=0.6)
+        axis.set_axisbelow(True)
+    _draw_curves(curves, best)
+    _draw_target(curves, compare(best["adam"], best["muon"], 1.0))
+    _draw_search(search, runs, {name: chosen[0].lr for name, chosen in best.items()})
+    figure.savefig(out / PICTURE, dpi=150)
+    return out / PICTURE
+
+
+def _draw_curves(axis: Axes, best: dict[str, list[Run]]) -> None:
+    """The mean over the seeds as a thick line, each seed as a thin one."""
+    for name, chosen in best.items():
+        for run in chosen:
+            axis.plot(run.steps, run.losses, color=COLORS[name], linewidth=0.7, alpha=0.6)
+        label = f"{LABELS[name]}, learning rate {chosen[0].lr:g}"
+        axis.plot(*mean_curve(chosen), color=COLORS[name], linewidth=2, label=label)
+    axis.set_xlabel("step")
+    axis.set_ylabel("validation loss (nats per token)")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
+    axis.legend(frameon=False)
+
+
+def _draw_target(axis: Axes, target: Comparison) -> None:
+    """AdamW's final loss, and where Muon's mean reaches it."""
+    axis.axhline(target.loss, color="#1f2430", linestyle=":", linewidth=1)
+    if np.isnan(target.muon_steps):
+        return
+    axis.plot([target.muon_steps, target.adam_steps], [target.loss] * 2, "o", color="#1f2430")
+    axis.annotate(
+        f"{target.loss:.2f} after {target.muon_steps:.0f} and {target.adam_steps:.0f} steps",
+        (target.muon_steps, target.loss),
+        xytext=(-8, -8),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize="small",
+    )
+
+
+def _draw_search(axis: Axes, runs: Sequence[Run], best: dict[str, float]) -> None:
+    """Final loss of the search over the learning rate; the chosen one is filled."""
+    rates = set()
+    for name, label in LABELS.items():
+        mine = [run for run in runs if run.optimizer == name and run.seed == SEARCH_SEED]
+        mine.sort(key=lambda run: run.lr)
+        rates |= {run.lr for run in mine}
+        final = [run.losses[-1] for run in mine]
+        axis.plot([run.lr for run in mine], final, color=COLORS[name], linewidth=1.5, label=label)
+        for run in mine:
+            face = COLORS[name] if run.lr == best[name] else "white"
+            axis.plot(run.lr, run.losses[-1], "o", color=COLORS[name], markerfacecolor=face)
+    axis.set_xscale("log")
+    axis.set_xticks(sorted(rates), [f"{lr:g}" for lr in sorted(rates)], rotation=60)
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel(f"final validation loss, seed {SEARCH_SEED}")
+
+
+def main(out: Path) -> None:
+    """Draw the study that ``results.json`` in the folder describes."""
+    content = json.loads((out / "results.json").read_text())
+    runs = [
+        read_run(out, entry["optimizer"], entry["lr"], entry["seed"]) for entry in content["runs"]
+    ]
+    draw_study(runs, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/optimizer_study"))

@@ -1,0 +1,269 @@
+"""What an optimizer study measured: validation losses, the search, and the steps to a loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trinity_megatron.tracking.run_log import RunLog
+
+LABELS = {"muon": "Muon", "adam": "AdamW"}
+# The learning rates are searched on this seed.
+SEARCH_SEED = 1
+# Muon should need at most this part of AdamW's steps to AdamW's final loss.
+LIMIT = 0.7
+# The targets: mean validation loss of AdamW after these parts of its steps.  The last one decides.
+SHARES = (0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        optimizer: A key of :data:`LABELS`.
+        lr: Peak learning rate.
+        seed: Of the initial weights and of the order of the data.
+        steps: Steps after which it was evaluated, ``[num_evaluations]``.
+        losses: Validation losses in nats per token, ``[num_evaluations]``.
+    """
+
+    optimizer: str
+    lr: float
+    seed: int
+    steps: np.ndarray
+    losses: np.ndarray
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Steps to one validation loss.
+
+    Attributes:
+        share: Part of AdamW's steps after which its mean loss is the target.
+        loss: The target, nats per token.
+        adam_steps: Steps after which AdamW's mean loss first reaches it.
+        muon_steps: The same for Muon's mean loss; NaN if it never does.
+        seed_steps: The same for each seed of Muon.
+    """
+
+    share: float
+    loss: float
+    adam_steps: float
+    muon_steps: float
+    seed_steps: dict[int, float]
+
+    @property
+    def seed_ratios(self) -> dict[int, float]:
+        """Steps of each seed of Muon as a part of AdamW's."""
+        return {seed: steps / self.adam_steps for seed, steps in self.seed_steps.items()}
+
+
+def run_folder(out: Path, optimizer: str, lr: float, seed: int) -> Path:
+    """Where a run of the study lies."""
+    return out / optimizer / f"lr_{lr:g}" / f"seed_{seed}"
+
+
+def read_run(out: Path, optimizer: str, lr: float, seed: int) -> Run:
+    """Read a complete run from its log.
+
+    Raises:
+        FileNotFoundError: There is no log.
+        ValueError: It has no validation loss.
+    """
+    folder = run_folder(out, optimizer, lr, seed)
+    losses = RunLog(folder / "tensorboard").scalars("lm loss validation")
+    if not losses:
+        raise ValueError(
+            f"{folder} has no validation loss. Remedy: remove it and start the study again."
+        )
+    return Run(optimizer, lr, seed, np.array(list(losses)), np.array(list(losses.values())))
+
+
+def steps_to_reach(steps: np.ndarray, losses: np.ndarray, target: float) -> float:
+    """Steps after which a loss is first at or below a target.
+
+    Between two evaluations the loss is taken as a straight line.  What is reached at the first
+    evaluation already counts as reached there, for nothing is known before it.
+
+    Args:
+        steps: Rising, ``[num_evaluations]``.
+        losses: ``[num_evaluations]``; need not fall steadily.
+        target: The loss to reach.
+
+    Returns:
+        Steps, or NaN if the target is not reached.
+    """
+    reached = np.flatnonzero(losses <= target)
+    if not len(reached):
+        return math.nan
+    last = reached[0]
+    if last == 0:
+        return float(steps[0])
+    before, after = losses[last - 1], losses[last]
+    part = (before - target) / (before - after)
+    return float(steps[last - 1] + part * (steps[last] - steps[last - 1]))
+
+
+def compare(adam: Sequence[Run], muon: Sequence[Run], share: float) -> Comparison:
+    """Compare steps to the mean loss that AdamW has after a part of its steps.
+
+    Args:
+        adam: Seeds of AdamW at its best learning rate.
+        muon: Seeds of Muon at its own.
+        share: The part; the last evaluation up to there counts.
+    """
+    steps, losses = mean_curve(adam)
+    target = losses[np.flatnonzero(steps <= share * steps[-1])[-1]]
+    return Comparison(
+        share,
+        float(target),
+        steps_to_reach(steps, losses, target),
+        steps_to_reach(*mean_curve(muon), target),
+        {run.seed: steps_to_reach(run.steps, run.losses, target) for run in muon},
+    )
+
+
+def mean_curve(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and mean losses of runs that were evaluated after the same steps."""
+    return runs[0].steps, np.mean([run.losses for run in runs], axis=0)
+
+
+def find_best(runs: Sequence[Run], optimizer: str) -> Run:
+    """The run of the search with the lowest final validation loss.
+
+    Raises:
+        ValueError: Its learning rate is the first or last of several: a better one may lie beyond.
+    """
+    searched = [run for run in runs if run.optimizer == optimizer and run.seed == SEARCH_SEED]
+    best = min(searched, key=lambda run: run.losses[-1])
+    rates = sorted(run.lr for run in searched)
+    if len(rates) > 1 and best.lr in (rates[0], rates[-1]):
+        raise ValueError(
+            f"{LABELS[optimizer]}'s best learning rate, {best.lr:g}, is at the edge of those "
+            f"searched, {rates[0]:g} to {rates[-1]:g}. Remedy: add one beyond it to "
+            f"--{optimizer}-lrs, and one to the other optimizer's; what is trained is kept."
+        )
+    return best
+
+
+def write_results(runs: Sequence[Run], out: Path, *, settings: Mapping[str, object]) -> str:
+    """Write ``results.json`` and ``results.md``.
+
+    Args:
+        runs: All runs of the study.
+        out: Folder.
+        settings: What the study was started with.
+
+    Returns:
+        The content of ``results.md``.
+    """
+    best = {name: find_best(runs, name).lr for name in LABELS}
+    adam, muon = (best_runs(runs, name, best[name]) for name in ("adam", "muon"))
+    comparisons = [compare(adam, muon, share) for share in SHARES]
+    content = {
+        "settings": dict(settings),
+        "best_lr": best,
+        "runs": [
+            {
+                "optimizer": run.optimizer,
+                "lr": run.lr,
+                "seed": run.seed,
+                "steps": run.steps.tolist(),
+                "validation_loss": run.losses.tolist(),
+            }
+            for run in runs
+        ],
+        "comparisons": [_content(comparison) for comparison in comparisons],
+        "statement": statement(comparisons[-1]),
+    }
+    (out / "results.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    lines = [*_search_table(runs, best), "", *_final_table(adam, muon), ""]
+    lines += [*_comparison_table(comparisons), "", statement(comparisons[-1])]
+    text = "\n".join(lines)
+    (out / "results.md").write_text(text + "\n")
+    return text
+
+
+def best_runs(runs: Sequence[Run], optimizer: str, lr: float) -> list[Run]:
+    """All seeds of an optimizer at a learning rate."""
+    return [run for run in runs if (run.optimizer, run.lr) == (optimizer, lr)]
+
+
+def statement(comparison: Comparison) -> str:
+    """Say in words whether Muon needs at most :data:`LIMIT` of AdamW's steps, in every seed."""
+    ratios = comparison.seed_ratios.values()
+    start = (
+        f"Validation loss {comparison.loss:.3f}, AdamW's after {comparison.adam_steps:.0f} steps"
+    )
+    if any(math.isnan(ratio) for ratio in ratios):
+        return f"{start}: not every seed of Muon reaches it."
+    mean, verdict = float(np.mean(list(ratios))), "does not hold"
+    if mean <= LIMIT:
+        verdict = "holds" if max(ratios) <= LIMIT else "holds on average, not in every seed"
+    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    return f"{start}: Muon needs {mean:.2f} of them ({each}); at most {LIMIT} {verdict}."
+
+
+def _content(comparison: Comparison) -> dict[str, object]:
+    def known(value: float) -> float | None:
+        return None if math.isnan(value) else value
+
+    return {
+        "share": comparison.share,
+        "loss": comparison.loss,
+        "adam_steps": known(comparison.adam_steps),
+        "muon_steps": known(comparison.muon_steps),
+        "seed_steps": {seed: known(steps) for seed, steps in comparison.seed_steps.items()},
+        "seed_ratios": {seed: known(ratio) for seed, ratio in comparison.seed_ratios.items()},
+    }
+
+
+def _search_table(runs: Sequence[Run], best: Mapping[str, float]) -> list[str]:
+    """Lines of a markdown table: final validation loss at every learning rate of the search."""
+    lines = ["| optimizer | learning rate: final validation loss, one seed |", "|---|---|"]
+    for name, label in LABELS.items():
+        searched = [run for run in runs if run.optimizer == name and run.seed == SEARCH_SEED]
+        cells = []
+        for run in sorted(searched, key=lambda run: run.lr):
+            cell = f"{run.lr:g}: {run.losses[-1]:.3f}"
+            cells.append(f"**{cell}**" if run.lr == best[name] else cell)
+        lines.append(f"| {label} | {' &nbsp; '.join(cells)} |")
+    return lines
+
+
+def _final_table(adam: Sequence[Run], muon: Sequence[Run]) -> list[str]:
+    lines = ["| optimizer | learning rate | final validation loss, mean | each seed |"]
+    lines.append("|---|---|---|---|")
+    for runs in (muon, adam):
+        final = [run.losses[-1] for run in runs]
+        each = ", ".join(f"{loss:.3f}" for loss in final)
+        name = LABELS[runs[0].optimizer]
+        lines.append(f"| {name} | {runs[0].lr:g} | {np.mean(final):.3f} | {each} |")
+    return lines
+
+
+def _comparison_table(comparisons: Sequence[Comparison]) -> list[str]:
+    lines = [
+        "| target: AdamW's mean loss at | loss | AdamW's steps | Muon's steps, each seed "
+        "| ratio, each seed | mean ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in comparisons:
+        ratios = list(one.seed_ratios.values())
+        mean = float(np.mean(ratios))
+        lines.append(
+            f"| {one.share:.0%} of its steps | {one.loss:.3f} | {one.adam_steps:.0f} "
+            f"| {_listed(one.seed_steps.values(), '.0f')} | {_listed(ratios, '.2f')} "
+            f"| {_listed([mean], '.2f')} |"
+        )
+    return lines
+
+
+def _listed(values: Sequence[float], form: str) -> str:
+    return ", ".join("not reached" if math.isnan(v) else format(v, form) for v in values)
