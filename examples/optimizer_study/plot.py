@@ -59,6 +59,8 @@ def _draw_curves(axis: Axes, best: dict[str, list[Run]]) -> None:
             axis.plot(run.steps, run.losses, color=COLORS[name], linewidth=0.7, alpha=0.6)
         label = f"{LABELS[name]}, learning rate {chosen[0].lr:g}"
         axis.plot(*mean_curve(chosen), color=COLORS[name], linewidth=2, label=label)
+    # The first evaluation is so far above the others that it would flatten them.
+    axis.set_ylim(top=max(run.losses[:2][-1] for chosen in best.values() for run in chosen) + 0.1)
     axis.set_xlabel("step")
     axis.set_ylabel("validation loss (nats per token)")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
@@ -84,18 +86,27 @@ def _draw_target(axis: Axes, target: Comparison) -> None:
 
 def _draw_search(axis: Axes, runs: Sequence[Run], best: dict[str, float]) -> None:
     """Final loss of the search over the learning rate; the chosen one is filled."""
-    rates = set()
-    for name, label in LABELS.items():
+    for name in LABELS:
         mine = [run for run in runs if run.optimizer == name and run.seed == SEARCH_SEED]
         mine.sort(key=lambda run: run.lr)
-        rates |= {run.lr for run in mine}
         final = [run.losses[-1] for run in mine]
-        axis.plot([run.lr for run in mine], final, color=COLORS[name], linewidth=1.5, label=label)
+        axis.plot([run.lr for run in mine], final, color=COLORS[name], linewidth=1.5)
         for run in mine:
-            face = COLORS[name] if run.lr == best[name] else "white"
+            is_best = run.lr == best[name]
+            face = COLORS[name] if is_best else "white"
             axis.plot(run.lr, run.losses[-1], "o", color=COLORS[name], markerfacecolor=face)
+            axis.annotate(
+                f"{run.lr:g}",
+                (run.lr, run.losses[-1]),
+                xytext=(0, -14),
+                textcoords="offset points",
+                ha="center",
+                fontsize="small",
+                color=COLORS[name],
+            )
     axis.set_xscale("log")
-    axis.set_xticks(sorted(rates), [f"{lr:g}" for lr in sorted(rates)], rotation=60)
+    axis.margins(0.12, 0.12)
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("learning rate")
     axis.set_ylabel(f"final validation loss, seed {SEARCH_SEED}")
