@@ -135,7 +135,7 @@ def launch(
         sys.stdout.flush()
         sys.stderr.flush()
         command = [sys.executable, "-u", "-m", module, *arguments]
-        os.execve(sys.executable, command, {**environment, **_single_rank_environment()})
+        os.execve(sys.executable, command, {**environment, **single_rank_environment()})
     os.environ.update(environment)
     os.environ[LAUNCHER_PID_VARIABLE] = str(os.getpid())
     with tempfile.TemporaryDirectory(prefix="trinity_megatron_") as folder:
@@ -219,7 +219,8 @@ def _loopback_interface() -> str | None:
     return next((name for name in ("lo", "lo0") if name in names), None)
 
 
-def _single_rank_environment() -> dict[str, str]:
+def single_rank_environment() -> dict[str, str]:
+    """What torchrun would set for a world of one rank."""
     # The only member of a process group both serves and uses its store, so any free port will do.
     return {
         "RANK": "0",

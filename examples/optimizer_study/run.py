@@ -27,7 +27,11 @@ from filelock import FileLock, Timeout
 from plot import draw_study
 from results import LABELS, SEARCH_SEED, Run, find_best, read_run, run_folder, write_results
 
-from trinity_megatron.launcher import build_environment, count_cuda_devices
+from trinity_megatron.launcher import (
+    build_environment,
+    count_cuda_devices,
+    single_rank_environment,
+)
 
 # Factors of two around where each is expected, as many for one as for the other.
 MUON_LRS = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
@@ -35,15 +39,6 @@ ADAM_LRS = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 EVAL_ITERS = 8
 COMPLETE_NAME, LOG_NAME = "complete.json", "train.log"
 TRAIN = Path(__file__).with_name("train.py")
-# What torchrun would set for a world of one rank.
-_SINGLE_RANK = {
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "WORLD_SIZE": "1",
-    "LOCAL_WORLD_SIZE": "1",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "0",
-}
 
 
 @dataclass(frozen=True)
@@ -263,10 +258,9 @@ def _start(job: Job) -> subprocess.Popen:
     environment = build_environment(
         os.environ, num_ranks=1, num_cores=1, cuda=count_cuda_devices() > 0
     )
+    environment.update(single_rank_environment())
     with (job.folder / LOG_NAME).open("w") as log:
-        return subprocess.Popen(
-            command, env={**environment, **_SINGLE_RANK}, stdout=log, stderr=subprocess.STDOUT
-        )
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _finish(job: Job, code: int) -> None:

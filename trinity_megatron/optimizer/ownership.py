@@ -103,10 +103,6 @@ class Stack:
         """Elements of a tensor-parallel part."""
         return self.count * self.rows * self.columns
 
-    def part_numel(self, block: int) -> int:
-        """Elements of a tensor-parallel part of the separate matrix ``block``."""
-        return self.groups * self.sizes[block] * self.columns
-
     def shape(self, block: int) -> tuple[int, int]:
         """``(fan_out, fan_in)`` of the whole separate matrix ``block``."""
         whole = [self.groups * self.sizes[block], self.columns]
