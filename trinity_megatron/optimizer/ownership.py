@@ -294,7 +294,26 @@ def own_matrices(
     Returns:
         Owners among all ranks, and owners among the places; ``loads`` of both include the other.
     """
-    held = hold_matrices(list_matrices(experts), len(members))
+    held, assigned, besides = own_dense(dense, experts, places, len(members))
+    return assigned, relieve(held, besides[np.asarray(members, dtype=int)])
+
+
+def own_dense(
+    dense: Sequence[Stack], experts: Sequence[Stack], places: Sequence[int], group_size: int
+) -> tuple[Assignment, Assignment, np.ndarray]:
+    """Give the dense matrices owners: the same for all groups of expert ranks.
+
+    Args:
+        dense: Dense parameters of all ranks.
+        experts: Experts of one group; the other groups hold theirs in the same way.
+        places: For each rank, its place in its group of expert ranks.
+        group_size: Ranks of such a group.
+
+    Returns:
+        Experts with their holders, to be relieved; owners of the dense matrices; the cost of the
+        dense matrices alone, ``[ranks]``.
+    """
+    held = hold_matrices(list_matrices(experts), group_size)
     base = held.loads[np.asarray(places, dtype=int)]
     assigned = assign_dense(list_matrices(dense), base)
-    return assigned, relieve(held, (assigned.loads - base)[np.asarray(members, dtype=int)])
+    return held, assigned, assigned.loads - base

@@ -23,7 +23,7 @@ from trinity_megatron.config import TrinityConfig
 from trinity_megatron.optimizer.distributed import shard_bounds
 from trinity_megatron.optimizer.layout import align_expert_buffers, tag_for_buffers
 from trinity_megatron.optimizer.muon import make_stack
-from trinity_megatron.optimizer.ownership import Assignment, Stack, own_matrices
+from trinity_megatron.optimizer.ownership import Assignment, Stack, own_dense, relieve
 from trinity_megatron.optimizer.param_groups import attach_muon_splits
 
 # fp32 master weight with momentum, or with both of Adam's moments.
@@ -221,9 +221,12 @@ def _own_all(
     # Megatron numbers expert-parallel ranks first, then expert-data-parallel ones, then stages.
     places = np.arange(world_size) // expert_parallel
     flops, sent = np.zeros(world_size), np.zeros(world_size)
+    held, of_dense, besides = own_dense(
+        dense, experts, places.tolist(), world_size // expert_parallel
+    )
     for expert_rank in range(expert_parallel):
         members = np.arange(expert_rank, world_size, expert_parallel)
-        of_dense, of_experts = own_matrices(dense, experts, places.tolist(), members.tolist())
+        of_experts = relieve(held, besides[members])
         flops[members] = of_experts.loads
         _add_traffic(sent, experts, of_experts, members)
     _add_traffic(sent, dense, of_dense, np.arange(world_size))
