@@ -298,6 +298,12 @@ class TrinityConfig(TransformerConfig):
                 "Remedy: 4 is the released pattern."
             )
         self._check_balance()
+        if self.fp8 and self.transformer_impl == "local":
+            raise ValueError(
+                f"fp8={self.fp8!r} with transformer_impl='local': the local layers would go on in "
+                "bf16 without a word. Remedy: --transformer-impl transformer_engine, or drop "
+                "--fp8-format."
+            )
         for name, what in _REFUSED_FEATURES.items():
             value = getattr(self, name)
             if value:
@@ -342,4 +348,14 @@ _REFUSED_FEATURES = {
     "moe_latent_size": "a latent MoE",
     "mtp_num_layers": "multi-token prediction",
     "use_mup": "muP's set of scalings (Trinity scales the embedding only)",
+    "fp4": "FP4",
+    "fp8_param": "weights kept in FP8 (Muon and the stacked experts update bf16 and fp32 ones)",
+    "fp8_output_proj": "an LM head in FP8",
+    "fp8_dot_product_attention": "the products inside attention in FP8",
+    "fp8_multi_head_attention": "the products inside attention in FP8",
+    "moe_router_padding_for_quantization": "routing that is padded (the experts pad their rows)",
+    "moe_single_grouped_weight": "Transformer Engine's grouped parameter (experts are stacked)",
+    "use_transformer_engine_op_fuser": "Transformer Engine's operation fuser",
+    "delay_wgrad_compute": "delaying the weight gradients",
+    "overlap_dispatch_backward_with_experts_wgrad": "delaying the weight gradients of the experts",
 }

@@ -22,7 +22,8 @@ def training_flops_per_token(config: TrinityConfig, seq_length: int) -> float:
     """FLOPs of one token's forward and backward pass (a multiply-add is 2, backward twice forward).
 
     Counted: every matrix a token meets (gate, shared expert and LM head included; the embedding is
-    a lookup) and the two attention products, with windows.  Recomputation is not counted.
+    a lookup) and the two attention products, with windows.  Recomputation is not counted, and
+    documents that share a sequence count as one.
 
     Source: Large at 8192 is 91.3 GFLOP, 76.5 in matrices and 14.7 in attention.
     """

@@ -11,7 +11,6 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from trinity_megatron.config import TrinityConfig
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_TE_EXPERT = re.compile(r"^(.*\.experts\.linear_fc[12])\.weight(\d+)$")
 
 
 def initialize_parameters(model: list[MegatronModule]) -> list[MegatronModule]:
@@ -42,19 +41,15 @@ def _initialize(name: str, parameter: torch.Tensor, chunk: MegatronModule) -> No
     is_expert = ".mlp.experts." in name
     group = groups.expt_tp if is_expert else groups.tp
     sharded = getattr(parameter, "tensor_model_parallel", False)
-    first_expert = 0
     matrices: Iterable[torch.Tensor] = (parameter.data,)
     names = [name]
     if is_expert:
         num_local = (config.num_moe_experts or 1) // get_pg_size(groups.ep)
         first_expert = get_pg_rank(groups.ep) * num_local
-        if te := _TE_EXPERT.match(name):
-            names = [f"{te[1]}.weight.{first_expert + int(te[2])}"]
-        else:
-            matrices = parameter.data.unbind(0)
-            names = [f"{name}.{first_expert + index}" for index in range(num_local)]
+        matrices = parameter.data.unbind(0)
+        names = [f"{name}.{first_expert + index}" for index in range(num_local)]
     dim = getattr(parameter, "partition_dim", -1) - (parameter.dim() - 2)
-    # [gate | up] is cut in each half (Megatron: stride 2); TE does not state the stride.
+    # [gate | up] is cut in each half (Megatron: stride 2).
     stride = 2 if "linear_fc1" in name and config.gated_linear_unit else 1
     for matrix_name, matrix in zip(names, matrices, strict=True):
         shape = list(matrix.shape)

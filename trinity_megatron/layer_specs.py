@@ -28,7 +28,7 @@ from trinity_megatron.moe.experts import TrinityGroupedMLP
 from trinity_megatron.moe.finalize import finalize_model_grads
 from trinity_megatron.moe.moe_layer import TrinityMoELayer
 from trinity_megatron.moe.router import TrinityRouter
-from trinity_megatron.norms import TrinityRMSNorm
+from trinity_megatron.norms import TrinityRMSNorm, TrinityTENorm
 from trinity_megatron.transformer_layer import (
     TrinityTransformerLayer,
     TrinityTransformerLayerSubmodules,
@@ -96,9 +96,11 @@ class _Backend:
             self.experts: Any = TrinityGroupedMLP
         elif config.transformer_impl == "transformer_engine":
             self.provider = _transformer_engine_provider()
-            self.norm = self.provider.layer_norm(rms_norm=True)
+            from trinity_megatron.moe.te_experts import TrinityTEGroupedMLP
+
+            self.norm = TrinityTENorm
             self.core_attention = self.provider.core_attention()
-            self.experts = self.provider.grouped_mlp_modules(True)
+            self.experts = TrinityTEGroupedMLP
         else:
             raise ValueError(
                 f"transformer_impl={config.transformer_impl!r} has no Trinity layers. "

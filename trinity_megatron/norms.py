@@ -1,11 +1,14 @@
-"""RMSNorm of the ``local`` implementation.
+"""RMSNorm of the two implementations.
 
-Megatron's ``WrappedTorchNorm`` refuses sequence parallelism; this one marks its gain so that
-Megatron sums its gradient over the tensor-parallel ranks.
+Megatron's ``WrappedTorchNorm`` refuses sequence parallelism; the ``local`` one here marks its gain
+so that Megatron sums its gradient over the tensor-parallel ranks.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -39,3 +42,27 @@ class TrinityRMSNorm(torch.nn.Module):
             return F.rms_norm(hidden_states, shape, self.weight, self.eps)
         normed = F.rms_norm(hidden_states.float(), shape, self.weight.float(), self.eps)
         return normed.to(hidden_states.dtype)
+
+
+class TrinityTENorm:
+    """Builds Transformer Engine's RMSNorm, without the extra state that only it would have.
+
+    A norm computes nothing in FP8, so its extra state is empty; left in, a checkpoint of the
+    ``local`` implementation would lack a key.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> Any:
+        """Return the norm; see `TrinityRMSNorm` for the arguments."""
+        norm: Any = TENorm(config, hidden_size, eps)
+        norm._register_state_dict_hook(_drop_extra_state)
+        norm._register_load_state_dict_pre_hook(expect_no_extra_state)
+        return norm
+
+
+def _drop_extra_state(norm: torch.nn.Module, state_dict: dict, prefix: str, *args: object) -> None:
+    state_dict.pop(f"{prefix}_extra_state", None)
+
+
+def expect_no_extra_state(state_dict: dict, prefix: str, *args: object) -> None:
+    """A hook before loading: a Transformer Engine module need not find an extra state."""
+    state_dict.setdefault(f"{prefix}_extra_state", None)

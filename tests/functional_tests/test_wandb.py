@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from tests.functional_tests.launch import ROOT, SMALL, environment
+from trinity_megatron.flops import training_flops_per_token
+from trinity_megatron.presets import trinity_preset
 from trinity_megatron.tracking.run_log import RunLog
 from trinity_megatron.tracking.wandb_run import read_records
 
@@ -57,7 +59,13 @@ class Case:
 FILL = "dd if=/dev/zero of={folder}/fill bs=64k"
 CASES = (
     Case("undisturbed", {"WANDB_MODE": "disabled"}),
-    Case("killed", at=9, action="SIGKILL", has=6, flags="--save-interval 6"),
+    Case(
+        "killed",
+        at=9,
+        action="SIGKILL",
+        has=6,
+        flags="--save-interval 6 --log-throughput --log-timers-to-tensorboard",
+    ),
     Case("dead_server", DEAD_SERVER, says=("http://127.0.0.1:9", "refused", "offline", "sync")),
     Case("full", size="1m", action=FILL, says=("is full", "Remedy: ", "TensorBoard")),
     Case("fills", size="64m", at=7, action=FILL, has=5, says=("Its folder", "sync", "TensorBoard")),
@@ -208,6 +216,17 @@ def test_there_are_at_most_80_scalar_keys(results: dict[str, Result]) -> None:
     names = {name for name in names if not name.startswith("_")}  # wandb's own clock
     # None is a layer's: 60 layers have as many (the parity tests look at the names).
     assert 40 < len(names) <= 80, sorted(names)
+
+
+def test_throughput_is_our_count_of_flops(results: dict[str, Result]) -> None:
+    """Megatron's own count, which knows no windows, would be larger."""
+    resumed = results["resumed"]
+    config = trinity_preset("tiny", window_size=(15, 0), vocab_size=512)
+    flops = training_flops_per_token(config, 64) * 64 * 2  # of the two sequences of a batch
+    for row in (row for file in offline_files(resumed) for row in rows(file).values()):
+        if "iteration-time" in row:  # not in the first step after a start
+            assert row["throughput"] * row["iteration-time"] == pytest.approx(flops / 1e12)
+    assert "throughput per GPU (TFLOP/s/GPU)" in resumed.console
 
 
 def test_the_configuration_says_what_ran(results: dict[str, Result]) -> None:

@@ -19,8 +19,10 @@ LEVELS = {
     "host": 0,
     "version": 0,
     "process": 0,
+    "fp8": 0,
     "moe/expert_bias": 0,
     "moe/balance_loss": 0,
+    "moe/unstack": 0,
     "optimizer/newton_schulz": 0,
     "optimizer/syrk": 0,
     "optimizer/ownership": 0,
@@ -39,6 +41,7 @@ LEVELS = {
     "loss": 1,
     "moe/router": 1,
     "moe/experts": 1,
+    "moe/te_experts": 1,
     "moe/token_dispatcher": 1,
     "moe/moe_layer": 1,
     "moe/finalize": 1,
@@ -57,10 +60,11 @@ LEVELS = {
     "tracking/*": 2,
     # 3: Megatron's training.
     "training/*": 3,
+    "memory": 3,
     # 4: what a user starts.
-    "gpu_check": 4,
     "launcher": 4,
-    "cli": 4,
+    "gpu_check/*": 4,
+    "cli": 5,
 }
 OPTIONAL = ("transformer_engine", "apex", "wandb", "emerging_optimizers")
 MODULES = sorted(

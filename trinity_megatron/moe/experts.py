@@ -68,6 +68,20 @@ def _align(
     return F.pad(hidden_states, (0, d)), gate_and_up, F.pad(fc2, (0, ffn, 0, d))
 
 
+def mark_expert_weight(weight: torch.nn.Parameter, *, partition_dim: int, stride: int) -> None:
+    """Say how a stacked weight is cut over ranks.
+
+    Args:
+        weight: ``[num_local_experts, out, in]``.
+        partition_dim: Dimension that expert-tensor-parallel ranks divide.
+        stride: 2 where each rank has a part of both halves, gate and up.
+    """
+    set_tensor_model_parallel_attributes(weight, True, partition_dim, stride)
+    # The gradient goes to the expert-data-parallel group in every layout: with it the optimizer
+    # has the same parts with and without expert parallelism, and a checkpoint fits all.
+    weight.allreduce = False  # type: ignore[attr-defined]
+
+
 class _StackedLinear(torch.nn.Module):
     """Holds ``weight`` ``[num_local_experts, out, in]`` and how it is cut over ranks."""
 
@@ -86,10 +100,7 @@ class _StackedLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.empty(shape, dtype=config.params_dtype, device=device)
         )
-        set_tensor_model_parallel_attributes(self.weight, True, partition_dim, stride)
-        # The gradient goes to the expert-data-parallel group in every layout: with it the optimizer
-        # has the same parts with and without expert parallelism, and a checkpoint fits all.
-        self.weight.allreduce = False  # type: ignore[attr-defined]
+        mark_expert_weight(self.weight, partition_dim=partition_dim, stride=stride)
 
     def forward(self) -> torch.Tensor:
         """The weight.  Called, so that Megatron's hook waits for it to be gathered."""
@@ -150,47 +161,61 @@ class TrinityGroupedMLP(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """Describe the stacked weights as slices of ``[num_experts, out, in]``."""
-        axis = len(sharded_offsets)
-        expert_offset = (axis, self.ep_group.rank(), self.ep_group.size())
-        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
-        replica_id = (0, 0, self.dp_group.rank())
-        common: dict[str, Any] = {"replica_id": replica_id, "prepend_axis_num": axis}
+        return stacked_sharded_state_dict(self, prefix, sharded_offsets)
 
-        def build_gate_and_up(
-            key: str, tensor: torch.Tensor, replica_id: ReplicaId, flattened_range: slice | None
-        ) -> list[ShardedTensor]:
-            # The rank holds [its gate rows | its up rows]; the whole is [all gate | all up].
-            return [
-                ShardedTensor.from_rank_offsets(
-                    key,
-                    part,
-                    *sharded_offsets,
-                    expert_offset,
-                    (axis + 1, tp_rank + index * tp_size, 2 * tp_size),
-                    replica_id=replica_id,
-                    prepend_axis_num=axis,
-                )
-                for index, part in enumerate(tensor.chunk(2, dim=1))
-            ]
 
-        def merge_gate_and_up(parts: list[torch.Tensor]) -> torch.Tensor:
-            return torch.cat(parts, dim=1)
+def stacked_sharded_state_dict(
+    experts: Any, prefix: str, sharded_offsets: tuple
+) -> ShardedStateDict:
+    """Describe stacked weights as slices of ``[num_experts, out, in]``.
 
-        fc1_key, fc2_key = (f"{prefix}experts.{fc}.weight" for fc in ("linear_fc1", "linear_fc2"))
-        return {
-            f"{prefix}linear_fc1.weight": ShardedTensorFactory(
-                fc1_key,
-                self.linear_fc1.weight,
-                build_gate_and_up,
-                merge_gate_and_up,
-                replica_id,
-            ),
-            f"{prefix}linear_fc2.weight": ShardedTensor.from_rank_offsets(
-                fc2_key,
-                self.linear_fc2.weight,
+    Args:
+        experts: Has ``linear_fc1.weight``, ``linear_fc2.weight`` and the groups ``ep_group``,
+            ``tp_group`` and ``dp_group`` of experts.
+        prefix: Of the module's names.
+        sharded_offsets: Megatron's offsets of the axes that come before, e.g. the layers.
+    """
+    axis = len(sharded_offsets)
+    expert_offset = (axis, experts.ep_group.rank(), experts.ep_group.size())
+    tp_rank, tp_size = experts.tp_group.rank(), experts.tp_group.size()
+    replica_id = (0, 0, experts.dp_group.rank())
+    common: dict[str, Any] = {"replica_id": replica_id, "prepend_axis_num": axis}
+
+    def build_gate_and_up(
+        key: str, tensor: torch.Tensor, replica_id: ReplicaId, flattened_range: slice | None
+    ) -> list[ShardedTensor]:
+        # The rank holds [its gate rows | its up rows]; the whole is [all gate | all up].
+        return [
+            ShardedTensor.from_rank_offsets(
+                key,
+                part,
                 *sharded_offsets,
                 expert_offset,
-                (axis + 2, tp_rank, tp_size),
-                **common,
-            ),
-        }
+                (axis + 1, tp_rank + index * tp_size, 2 * tp_size),
+                replica_id=replica_id,
+                prepend_axis_num=axis,
+            )
+            for index, part in enumerate(tensor.chunk(2, dim=1))
+        ]
+
+    def merge_gate_and_up(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(parts, dim=1)
+
+    fc1_key, fc2_key = (f"{prefix}experts.{fc}.weight" for fc in ("linear_fc1", "linear_fc2"))
+    return {
+        f"{prefix}linear_fc1.weight": ShardedTensorFactory(
+            fc1_key,
+            experts.linear_fc1.weight,
+            build_gate_and_up,
+            merge_gate_and_up,
+            replica_id,
+        ),
+        f"{prefix}linear_fc2.weight": ShardedTensor.from_rank_offsets(
+            fc2_key,
+            experts.linear_fc2.weight,
+            *sharded_offsets,
+            expert_offset,
+            (axis + 2, tp_rank, tp_size),
+            **common,
+        ),
+    }

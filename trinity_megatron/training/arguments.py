@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.package_info import __version__ as megatron_version
 from megatron.training import global_vars
 from megatron.training.argument_utils import core_transformer_config_from_args
@@ -22,6 +23,7 @@ from trinity_megatron.checkpoint.torch_dist import TRACKER_NAME
 from trinity_megatron.config import ARGUMENT_DEST, TRINITY_ARCHITECTURE, TrinityConfig
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.dataset import DataManifest, load_manifest
+from trinity_megatron.fp8 import check_fp8, fp8_defaults
 from trinity_megatron.host import is_cpu_host
 from trinity_megatron.moe.expert_bias import BIAS_RULES
 from trinity_megatron.optimizer.builder import (
@@ -266,7 +268,8 @@ def _host_arguments() -> dict[str, Any]:
             num_workers=0,
         )
     else:
-        values.update(bf16=True, moe_grouped_gemm=True)
+        # No recipe asked for: the best that this GPU runs (Megatron's own default is "delayed").
+        values.update(bf16=True, moe_grouped_gemm=True, fp8_recipe=None)
     return values
 
 
@@ -285,6 +288,8 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
         _refuse_cuda_only(args)
     _check_parallel_sizes(args)
     _fit_micro_batch(args, args.world_size)
+    if not is_cpu_host():
+        _finish_fp8(args)
     _fit_schedule(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)
@@ -387,6 +392,17 @@ def _refuse_cuda_only(args: argparse.Namespace) -> None:
             f"--cuda-graph-impl {args.cuda_graph_impl} needs a CUDA device, and torch finds none "
             "on this machine. Remedy: drop --cuda-graph-impl."
         )
+
+
+def _finish_fp8(args: argparse.Namespace) -> None:
+    """Give FP8 Trinity's defaults on this GPU, and refuse what it cannot run."""
+    capability = torch.cuda.get_device_capability()
+    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+    cuda = (int(major), int(minor))
+    line = fp8_defaults(args, capability, cuda=cuda)
+    check_fp8(args, capability, cuda=cuda)
+    if line:
+        print_rank_0(f"> {line}")
 
 
 def _check_parallel_sizes(args: argparse.Namespace) -> None:

@@ -58,15 +58,22 @@ class StepMetrics:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Stand around Megatron's training step and its MoE metrics while the block runs."""
+        """Stand around Megatron's training step and its MoE metrics while the block runs.
+
+        Megatron's own count of FLOPs, which its log, its checkpoints and ``--log-throughput``
+        read, gives way to ours: it knows no windows.
+        """
         remove = observe_bias_updates(self._observe)
         train_step, tracker = training.train_step, get_moe_metrics_tracker()
+        count_flops = training.num_floating_point_operations
         training.train_step = self._around(train_step)
+        training.num_floating_point_operations = self._count_flops
         set_moe_metrics_tracker(_LoggingStepTracker())
         try:
             yield
         finally:
             training.train_step = train_step
+            training.num_floating_point_operations = count_flops
             set_moe_metrics_tracker(tracker)
             remove()
             STATISTICS.is_collecting = False
@@ -97,6 +104,20 @@ class StepMetrics:
             return result
 
         return wrapper
+
+    def _count_flops(
+        self,
+        args: Any,
+        batch_size: int,
+        seqlen_squared_sum_in_batch: float | None = None,
+        total_real_tokens_in_batch: float | None = None,
+    ) -> float:
+        """FLOPs of a global batch, in the place of Megatron's function of that name.
+
+        The squares of the document lengths are not used: behind a window they say nothing.
+        """
+        tokens = total_real_tokens_in_batch or batch_size * args.seq_length
+        return tokens * training_flops_per_token(self.config, args.seq_length)
 
     def _observe(self, update: BiasUpdate) -> None:
         self._update = update
