@@ -7,7 +7,9 @@ a context-parallel rank is a block that starts later, and so is the last token o
 
 All blocks of a layer share one mask of the shape of a single block.  Compared with one causal call
 over all keys, this is 2.8 times as fast on a CPU for a window of a quarter of the sequence, and 1.6
-times for a global layer, because torch's CPU kernel skips masked keys only in steps of 512.
+times for a global layer, because torch's CPU kernel skips masked keys only in steps of 512.  On a
+GPU the same is one kernel: plain causal attention in flash attention, everything else in
+FlexAttention (``flex_attention.py``); the blocks serve where that cannot be compiled.
 """
 
 import functools
@@ -24,8 +26,15 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from megatron.core.utils import get_pg_rank, get_pg_size
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.weak import WeakIdKeyDictionary
 
+from trinity_megatron.flex_attention import (
+    fused_attention,
+    has_fused_attention,
+    key_ranges,
+    range_block_mask,
+)
 from trinity_megatron.tracking.statistics import STATISTICS
 
 # Rows of a block.  CPU: 64 was the fastest, or within 7% of it, of 32, 64, 128 and 256 for windows
@@ -437,6 +446,9 @@ class TrinityDotProductAttention(MegatronModule):
             )
         if query.is_cuda and window is None and list(segments) == [Segment(0, num_keys)]:
             return causal_attention(query, key, value, scale=scale)
+        if has_fused_attention(query):
+            block_mask = _block_mask(tuple(segments), num_keys, window, query.device)
+            return fused_attention(query, key, value, block_mask, scale=scale)
         return blocked_attention(
             query,
             key,
@@ -446,6 +458,15 @@ class TrinityDotProductAttention(MegatronModule):
             scale=scale,
             block_rows=_BLOCK_ROWS.get(query.device.type, _BLOCK_ROWS_OF_ACCELERATORS),
         )
+
+
+# A step needs two, for local and global layers; documents bring new ones with every micro-batch.
+@functools.lru_cache(maxsize=8)
+def _block_mask(
+    segments: tuple[Segment, ...], num_keys: int, window: int | None, device: torch.device
+) -> BlockMask:
+    with torch.inference_mode(False):
+        return range_block_mask(key_ranges(segments, window=window, device=device), num_keys)
 
 
 class _KeyRanges(torch.autograd.Function):

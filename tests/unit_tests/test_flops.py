@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 class CountedProducts(TorchDispatchMode):
-    """Counts 2 m k n of every matrix product below autograd, those of the backward pass included."""
+    """Counts 2 m k n of every matrix product, those of the backward pass included."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,9 +5,11 @@ import itertools
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from packaging.version import Version
 
 from trinity_megatron.fp8 import FP8_RECIPES, check_fp8, fp8_defaults, supported_recipes
@@ -240,3 +242,32 @@ def test_table_equals_transformer_engine(gpu: str, monkeypatch: pytest.MonkeyPat
     for name, make in classes.items():
         size = quantization.get_align_size_for_quantization(make())
         assert FP8_RECIPES[name].multiple == size
+
+
+@pytest.mark.parametrize(
+    ("saved", "is_refused"),
+    [
+        ({"fp8": None, "fp8_recipe": "delayed"}, True),
+        ({"fp8": "hybrid", "fp8_recipe": "blockwise"}, True),
+        ({}, True),  # converted from Hugging Face
+        ({"fp8": "hybrid", "fp8_recipe": "delayed"}, False),
+    ],
+)
+def test_delayed_scaling_starts_from_its_own_checkpoints(
+    saved: dict[str, Any], is_refused: bool, one_rank: None, tmp_path: Path
+) -> None:
+    from megatron.core import dist_checkpointing
+
+    from trinity_megatron.training.arguments import check_delayed_scales
+
+    folder = tmp_path / "iter_0000007"
+    folder.mkdir()
+    state = {"args": Namespace(**saved), "x": torch.zeros(1)}
+    state["x"] = dist_checkpointing.ShardedTensor.from_rank_offsets("x", state["x"])
+    dist_checkpointing.save(state, str(folder))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    if is_refused:
+        with pytest.raises(ValueError, match=r"--load .*Remedy: --fp8-recipe tensorwise"):
+            check_delayed_scales(str(tmp_path))
+    else:
+        check_delayed_scales(str(tmp_path))

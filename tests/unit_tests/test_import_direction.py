@@ -20,6 +20,7 @@ LEVELS = {
     "version": 0,
     "process": 0,
     "fp8": 0,
+    "flex_attention": 0,
     "moe/expert_bias": 0,
     "moe/balance_loss": 0,
     "moe/unstack": 0,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.package_info import __version__ as megatron_version
 from megatron.training import global_vars
 from megatron.training.argument_utils import core_transformer_config_from_args
@@ -19,7 +20,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.utils import print_rank_0
 
 from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME
-from trinity_megatron.checkpoint.torch_dist import TRACKER_NAME
+from trinity_megatron.checkpoint.torch_dist import TRACKER_NAME, find_checkpoint
 from trinity_megatron.config import ARGUMENT_DEST, TRINITY_ARCHITECTURE, TrinityConfig
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.dataset import DataManifest, load_manifest
@@ -320,6 +321,25 @@ def _check_checkpoints(args: argparse.Namespace) -> None:
                 f"{flag} {folder} holds no checkpoint (no {TRACKER_NAME}). "
                 "Remedy: name what --save was, or what trinity-megatron convert --to-megatron made."
             )
+    if args.fp8 and args.fp8_recipe == "delayed":
+        for flag, folder in (("--load", args.load), *starts.items()):
+            if folder and Path(folder, TRACKER_NAME).is_file():
+                check_delayed_scales(folder, flag=flag)
+
+
+def check_delayed_scales(folder: str, *, flag: str = "--load") -> None:
+    """Refuse to start delayed scaling from a checkpoint without its past values.
+
+    Raises:
+        ValueError: Names the checkpoint and the recipe that needs no past.
+    """
+    saved = load_common_state_dict(str(find_checkpoint(Path(folder)))).get("args")
+    if not (getattr(saved, "fp8", None) and getattr(saved, "fp8_recipe", None) == "delayed"):
+        raise ValueError(
+            f"--fp8-recipe delayed cannot start from {flag} {folder}: it was not saved with that "
+            "recipe and holds no past values to scale by. Remedy: --fp8-recipe tensorwise, which "
+            "needs none and runs on the same GPUs."
+        )
 
 
 def _vocabulary_of_checkpoint(args: argparse.Namespace, manifest: DataManifest | None) -> int:
