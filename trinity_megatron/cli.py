@@ -205,9 +205,8 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 def _add_gpu_check(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "gpu-check",
-        help="check the GPUs of this machine",
-        description="Check the GPUs of this machine and the software for them.",
-        add_help=False,
+        help="check what this machine's GPU computes, and how fast",
+        add_help=False,  # the suite has a parser of its own
         allow_abbrev=False,
     )
     parser.set_defaults(command=_gpu_check, takes_further_flags=True)
@@ -307,9 +306,9 @@ def _report(args: argparse.Namespace, others: Sequence[str]) -> int:
 
 
 def _gpu_check(args: argparse.Namespace, others: Sequence[str]) -> int:
-    from trinity_megatron import gpu_check
+    from trinity_megatron.gpu_check import main as suite
 
-    return gpu_check.main(others)
+    return suite.main(others)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import logging
 import math
 import os
@@ -256,8 +257,8 @@ def _host_arguments() -> dict[str, Any]:
     """What a host without a GPU (or without NVIDIA's extensions) has to do without."""
     values: dict[str, Any] = {
         "transformer_impl": "local",
-        # Both are extensions of apex or Transformer Engine, which are optional.
-        "gradient_accumulation_fusion": False,
+        # Both are extensions of apex, which is optional.
+        "gradient_accumulation_fusion": _has_fused_gradients(),
         "no_persist_layer_norm": True,
     }
     if is_cpu_host():
@@ -272,6 +273,12 @@ def _host_arguments() -> dict[str, Any]:
         # No recipe asked for: the best that this GPU runs (Megatron's own default is "delayed").
         values.update(bf16=True, moe_grouped_gemm=True, fp8_recipe=None)
     return values
+
+
+def _has_fused_gradients() -> bool:
+    """Whether weight gradients can be added to the fp32 buffer by the product that makes them."""
+    extension = "fused_weight_gradient_mlp_cuda"  # of apex; Megatron's LM head asks for it
+    return not is_cpu_host() and importlib.util.find_spec(extension) is not None
 
 
 def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
