@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.functional_tests.launch import Job, train
+from tests.functional_tests.launch import ADAM, Job, train
 from trinity_megatron.tracking.run_log import BIAS_TAG, TOKENS_TAG, RunLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -22,12 +22,14 @@ WHOLE = "--train-iters 20"
 HALF = f"{WHOLE} --exit-interval 10"
 EP2 = "--expert-model-parallel-size 2"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+# torch's AdamW, sharded by Megatron's distributed optimizer.
+SHARDED_ADAM = f"{' '.join(ADAM)} --use-distributed-optimizer --num-layers 2"
 
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("resume")
-    names = ("whole", "half", "ep2", "longer", "bf16_whole", "bf16_half")
+    names = ("whole", "half", "ep2", "longer", "bf16_whole", "bf16_half", "adam_whole", "adam_half")
     ckpt = {name: folder / f"{name}_checkpoints" for name in names}
     first = [
         (
@@ -37,6 +39,8 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
                 Job("half", HALF, ckpt["half"]),
                 Job("bf16_whole", f"{WHOLE} --bf16", ckpt["bf16_whole"]),
                 Job("bf16_half", f"{HALF} --bf16", ckpt["bf16_half"]),
+                Job("adam_whole", f"{WHOLE} {SHARDED_ADAM}", ckpt["adam_whole"]),
+                Job("adam_half", f"{HALF} {SHARDED_ADAM}", ckpt["adam_half"]),
             ],
         ),
         (2, [Job("ep2_half", f"{HALF} {EP2}", ckpt["ep2"])]),
@@ -51,6 +55,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
             [
                 Job("half", WHOLE, ckpt["half"]),
                 Job("bf16_half", f"{WHOLE} --bf16", ckpt["bf16_half"]),
+                Job("adam_half", f"{WHOLE} {SHARDED_ADAM}", ckpt["adam_half"]),
                 Job("longer", "--train-iters 13 --save-interval 100", ckpt["longer"]),
                 Job("ep2_on_one", f"{WHOLE} {load}"),
             ],
@@ -67,9 +72,9 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     return SimpleNamespace(logs=logs, checkpoints=ckpt)
 
 
-@pytest.mark.parametrize("precision", ["", "bf16_"])
-def test_losses_are_equal_bit_for_bit(precision: str, runs: SimpleNamespace) -> None:
-    whole, resumed = runs.logs[f"{precision}whole"], runs.logs[f"{precision}half"]
+@pytest.mark.parametrize("kind", ["", "bf16_", "adam_"])
+def test_losses_are_equal_bit_for_bit(kind: str, runs: SimpleNamespace) -> None:
+    whole, resumed = runs.logs[f"{kind}whole"], runs.logs[f"{kind}half"]
     for tag in ("lm loss", "grad-norm", "learning-rate"):
         assert list(whole.scalars(tag)) == list(range(1, 21))
         assert resumed.scalars(tag) == whole.scalars(tag), tag
@@ -116,6 +121,14 @@ def test_checkpoints_are_equal_bit_for_bit(runs: SimpleNamespace) -> None:
     ):
         found = [tensor for name, tensor in whole.items() if part in name]
         assert found and all(tensor.abs().max() > 0 for tensor in found), (part, sorted(whole))
+
+
+def test_a_sharded_adam_is_saved_and_loaded_whole(runs: SimpleNamespace) -> None:
+    whole = read_tensors(runs.checkpoints["adam_whole"] / "iter_0000020")
+    resumed = read_tensors(runs.checkpoints["adam_half"] / "iter_0000020")
+    assert set(whole) == set(resumed)
+    assert not [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert any("exp_avg_sq" in name for name in whole)
 
 
 def test_bf16_training_keeps_the_balance_in_fp32(runs: SimpleNamespace) -> None:

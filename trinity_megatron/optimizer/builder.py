@@ -19,7 +19,11 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 
-from trinity_megatron.optimizer.distributed import SkippingOptimizer, build_sharded
+from trinity_megatron.optimizer.distributed import (
+    ResumableDistributedOptimizer,
+    SkippingOptimizer,
+    build_sharded,
+)
 from trinity_megatron.optimizer.layout import align_expert_buffers
 from trinity_megatron.optimizer.muon import SCALES, Muon
 from trinity_megatron.optimizer.newton_schulz import COEFFICIENTS, coefficient_schedule
@@ -60,6 +64,7 @@ _REFUSED = {
 def register_muon() -> None:
     """Make our Muon what ``--optimizer muon`` means.  Call it before the optimizer is built.
 
+    AdamW's distributed optimizer is mended too where it is torch's.
     Changes names of ``megatron.core.optimizer``, each once; a second call changes nothing.
     """
     entries = registry._EMERGING_OPTIMIZERS
@@ -85,6 +90,8 @@ def register_muon() -> None:
         core_optimizer._get_megatron_emerging_optimizer
     )
     align_expert_buffers()
+    if core_optimizer.Adam is torch.optim.AdamW:  # neither Transformer Engine nor apex
+        core_optimizer.DistributedOptimizer = ResumableDistributedOptimizer
 
 
 def muon_param_overrides(config: Any) -> dict[ParamKey, ParamGroupOverride]:

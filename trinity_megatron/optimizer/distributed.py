@@ -67,22 +67,11 @@ class ShardedMuonOptimizer(SkippingOptimizer):
         return done
 
 
-class ShardedOptimizer(DistributedOptimizer):
-    """Megatron's distributed optimizer around `Muon` or AdamW.
+class ResumableDistributedOptimizer(DistributedOptimizer):
+    """Megatron's distributed optimizer, which saves and loads torch's AdamW too.
 
-    Attributes:
-        is_expert: Whether its parameters are routed experts.
+    Megatron's own knows the AdamW of Transformer Engine and of apex only.
     """
-
-    is_expert: bool
-
-    @property
-    def optimizer_state_keys(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if isinstance(self.optimizer, Muon) else ADAM_STATE_KEYS
-
-    def _get_state_key_dtype(self, key: str) -> torch.dtype:
-        muon = isinstance(self.optimizer, Muon)
-        return self.optimizer.momentum_dtype if muon else torch.float32
 
     def state_dict(self) -> dict[str, Any]:
         """The groups, with Adam's step; before the first step too, where Megatron's asserts."""
@@ -106,6 +95,24 @@ class ShardedOptimizer(DistributedOptimizer):
     def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: Any) -> None:
         # torch's AdamW has its step among the tensors; Megatron reads it from the groups instead.
         super()._set_main_param_and_optimizer_states(model_param, {"step": None, **tensors})
+
+
+class ShardedOptimizer(ResumableDistributedOptimizer):
+    """Megatron's distributed optimizer around `Muon` or AdamW.
+
+    Attributes:
+        is_expert: Whether its parameters are routed experts.
+    """
+
+    is_expert: bool
+
+    @property
+    def optimizer_state_keys(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if isinstance(self.optimizer, Muon) else ADAM_STATE_KEYS
+
+    def _get_state_key_dtype(self, key: str) -> torch.dtype:
+        muon = isinstance(self.optimizer, Muon)
+        return self.optimizer.momentum_dtype if muon else torch.float32
 
 
 def build_sharded(
