@@ -15,12 +15,14 @@ from results import (
     LABELS,
     SEARCH_SEED,
     Comparison,
+    Rates,
     Run,
-    best_runs,
     compare,
+    final_runs,
     find_best,
     mean_curve,
     read_run,
+    searched,
 )
 
 # Okabe and Ito's colors, which the common kinds of color blindness tell apart.
@@ -38,7 +40,7 @@ def draw_study(runs: Sequence[Run], out: Path) -> Path:
     Returns:
         The picture.
     """
-    best = {name: best_runs(runs, name, find_best(runs, name).lr) for name in LABELS}
+    best = {name: final_runs(runs, name) for name in LABELS}
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     curves, search = figure.subplots(1, 2, width_ratios=(3, 2))
     for axis in (curves, search):
@@ -47,7 +49,7 @@ def draw_study(runs: Sequence[Run], out: Path) -> Path:
         axis.set_axisbelow(True)
     _draw_curves(curves, best)
     _draw_target(curves, compare(best["adam"], best["muon"], 1.0))
-    _draw_search(search, runs, {name: chosen[0].lr for name, chosen in best.items()})
+    _draw_search(search, runs)
     figure.savefig(out / PICTURE, dpi=150)
     return out / PICTURE
 
@@ -57,7 +59,7 @@ def _draw_curves(axis: Axes, best: dict[str, list[Run]]) -> None:
     for name, chosen in best.items():
         for run in chosen:
             axis.plot(run.steps, run.losses, color=COLORS[name], linewidth=0.7, alpha=0.6)
-        label = f"{LABELS[name]}, learning rate {chosen[0].lr:g}"
+        label = f"{LABELS[name]}, learning rates {chosen[0].rates}"
         axis.plot(*mean_curve(chosen), color=COLORS[name], linewidth=2, label=label)
     # The first evaluation is so far above the others that it would flatten them.
     axis.set_ylim(top=max(run.losses[:2][-1] for chosen in best.values() for run in chosen) + 0.1)
@@ -84,20 +86,16 @@ def _draw_target(axis: Axes, target: Comparison) -> None:
     )
 
 
-def _draw_search(axis: Axes, runs: Sequence[Run], best: dict[str, float]) -> None:
+def _draw_search(axis: Axes, runs: Sequence[Run]) -> None:
     """Final loss of the search over the learning rate; the chosen one is filled."""
     for name in LABELS:
-        mine = [run for run in runs if run.optimizer == name and run.seed == SEARCH_SEED]
-        mine.sort(key=lambda run: run.lr)
-        final = [run.losses[-1] for run in mine]
-        axis.plot([run.lr for run in mine], final, color=COLORS[name], linewidth=1.5)
-        for run in mine:
-            is_best = run.lr == best[name]
-            face = COLORS[name] if is_best else "white"
-            axis.plot(run.lr, run.losses[-1], "o", color=COLORS[name], markerfacecolor=face)
+        best = find_best(runs, name)
+        for run in searched(runs, name):
+            face = COLORS[name] if run is best else "white"
+            axis.plot(run.rates.lr, run.losses[-1], "o", color=COLORS[name], markerfacecolor=face)
             axis.annotate(
-                f"{run.lr:g}",
-                (run.lr, run.losses[-1]),
+                str(run.rates),
+                (run.rates.lr, run.losses[-1]),
                 xytext=(0, -14),
                 textcoords="offset points",
                 ha="center",
@@ -108,15 +106,22 @@ def _draw_search(axis: Axes, runs: Sequence[Run], best: dict[str, float]) -> Non
     axis.margins(0.12, 0.12)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel("learning rate")
-    axis.set_ylabel(f"final validation loss, seed {SEARCH_SEED}")
+    axis.set_xlabel("learning rate of the hidden layers")
+    axis.set_ylabel(f"validation loss at the end of the search, seed {SEARCH_SEED}")
 
 
 def main(out: Path) -> None:
     """Draw the study that ``results.json`` in the folder describes."""
     content = json.loads((out / "results.json").read_text())
     runs = [
-        read_run(out, entry["optimizer"], entry["lr"], entry["seed"]) for entry in content["runs"]
+        read_run(
+            out,
+            entry["phase"],
+            entry["optimizer"],
+            Rates(entry["lr"], entry["decoupled_lr"]),
+            entry["seed"],
+        )
+        for entry in content["runs"]
     ]
     draw_study(runs, out)
 

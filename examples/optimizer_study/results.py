@@ -7,18 +7,35 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from trinity_megatron.tracking.run_log import RunLog
 
 LABELS = {"muon": "Muon", "adam": "AdamW"}
-# The learning rates are searched on this seed.
+# The learning rates are searched on this seed, in runs that may be shorter than the final ones.
 SEARCH_SEED = 1
+SEARCH, FINAL = "search", "final"
 # Muon should need at most this part of AdamW's steps to AdamW's final loss.
 LIMIT = 0.7
 # The targets: mean validation loss of AdamW after these parts of its steps.  The last one decides.
 SHARES = (0.5, 0.75, 1.0)
+
+
+class Rates(NamedTuple):
+    """Learning rates of a run.
+
+    Attributes:
+        lr: Of the hidden layers.
+        decoupled_lr: Of the embedding and the head, and under Muon of all else that AdamW updates.
+    """
+
+    lr: float
+    decoupled_lr: float
+
+    def __str__(self) -> str:
+        return f"{self.lr:g} / {self.decoupled_lr:g}"
 
 
 @dataclass(frozen=True)
@@ -26,15 +43,17 @@ class Run:
     """One training run.
 
     Attributes:
+        phase: :data:`SEARCH` or :data:`FINAL`.
         optimizer: A key of :data:`LABELS`.
-        lr: Peak learning rate.
+        rates: Its learning rates.
         seed: Of the initial weights and of the order of the data.
         steps: Steps after which it was evaluated, ``[num_evaluations]``.
         losses: Validation losses in nats per token, ``[num_evaluations]``.
     """
 
+    phase: str
     optimizer: str
-    lr: float
+    rates: Rates
     seed: int
     steps: np.ndarray
     losses: np.ndarray
@@ -64,25 +83,26 @@ class Comparison:
         return {seed: steps / self.adam_steps for seed, steps in self.seed_steps.items()}
 
 
-def run_folder(out: Path, optimizer: str, lr: float, seed: int) -> Path:
+def run_folder(out: Path, phase: str, optimizer: str, rates: Rates, seed: int) -> Path:
     """Where a run of the study lies."""
-    return out / optimizer / f"lr_{lr:g}" / f"seed_{seed}"
+    return out / phase / optimizer / f"lr_{rates.lr:g}_{rates.decoupled_lr:g}" / f"seed_{seed}"
 
 
-def read_run(out: Path, optimizer: str, lr: float, seed: int) -> Run:
+def read_run(out: Path, phase: str, optimizer: str, rates: Rates, seed: int) -> Run:
     """Read a complete run from its log.
 
     Raises:
         FileNotFoundError: There is no log.
         ValueError: It has no validation loss.
     """
-    folder = run_folder(out, optimizer, lr, seed)
+    folder = run_folder(out, phase, optimizer, rates, seed)
     losses = RunLog(folder / "tensorboard").scalars("lm loss validation")
     if not losses:
         raise ValueError(
             f"{folder} has no validation loss. Remedy: remove it and start the study again."
         )
-    return Run(optimizer, lr, seed, np.array(list(losses)), np.array(list(losses.values())))
+    steps, values = np.array(list(losses)), np.array(list(losses.values()))
+    return Run(phase, optimizer, rates, seed, steps, values)
 
 
 def steps_to_reach(steps: np.ndarray, losses: np.ndarray, target: float) -> float:
@@ -114,7 +134,7 @@ def compare(adam: Sequence[Run], muon: Sequence[Run], share: float) -> Compariso
     """Compare steps to the mean loss that AdamW has after a part of its steps.
 
     Args:
-        adam: Seeds of AdamW at its best learning rate.
+        adam: Seeds of AdamW at its best learning rates.
         muon: Seeds of Muon at its own.
         share: The part; the last evaluation up to there counts.
     """
@@ -138,18 +158,25 @@ def find_best(runs: Sequence[Run], optimizer: str) -> Run:
     """The run of the search with the lowest final validation loss.
 
     Raises:
-        ValueError: Its learning rate is the first or last of several: a better one may lie beyond.
+        ValueError: Its learning rate is the lowest or highest of several: a better one may lie
+            beyond.
     """
-    searched = [run for run in runs if run.optimizer == optimizer and run.seed == SEARCH_SEED]
-    best = min(searched, key=lambda run: run.losses[-1])
-    rates = sorted(run.lr for run in searched)
-    if len(rates) > 1 and best.lr in (rates[0], rates[-1]):
+    found = searched(runs, optimizer)
+    best = min(found, key=lambda run: run.losses[-1])
+    lrs = sorted({run.rates.lr for run in found})
+    if len(lrs) > 1 and best.rates.lr in (lrs[0], lrs[-1]):
         raise ValueError(
-            f"{LABELS[optimizer]}'s best learning rate, {best.lr:g}, is at the edge of those "
-            f"searched, {rates[0]:g} to {rates[-1]:g}. Remedy: add one beyond it to "
-            f"--{optimizer}-lrs, and one to the other optimizer's; what is trained is kept."
+            f"{LABELS[optimizer]}'s best learning rate, {best.rates.lr:g}, is at the edge of those "
+            f"searched, {lrs[0]:g} to {lrs[-1]:g}. Remedy: add a pair beyond it to "
+            f"--{optimizer}-rates, and one to the other optimizer's; what is trained is kept."
         )
     return best
+
+
+def searched(runs: Sequence[Run], optimizer: str) -> list[Run]:
+    """The runs of an optimizer's search, by learning rates."""
+    mine = [run for run in runs if (run.phase, run.optimizer) == (SEARCH, optimizer)]
+    return sorted(mine, key=lambda run: run.rates)
 
 
 def write_results(runs: Sequence[Run], out: Path, *, settings: Mapping[str, object]) -> str:
@@ -163,16 +190,17 @@ def write_results(runs: Sequence[Run], out: Path, *, settings: Mapping[str, obje
     Returns:
         The content of ``results.md``.
     """
-    best = {name: find_best(runs, name).lr for name in LABELS}
-    adam, muon = (best_runs(runs, name, best[name]) for name in ("adam", "muon"))
+    best = {name: find_best(runs, name).rates for name in LABELS}
+    adam, muon = (final_runs(runs, name) for name in ("adam", "muon"))
     comparisons = [compare(adam, muon, share) for share in SHARES]
     content = {
         "settings": dict(settings),
-        "best_lr": best,
+        "best": {name: rates._asdict() for name, rates in best.items()},
         "runs": [
             {
+                "phase": run.phase,
                 "optimizer": run.optimizer,
-                "lr": run.lr,
+                **run.rates._asdict(),
                 "seed": run.seed,
                 "steps": run.steps.tolist(),
                 "validation_loss": run.losses.tolist(),
@@ -190,9 +218,9 @@ def write_results(runs: Sequence[Run], out: Path, *, settings: Mapping[str, obje
     return text
 
 
-def best_runs(runs: Sequence[Run], optimizer: str, lr: float) -> list[Run]:
-    """All seeds of an optimizer at a learning rate."""
-    return [run for run in runs if (run.optimizer, run.lr) == (optimizer, lr)]
+def final_runs(runs: Sequence[Run], optimizer: str) -> list[Run]:
+    """All seeds of an optimizer at its best learning rates."""
+    return [run for run in runs if (run.phase, run.optimizer) == (FINAL, optimizer)]
 
 
 def statement(comparison: Comparison) -> str:
@@ -224,27 +252,31 @@ def _content(comparison: Comparison) -> dict[str, object]:
     }
 
 
-def _search_table(runs: Sequence[Run], best: Mapping[str, float]) -> list[str]:
-    """Lines of a markdown table: final validation loss at every learning rate of the search."""
-    lines = ["| optimizer | learning rate: final validation loss, one seed |", "|---|---|"]
+def _search_table(runs: Sequence[Run], best: Mapping[str, Rates]) -> list[str]:
+    """Lines of a markdown table: validation loss at the end of every run of the search."""
+    last = searched(runs, "muon")[0].steps[-1]
+    lines = [
+        f"| optimizer | learning rates (hidden layers / embedding and head): validation loss after "
+        f"{last} steps, one seed |",
+        "|---|---|",
+    ]
     for name, label in LABELS.items():
-        searched = [run for run in runs if run.optimizer == name and run.seed == SEARCH_SEED]
         cells = []
-        for run in sorted(searched, key=lambda run: run.lr):
-            cell = f"{run.lr:g}: {run.losses[-1]:.3f}"
-            cells.append(f"**{cell}**" if run.lr == best[name] else cell)
+        for run in searched(runs, name):
+            cell = f"{run.rates}: {run.losses[-1]:.3f}"
+            cells.append(f"**{cell}**" if run.rates == best[name] else cell)
         lines.append(f"| {label} | {' &nbsp; '.join(cells)} |")
     return lines
 
 
 def _final_table(adam: Sequence[Run], muon: Sequence[Run]) -> list[str]:
-    lines = ["| optimizer | learning rate | final validation loss, mean | each seed |"]
+    lines = ["| optimizer | learning rates | final validation loss, mean | each seed |"]
     lines.append("|---|---|---|---|")
     for runs in (muon, adam):
         final = [run.losses[-1] for run in runs]
         each = ", ".join(f"{loss:.3f}" for loss in final)
         name = LABELS[runs[0].optimizer]
-        lines.append(f"| {name} | {runs[0].lr:g} | {np.mean(final):.3f} | {each} |")
+        lines.append(f"| {name} | {runs[0].rates} | {np.mean(final):.3f} | {each} |")
     return lines
 
 

@@ -1,11 +1,11 @@
 """Train the tiny preset with Muon and with AdamW, and compare the steps to the same loss.
 
     python examples/optimizer_study/run.py
-    python examples/optimizer_study/run.py --seeds 5 --adam-lrs 1e-3 2e-3 4e-3 8e-3 1.6e-2
+    python examples/optimizer_study/run.py --seeds 5 --steps 400
 
-First a search, as many learning rates for one as for the other on one seed, then all seeds at the
-best of each.  A run that is complete is not trained again.  Any further flag goes to Megatron, for
-all runs alike.
+First a search, as many pairs of learning rates for one as for the other on one seed, then all seeds
+at the best of each.  A run that is complete is not trained again.  Any further flag goes to
+Megatron, for all runs alike.
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from plot import draw_study
-from results import LABELS, SEARCH_SEED, Run, find_best, read_run, run_folder, write_results
+from results import (
+    FINAL,
+    LABELS,
+    SEARCH,
+    SEARCH_SEED,
+    Rates,
+    Run,
+    find_best,
+    read_run,
+    run_folder,
+    write_results,
+)
 
 from trinity_megatron.launcher import (
     build_environment,
@@ -33,10 +44,16 @@ from trinity_megatron.launcher import (
     single_rank_environment,
 )
 
-# Factors of two around where each is expected, as many for one as for the other.
-MUON_LRS = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
-ADAM_LRS = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-EVAL_ITERS = 8
+# Around where each is expected, as many for one as for the other: the learning rate of the hidden
+# layers in factors of two, and at the middle one another rate for the embedding and the head.
+MUON_RATES = tuple(
+    Rates(*pair) for pair in ((0.02, 0.024), (0.04, 0.012), (0.04, 0.024), (0.08, 0.024))
+)
+ADAM_RATES = tuple(
+    Rates(*pair) for pair in ((0.004, 0.012), (0.008, 0.008), (0.008, 0.016), (0.016, 0.016))
+)
+MUON_FLAGS = "--muon-nesterov"
+BATCH_SIZE, EVAL_ITERS = 32, 2
 COMPLETE_NAME, LOG_NAME = "complete.json", "train.log"
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -46,15 +63,17 @@ class Job:
     """A run to train.
 
     Attributes:
+        phase: ``SEARCH`` or ``FINAL``.
         optimizer: Key of ``LABELS``.
-        lr: Its learning rate.
+        rates: Its learning rates.
         seed: Of the initial weights and of the order of the data.
         folder: Where it goes.
         flags: Of ``trinity-megatron train``, without ``--out``.
     """
 
+    phase: str
     optimizer: str
-    lr: float
+    rates: Rates
     seed: int
     folder: Path
     flags: tuple[str, ...]
@@ -111,15 +130,34 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/optimizer_study"), metavar="DIR")
     add("--data", type=Path, metavar="DIR", help="folder of prepare-data (default: make one)")
-    add("--muon-lrs", nargs="+", type=float, default=MUON_LRS, metavar="LR", help="to search")
-    add("--adam-lrs", nargs="+", type=float, default=ADAM_LRS, metavar="LR", help="as many")
-    add("--muon-flags", default="", metavar="FLAGS", help='of Muon alone: --muon-flags="--x y"')
+    for name, default in (("muon", MUON_RATES), ("adam", ADAM_RATES)):
+        add(
+            f"--{name}-rates",
+            nargs="+",
+            type=_rates,
+            default=default,
+            metavar="LR:DECOUPLED_LR",
+            help="learning rates of the hidden layers, and of embedding and head, to search",
+        )
+    add(
+        "--muon-flags",
+        default=MUON_FLAGS,
+        metavar="FLAGS",
+        help='of Muon alone: --muon-flags="--x y" (%(default)s)',
+    )
     add("--seeds", type=_positive, default=3, metavar="N", help="at the best rates (%(default)s)")
-    add("--steps", type=_positive, default=160, metavar="N", help="steps of a run (%(default)s)")
+    add("--steps", type=_positive, default=120, metavar="N", help="of a final run (%(default)s)")
+    add(
+        "--search-steps",
+        type=_positive,
+        default=80,
+        metavar="N",
+        help="of a run of the search (%(default)s)",
+    )
     add(
         "--eval-interval",
         type=_positive,
-        default=10,
+        default=5,
         metavar="N",
         help="steps between evaluations (%(default)s)",
     )
@@ -135,17 +173,18 @@ def check_search(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Names the flags and the remedy.
     """
-    muon, adam = set(args.muon_lrs), set(args.adam_lrs)
+    muon, adam = set(args.muon_rates), set(args.adam_rates)
     if len(muon) != len(adam):
         raise ValueError(
-            f"--muon-lrs has {len(muon)} learning rates, --adam-lrs {len(adam)}. Remedy: search "
-            "as many for one as for the other."
+            f"--muon-rates has {len(muon)} pairs, --adam-rates {len(adam)}. Remedy: search as many "
+            "for one as for the other."
         )
-    if args.steps % args.eval_interval:
-        raise ValueError(
-            f"--steps {args.steps} is no multiple of --eval-interval {args.eval_interval}. "
-            "Remedy: change one of them."
-        )
+    for flag, steps in (("--steps", args.steps), ("--search-steps", args.search_steps)):
+        if steps % args.eval_interval:
+            raise ValueError(
+                f"{flag} {steps} is no multiple of --eval-interval {args.eval_interval}. "
+                "Remedy: change one of them."
+            )
 
 
 def prepare_text(folder: Path) -> Path:
@@ -158,7 +197,7 @@ def prepare_text(folder: Path) -> Path:
 def common_flags(args: argparse.Namespace, data: Path) -> list[str]:
     """What all runs share: the tiny preset, warmed up as there and then at a constant rate."""
     flags = f"""
-        --preset tiny --train-iters {args.steps}
+        --preset tiny --global-batch-size {BATCH_SIZE}
         --lr-decay-style constant --min-lr 0 --decoupled-min-lr 0
         --eval-interval {args.eval_interval} --eval-iters {EVAL_ITERS}
         --log-interval 10 --tensorboard-log-interval 10
@@ -171,9 +210,9 @@ def search_jobs(
     args: argparse.Namespace, common: Sequence[str], megatron_flags: Sequence[str]
 ) -> Iterator[Job]:
     """The runs of the search, on one seed."""
-    for optimizer, rates in (("muon", args.muon_lrs), ("adam", args.adam_lrs)):
-        for lr in sorted(set(rates)):
-            yield _job(args, optimizer, lr, SEARCH_SEED, common, megatron_flags)
+    for optimizer, pairs in (("muon", args.muon_rates), ("adam", args.adam_rates)):
+        for rates in sorted(set(pairs)):
+            yield _job(args, SEARCH, optimizer, rates, SEARCH_SEED, common, megatron_flags)
 
 
 def seed_jobs(
@@ -182,11 +221,10 @@ def seed_jobs(
     common: Sequence[str],
     megatron_flags: Sequence[str],
 ) -> Iterator[Job]:
-    """The other seeds at the best learning rates, seed by seed."""
+    """All seeds at the best learning rates, seed by seed."""
     for seed in range(1, args.seeds + 1):
         for run in best:
-            if seed != SEARCH_SEED:
-                yield _job(args, run.optimizer, run.lr, seed, common, megatron_flags)
+            yield _job(args, FINAL, run.optimizer, run.rates, seed, common, megatron_flags)
 
 
 def train_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[Run]:
@@ -206,11 +244,11 @@ def train_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[Run]:
             time.sleep(0.2)
             for job in [job for job, process in running.items() if process.poll() is not None]:
                 _finish(job, running.pop(job).returncode)
-                run = read_run(args.out, job.optimizer, job.lr, job.seed)
+                run = read_run(args.out, job.phase, job.optimizer, job.rates, job.seed)
                 done = total - len(waiting) - len(running)
                 minutes = (time.monotonic() - begin) / done * (total - done) / 60
                 print(
-                    f"[{done}/{total}] {LABELS[job.optimizer]}, learning rate {job.lr:g}, seed "
+                    f"[{done}/{total}] {LABELS[job.optimizer]}, learning rates {job.rates}, seed "
                     f"{job.seed}: validation loss {run.losses[-1]:.3f}; about {minutes:.0f} min "
                     "to go",
                     flush=True,
@@ -220,7 +258,7 @@ def train_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[Run]:
             process.terminate()
         for process in running.values():
             process.wait()
-    return [read_run(args.out, job.optimizer, job.lr, job.seed) for job in jobs]
+    return [read_run(args.out, job.phase, job.optimizer, job.rates, job.seed) for job in jobs]
 
 
 def report(runs: Sequence[Run], args: argparse.Namespace) -> str:
@@ -235,19 +273,20 @@ def report(runs: Sequence[Run], args: argparse.Namespace) -> str:
 
 def _job(
     args: argparse.Namespace,
+    phase: str,
     optimizer: str,
-    lr: float,
+    rates: Rates,
     seed: int,
     common: Sequence[str],
     megatron_flags: Sequence[str],
 ) -> Job:
-    flags = [*common, "--optimizer", optimizer, "--lr", f"{lr:g}", "--seed", str(seed)]
-    if optimizer == "adam":  # one rate for everything; Muon's AdamW part keeps the preset's
-        flags += ["--decoupled-lr", f"{lr:g}"]
-    else:
+    steps = args.search_steps if phase == SEARCH else args.steps
+    flags = [*common, "--train-iters", str(steps), "--optimizer", optimizer, "--seed", str(seed)]
+    flags += ["--lr", f"{rates.lr:g}", "--decoupled-lr", f"{rates.decoupled_lr:g}"]
+    if optimizer == "muon":
         flags += shlex.split(args.muon_flags)
-    folder = run_folder(args.out, optimizer, lr, seed)
-    return Job(optimizer, lr, seed, folder, (*flags, *megatron_flags))
+    folder = run_folder(args.out, phase, optimizer, rates, seed)
+    return Job(phase, optimizer, rates, seed, folder, (*flags, *megatron_flags))
 
 
 def _start(job: Job) -> subprocess.Popen:
@@ -268,11 +307,19 @@ def _finish(job: Job, code: int) -> None:
         log = job.folder / LOG_NAME
         last = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
         raise ValueError(
-            f"{LABELS[job.optimizer]}, learning rate {job.lr:g}, seed {job.seed}, ended with code "
-            f"{code}; {log}:\n{last}"
+            f"{LABELS[job.optimizer]}, learning rates {job.rates}, seed {job.seed}, ended with "
+            f"code {code}; {log}:\n{last}"
         )
     content = {"flags": list(job.flags)}
     (job.folder / COMPLETE_NAME).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _rates(text: str) -> Rates:
+    try:
+        lr, decoupled_lr = map(float, text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no LR:DECOUPLED_LR") from None
+    return Rates(lr, decoupled_lr)
 
 
 def _positive(text: str) -> int:

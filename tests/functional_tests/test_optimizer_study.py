@@ -1,5 +1,6 @@
 """The optimizer study: steps to a loss, an equal search, and no run that is trained twice."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +21,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STUDY = ROOT / "examples" / "optimizer_study"
 # Nothing moves: neither optimizer has a learning rate that fp32 weights notice, no rule the bias.
 STILL = (
-    "--muon-lrs 1e-30 --adam-lrs 1e-30 --decoupled-lr 1e-30 --moe-router-bias-update-rule none "
-    "--seeds 2 --steps 2 --eval-interval 1 --eval-iters 2 --num-layers 2 --seq-length 64 "
-    "--window-size 15,0 --global-batch-size 2 --micro-batch-size 2"
+    "--muon-rates 1e-30:1e-30 --adam-rates 1e-30:1e-30 --moe-router-bias-update-rule none "
+    "--seeds 2 --steps 2 --search-steps 2 --eval-interval 1 --eval-iters 2 --num-layers 2 "
+    "--seq-length 64 --window-size 15,0 --global-batch-size 2 --micro-batch-size 2"
 ).split()
 
 
@@ -53,6 +55,8 @@ def results() -> ModuleType:
 
 def test_every_evaluation_reads_the_same_text(study: Path) -> None:
     runs = json.loads((study / "results.json").read_text())["runs"]
+    assert sum(run["phase"] == "search" for run in runs) == 2
+    runs = [run for run in runs if run["phase"] == "final"]
     assert sorted((run["optimizer"], run["seed"]) for run in runs) == [
         ("adam", 1),
         ("adam", 2),
@@ -70,13 +74,13 @@ def test_every_evaluation_reads_the_same_text(study: Path) -> None:
 
 
 def test_a_complete_run_is_not_trained_again(study: Path, data: Path) -> None:
-    files = [*sorted(study.glob("*/*/seed_*/tensorboard/*")), study / "results.md"]
+    files = [*sorted(study.glob("*/*/*/seed_*/tensorboard/*")), study / "results.md"]
     before = [(file, file.read_bytes()) for file in files]
     (study / "optimizer_study.png").unlink()
     again = start(study, data)
     assert again.returncode == 0, again.stderr
     assert "AdamW" in again.stdout and "to go" not in again.stdout
-    files = [*sorted(study.glob("*/*/seed_*/tensorboard/*")), study / "results.md"]
+    files = [*sorted(study.glob("*/*/*/seed_*/tensorboard/*")), study / "results.md"]
     assert [(file, file.read_bytes()) for file in files] == before
     assert (study / "optimizer_study.png").read_bytes().startswith(b"\x89PNG")
     other = start(study, data, "--weight-decay", "0.2")
@@ -86,7 +90,8 @@ def test_a_complete_run_is_not_trained_again(study: Path, data: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--muon-lrs 1e-2 2e-2", "as many for one as for the other"),
+        ("--muon-rates 1e-2:1e-2 2e-2:1e-2", "as many for one as for the other"),
+        ("--adam-rates 1e-2", "'1e-2' is no LR:DECOUPLED_LR"),
         ("--steps 7 --eval-interval 3", "no multiple of --eval-interval 3"),
     ],
 )
@@ -117,9 +122,10 @@ def test_steps_to_reach(
     assert steps == pytest.approx(expected, rel=1e-12, nan_ok=True)
 
 
-def make_run(results: ModuleType, optimizer: str, seed: int, losses: Sequence[float]) -> object:
+def make_run(results: ModuleType, optimizer: str, seed: int, losses: Sequence[float]) -> Any:
     steps = np.arange(1, len(losses) + 1) * 10
-    return results.Run(optimizer, 1e-2, seed, steps, np.array(losses))
+    rates = results.Rates(1e-2, 1e-2)
+    return results.Run("final", optimizer, rates, seed, steps, np.array(losses))
 
 
 def test_compare(results: ModuleType) -> None:
@@ -149,6 +155,7 @@ def test_statement(
 ) -> None:
     runs = [make_run(results, "muon", seed, values) for seed, values in enumerate(losses, 1)]
     runs += [make_run(results, "adam", seed, (8, 6, 5, 4)) for seed in (1, 2)]
+    runs += [dataclasses.replace(run, phase="search") for run in runs if run.seed == 1]
     text = results.write_results(runs, tmp_path, settings={})
     assert verdict in text
     content = json.loads((tmp_path / "results.json").read_text())
@@ -160,11 +167,18 @@ def test_statement(
 @pytest.mark.parametrize(("best", "is_edge"), [(0, True), (1, False), (2, True)])
 def test_a_best_rate_at_the_edge_is_refused(best: int, is_edge: bool, results: ModuleType) -> None:
     runs = [
-        results.Run("adam", lr, 1, np.array([10]), np.array([3.0 if place == best else 4.0]))
+        results.Run(
+            "search",
+            "adam",
+            results.Rates(lr, 1e-2),
+            1,
+            np.array([10]),
+            np.array([3.0 if place == best else 4.0]),
+        )
         for place, lr in enumerate((1e-3, 2e-3, 4e-3))
     ]
     if is_edge:
-        with pytest.raises(ValueError, match="at the edge .* --adam-lrs"):
+        with pytest.raises(ValueError, match="at the edge .* --adam-rates"):
             results.find_best(runs, "adam")
     else:
-        assert results.find_best(runs, "adam").lr == 2e-3
+        assert results.find_best(runs, "adam").rates.lr == 2e-3
