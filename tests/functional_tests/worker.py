@@ -239,10 +239,16 @@ def padded(num_tokens: int) -> Iterator[None]:
 
 def run_rank(rank: int, ranks: int, jobs: list[dict[str, Any]], store: str) -> None:
     """Set up what torchrun would, and train."""
+    import trinity_megatron.training.pretrain  # noqa: F401  enters the host, if not yet there
+
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in values.items()})
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
+        backend, init_method=f"file://{store}", rank=rank, world_size=ranks
     )
     for job in jobs:
         train(job)
@@ -260,7 +266,8 @@ def main() -> None:
                 run_rank,
                 (world["ranks"], world["jobs"], f"{folder}/store"),
                 nprocs=world["ranks"],
-                start_method="fork",
+                # A process that has looked at a GPU cannot be forked.
+                start_method="spawn" if torch.cuda.is_available() else "fork",
             )
 
 

@@ -1,0 +1,1 @@
+"""``trinity-megatron gpu-check``: what a machine's GPU computes, and how fast."""
