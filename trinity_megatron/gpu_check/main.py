@@ -30,11 +30,11 @@ class Part(NamedTuple):
 # The limits add up to less than 8 minutes.
 PARTS: dict[str, Part] = {
     environment.NAME: Part(environment.check, 20),
-    suites.NUMERICS: Part(suites.check_numerics, 100),
+    suites.NUMERICS: Part(suites.check_numerics, 90),
     fp8_loss.NAME: Part(fp8_loss.check, 100),
     throughput.NAME: Part(throughput.check, 170),
     profiler.NAME: Part(profiler.check, 40),
-    suites.TESTS: Part(suites.check_tests, 45),
+    suites.TESTS: Part(suites.check_tests, 55),
 }
 _CPU_LIMIT = 300.0  # of each part: a busy laptop is slow, and nothing there is timed against it
 _COLORS: dict[Status, str] = {"passed": "green", "failed": "bold red", "skipped": "yellow"}

@@ -12,7 +12,7 @@ from trinity_megatron.gpu_check.result import Deadline, PartResult, Settings, Ta
 from trinity_megatron.gpu_check.runs import environment
 
 NUMERICS, TESTS = "numerics", "tests"
-FUNCTIONAL = ("test_bad_input.py", "test_resume.py", "test_parallel_parity.py")
+FUNCTIONAL = ("test_resume.py", "test_skipped_step.py", "test_parallel_parity.py")
 
 
 @dataclass
@@ -44,7 +44,7 @@ def check_numerics(settings: Settings, deadline: Deadline) -> PartResult:
 
 
 def check_tests(settings: Settings, deadline: Deadline) -> PartResult:
-    """On a GPU machine: the functional tests of the gloo path, unchanged, with the GPU hidden."""
+    """On a GPU machine: functional tests of the CPU path, unchanged, a GPU for each rank."""
     result = PartResult(TESTS)
     folder = ROOT / "tests" / "functional_tests"
     if not settings.on_gpu or not folder.is_dir():
@@ -52,17 +52,16 @@ def check_tests(settings: Settings, deadline: Deadline) -> PartResult:
         result.reason = f"{folder} is missing: not a checkout"
         if not settings.on_gpu:
             result.reason = (
-                "needs a CUDA device: it shows that the gloo path works on such a machine too; "
-                "`make test` runs the same tests on a CPU"
+                "needs a CUDA device: it shows that the tests of the CPU path hold there too; "
+                "`make test` runs them on a CPU"
             )
         return result
-    hidden = Settings("cpu", settings.out)
     rows = []
     for file in FUNCTIONAL:
         if deadline.remaining() < 10:
             result.skipped.append(f"{file}: the part's {deadline.seconds:.0f} s were over")
             continue
-        done = _pytest([str(folder / file)], hidden, deadline, name=Path(file).stem)
+        done = _pytest([str(folder / file)], settings, deadline, name=Path(file).stem)
         result.skipped += done.skipped
         if done.was_stopped:
             result.skipped.append(f"{file}: not finished in the part's {deadline.seconds:.0f} s")
@@ -71,7 +70,7 @@ def check_tests(settings: Settings, deadline: Deadline) -> PartResult:
         if done.tests:
             passed = sum(outcome == "passed" for _, outcome, _ in done.tests)
             rows.append((file, str(passed), str(len(done.tests) - passed)))
-    title = "Functional tests on gloo ranks, CUDA hidden (several ranks do not share one GPU)"
+    title = "Functional tests on CUDA; a world with more ranks than GPUs is left out"
     result.tables.append(Table(title, ("file", "passed", "others"), rows))
     return result
 
