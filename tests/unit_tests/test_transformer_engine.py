@@ -99,6 +99,27 @@ def test_a_checkpoint_moves_between_the_implementations(
 
 
 @pytest.mark.te
+def test_the_table_of_hugging_face_names_covers_it(
+    one_rank: None, transformer_engine: None
+) -> None:
+    from trinity_megatron.checkpoint.param_mapping import (
+        resolve,
+        resolve_extra_state,
+        resolve_momentum,
+    )
+
+    model = build_model("transformer_engine")
+    keys = set(describe_shards(model))
+    tensors = {row.megatron for row in (*resolve(model.config), *resolve_momentum(model.config))}
+    # The keys of objects go without the layer: that is an axis of theirs.
+    objects = {key for key in keys if key.endswith("_extra_state")}
+    assert keys - objects == tensors
+    assert {key.rpartition(".layers.")[2] for key in objects} == {
+        key.rpartition(".layers.")[2].partition("/")[0] for key in resolve_extra_state(model.config)
+    }
+
+
+@pytest.mark.te
 def test_muon_owns_the_same_matrices(one_rank: None, transformer_engine: None) -> None:
     from trinity_megatron.optimizer.param_groups import attach_muon_splits, is_adam_parameter
 
