@@ -18,12 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 NARROW = (
     "--hidden-size 128 --ffn-hidden-size 384 --kv-channels 16 --moe-ffn-hidden-size 32 "
     "--moe-shared-expert-intermediate-size 32"
-)
-SMALL = (
-    f"--preset tiny {NARROW} --seq-length 64 --max-position-embeddings 64 --window-size 15,0 "
+).split()
+SHORT = (
+    "--preset tiny --seq-length 64 --max-position-embeddings 64 --window-size 15,0 "
     "--global-batch-size 8 --micro-batch-size 2 --train-iters 10 --lr-warmup-fraction 0.5 "
     "--log-interval 1 --tensorboard-log-interval 1 --eval-iters 0 --seed 11"
 ).split()
+SMALL = [*SHORT, *NARROW]
 ADAM = "--optimizer adam --lr 3e-3 --decoupled-lr 3e-3".split()
 
 
@@ -99,7 +100,8 @@ def train(data: Path, folder: Path, worlds: list[tuple[int, list[Job]]]) -> Logs
 
 def entry(data: Path, folder: Path, job: Job) -> dict[str, Any]:
     """A job as the worker reads it."""
-    flags = [*SMALL, "--data", str(data), "--tensorboard-dir", str(folder / job.name)]
+    small = SHORT if "--preset" in job.flags else SMALL  # another preset has its own widths
+    flags = [*small, "--data", str(data), "--tensorboard-dir", str(folder / job.name)]
     flags += ["--data-cache-path", str(folder / "data_cache")]
     if job.checkpoints:
         flags += ["--save", str(job.checkpoints), "--load", str(job.checkpoints)]

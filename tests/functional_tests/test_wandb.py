@@ -221,8 +221,8 @@ def test_there_are_at_most_80_scalar_keys(results: dict[str, Result]) -> None:
 def test_throughput_is_our_count_of_flops(results: dict[str, Result]) -> None:
     """Megatron's own count, which knows no windows, would be larger."""
     resumed = results["resumed"]
-    narrow = dict(zip(*[iter(NARROW.split())] * 2, strict=True))
-    fields = {name.strip("-").replace("-", "_"): int(value) for name, value in narrow.items()}
+    pairs = zip(NARROW[::2], NARROW[1::2], strict=True)
+    fields = {name.strip("-").replace("-", "_"): int(value) for name, value in pairs}
     config = trinity_preset("tiny", window_size=(15, 0), vocab_size=512, **fields)
     flops = training_flops_per_token(config, 64) * 64 * 2  # of the two sequences of a batch
     for row in (row for file in offline_files(resumed) for row in rows(file).values()):
