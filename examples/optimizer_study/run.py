@@ -45,12 +45,20 @@ from trinity_megatron.launcher import (
 )
 
 # Around where each is expected, as many for one as for the other: the learning rate of the hidden
-# layers in factors of two, and at the middle one another rate for the embedding and the head.
-MUON_RATES = tuple(
-    Rates(*pair) for pair in ((0.02, 0.024), (0.04, 0.012), (0.04, 0.024), (0.08, 0.024))
+# layers in factors of two, and other rates for the embedding and the head beside the middle one.
+MUON_RATES = (
+    Rates(0.02, 0.024),
+    Rates(0.04, 0.012),
+    Rates(0.04, 0.024),
+    Rates(0.04, 0.048),
+    Rates(0.08, 0.024),
 )
-ADAM_RATES = tuple(
-    Rates(*pair) for pair in ((0.004, 0.012), (0.008, 0.008), (0.008, 0.016), (0.016, 0.016))
+ADAM_RATES = (
+    Rates(0.002, 0.012),
+    Rates(0.004, 0.012),
+    Rates(0.008, 0.008),
+    Rates(0.008, 0.016),
+    Rates(0.016, 0.016),
 )
 MUON_FLAGS = "--muon-nesterov"
 BATCH_SIZE, EVAL_ITERS = 32, 2
