@@ -356,6 +356,7 @@ _REFUSED_FEATURES = {
     "moe_router_padding_for_quantization": "routing that is padded (the experts pad their rows)",
     "moe_single_grouped_weight": "Transformer Engine's grouped parameter (experts are stacked)",
     "use_transformer_engine_op_fuser": "Transformer Engine's operation fuser",
+    "init_model_with_meta_device": "building the model on the meta device",
     "delay_wgrad_compute": "delaying the weight gradients",
     "overlap_dispatch_backward_with_experts_wgrad": "delaying the weight gradients of the experts",
 }

@@ -119,10 +119,22 @@ def check_fp8(
             f"--fp8-recipe {args.fp8_recipe} does not run {where} with CUDA {version}. "
             f"Remedy: {remedy}."
         )
+    if not args.fp8_wgrad:
+        raise ValueError(
+            "--no-fp8-wgrad is not supported: Transformer Engine does not read it any more, weight "
+            "gradients would be in FP8 all the same. Remedy: drop --no-fp8-wgrad."
+        )
     if args.fp8_recipe == "delayed" and args.first_last_layers_bf16:
         raise ValueError(
             "--first-last-layers-bf16 with --fp8-recipe delayed: its scales belong to all layers. "
             f"Remedy: drop --first-last-layers-bf16, or {_remedy(recipes, without='delayed')}."
+        )
+    first, last = args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16
+    if args.first_last_layers_bf16 and first + last >= args.num_layers:
+        raise ValueError(
+            f"--num-layers-at-start-in-bf16 {first} and --num-layers-at-end-in-bf16 {last} leave "
+            f"none of --num-layers {args.num_layers} in FP8. Remedy: lower them, or drop "
+            "--fp8-format."
         )
     _check_shapes(args, FP8_RECIPES[args.fp8_recipe].multiple)
 
@@ -139,11 +151,20 @@ def fp8_defaults(
 
     Returns:
         A line that says what is in FP8; None without FP8.
+
+    Raises:
+        ValueError: A recipe was asked for without FP8.
     """
-    if args.fp8_recipe is None:  # Megatron wants a name, with FP8 or without
-        args.fp8_recipe = next(iter(supported_recipes(capability, cuda=cuda)), "delayed")
     if not args.fp8:
+        if args.fp8_recipe is not None:
+            raise ValueError(
+                f"--fp8-recipe {args.fp8_recipe} without --fp8-format would train in bf16. "
+                "Remedy: add --fp8-format hybrid or e4m3, or drop --fp8-recipe."
+            )
+        args.fp8_recipe = "delayed"  # Megatron's own default, which it reads without FP8 too
         return None
+    if args.fp8_recipe is None:
+        args.fp8_recipe = next(iter(supported_recipes(capability, cuda=cuda)), "delayed")
     line = f"FP8 ({args.fp8_recipe}, {args.fp8}) in the linear layers and the experts"
     if args.fp8_recipe == "delayed":
         return f"{line} of all layers"  # Megatron refuses bf16 layers with delayed scales

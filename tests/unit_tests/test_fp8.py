@@ -45,7 +45,8 @@ NEVER_ACCEPTED = {
     flags
     for flags in FURTHER_FLAGS
     if any(
-        word in flags for word in ("param-gather", "param-ag", "output-proj", "padding", "local")
+        word in flags
+        for word in ("param-gather", "param-ag", "output-proj", "padding", "local", "wgrad")
     )
 }
 
@@ -176,7 +177,20 @@ def test_without_fp8_nothing_is_said_or_refused(
     check_fp8(args, (8, 0))
     check_fp8(args, None)
     assert not args.first_last_layers_bf16
-    assert args.fp8_recipe in FP8_RECIPES
+    assert args.fp8_recipe == "delayed"  # as Megatron has it without FP8
+
+
+def test_a_recipe_without_fp8_is_refused(megatron: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parse("--fp8-recipe mxfp8", megatron, monkeypatch)
+    with pytest.raises(ValueError, match="--fp8-recipe mxfp8 without --fp8-format"):
+        fp8_defaults(args, (10, 0))
+
+
+def test_bf16_layers_must_leave_some_in_fp8(megatron: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parse("--fp8-format e4m3 --num-layers-at-end-in-bf16 3", megatron, monkeypatch)
+    fp8_defaults(args, (9, 0))
+    with pytest.raises(ValueError, match="leave none of --num-layers 4 in FP8"):
+        check_fp8(args, (9, 0))
 
 
 def test_fp4_is_refused_with_the_recipes(megatron: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,30 +258,50 @@ def test_table_equals_transformer_engine(gpu: str, monkeypatch: pytest.MonkeyPat
         assert FP8_RECIPES[name].multiple == size
 
 
+DELAYED = {"fp8": "hybrid", "fp8_recipe": "delayed"}
+BLOCKWISE = {"fp8": "hybrid", "fp8_recipe": "blockwise"}
+BF16 = {"fp8": None, "fp8_recipe": "delayed"}
+
+
 @pytest.mark.parametrize(
-    ("saved", "is_refused"),
+    ("saved", "started", "allowed", "refused"),
     [
-        ({"fp8": None, "fp8_recipe": "delayed"}, True),
-        ({"fp8": "hybrid", "fp8_recipe": "blockwise"}, True),
-        ({}, True),  # converted from Hugging Face
-        ({"fp8": "hybrid", "fp8_recipe": "delayed"}, False),
+        (BF16, DELAYED, "1", "Remedy: --fp8-recipe tensorwise"),
+        (BLOCKWISE, DELAYED, "1", "Remedy: --fp8-recipe tensorwise"),
+        ({}, DELAYED, "1", "Remedy: --fp8-recipe tensorwise"),  # converted from Hugging Face
+        (DELAYED, BF16, "1", "Remedy: --fp8-format hybrid --fp8-recipe delayed"),
+        (DELAYED, BLOCKWISE, "1", "Remedy: --fp8-format hybrid --fp8-recipe delayed"),
+        (DELAYED, DELAYED, "0", "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1"),
+        ({**DELAYED, "expert_model_parallel_size": 4}, DELAYED, "1", "parallel-size 4"),
+        (DELAYED, DELAYED, "1", ""),
+        (BF16, BLOCKWISE, "0", ""),
+        (BLOCKWISE, BF16, "0", ""),
     ],
 )
-def test_delayed_scaling_starts_from_its_own_checkpoints(
-    saved: dict[str, Any], is_refused: bool, one_rank: None, tmp_path: Path
+def test_delayed_scaling_keeps_to_its_own_checkpoints(
+    saved: dict[str, Any],
+    started: dict[str, Any],
+    allowed: str,
+    refused: str,
+    one_rank: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from megatron.core import dist_checkpointing
 
     from trinity_megatron.training.arguments import check_delayed_scales
 
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", allowed)
     folder = tmp_path / "iter_0000007"
     folder.mkdir()
-    state = {"args": Namespace(**saved), "x": torch.zeros(1)}
+    sizes = {"expert_model_parallel_size": 2}
+    state = {"args": Namespace(**{**sizes, **saved}), "x": torch.zeros(1)}
     state["x"] = dist_checkpointing.ShardedTensor.from_rank_offsets("x", state["x"])
     dist_checkpointing.save(state, str(folder))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
-    if is_refused:
-        with pytest.raises(ValueError, match=r"--load .*Remedy: --fp8-recipe tensorwise"):
-            check_delayed_scales(str(tmp_path))
+    args = Namespace(**sizes, **started)
+    if refused:
+        with pytest.raises(ValueError, match=f"--load .*{refused}"):
+            check_delayed_scales(str(tmp_path), args)
     else:
-        check_delayed_scales(str(tmp_path))
+        check_delayed_scales(str(tmp_path), args)

@@ -83,7 +83,10 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
         groups = [{k: v for k, v in g.items() if k != "params"} for g in inner["param_groups"]]
         for group in groups:
             group["step"] = step
-        return {"optimizer": {"param_groups": groups}}
+        state: dict[str, Any] = {"optimizer": {"param_groups": groups}}
+        if self.grad_scaler:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load; Megatron gives all of AdamW's states one tensor for the step, counted by each."""

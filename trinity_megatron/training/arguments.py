@@ -37,6 +37,9 @@ from trinity_megatron.optimizer.builder import (
 from trinity_megatron.presets import PRESETS, Preset, get_preset
 from trinity_megatron.tracking.wandb_run import open_writer
 
+# Transformer Engine's variable.
+_ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+
 SUPPORTED_MEGATRON = ((0, 19, 2), (0, 20, 0))
 
 # Argument -> flag to name in the error, for requests that only a GPU can meet.
@@ -298,6 +301,8 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     _fit_micro_batch(args, args.world_size)
     if not is_cpu_host():
         _finish_fp8(args)
+    if args.use_torch_fsdp2 or args.use_megatron_fsdp:
+        args.gradient_accumulation_fusion = False  # on where apex is there; needs Megatron's DDP
     _fit_schedule(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)
@@ -328,24 +333,50 @@ def _check_checkpoints(args: argparse.Namespace) -> None:
                 f"{flag} {folder} holds no checkpoint (no {TRACKER_NAME}). "
                 "Remedy: name what --save was, or what trinity-megatron convert --to-megatron made."
             )
-    if args.fp8 and args.fp8_recipe == "delayed":
+    if args.transformer_impl == "transformer_engine":
         for flag, folder in (("--load", args.load), *starts.items()):
             if folder and Path(folder, TRACKER_NAME).is_file():
-                check_delayed_scales(folder, flag=flag)
+                check_delayed_scales(folder, args, flag=flag)
 
 
-def check_delayed_scales(folder: str, *, flag: str = "--load") -> None:
-    """Refuse to start delayed scaling from a checkpoint without its past values.
+def check_delayed_scales(folder: str, args: argparse.Namespace, *, flag: str = "--load") -> None:
+    """Refuse a start from a checkpoint with or without the past values of delayed scaling.
+
+    Args:
+        folder: What ``--save`` was.
+        args: Of the run that starts, with Transformer Engine.
+        flag: That named the folder.
 
     Raises:
-        ValueError: Names the checkpoint and the recipe that needs no past.
+        ValueError: Names the checkpoint and the remedy.
     """
     saved = load_common_state_dict(str(find_checkpoint(Path(folder)))).get("args")
-    if not (getattr(saved, "fp8", None) and getattr(saved, "fp8_recipe", None) == "delayed"):
+    had_scales = getattr(saved, "fp8", None) and getattr(saved, "fp8_recipe", None) == "delayed"
+    wants_scales = args.fp8 and args.fp8_recipe == "delayed"
+    if wants_scales and not had_scales:
         raise ValueError(
             f"--fp8-recipe delayed cannot start from {flag} {folder}: it was not saved with that "
             "recipe and holds no past values to scale by. Remedy: --fp8-recipe tensorwise, which "
             "needs none and runs on the same GPUs."
+        )
+    if had_scales and not wants_scales:
+        raise ValueError(
+            f"{flag} {folder} was saved with --fp8-recipe delayed, whose past values Transformer "
+            "Engine does not load into anything else. Remedy: --fp8-format hybrid --fp8-recipe "
+            "delayed, or convert the checkpoint to Hugging Face and back."
+        )
+    if wants_scales and os.environ.get(_ALLOW_PICKLES) != "1":
+        raise ValueError(
+            f"{flag} {folder} holds the past values of --fp8-recipe delayed as pickles, which "
+            f"Transformer Engine loads only when it is told to. Remedy: {_ALLOW_PICKLES}=1 if you "
+            "trust the checkpoint."
+        )
+    size = getattr(saved, "expert_model_parallel_size", None)
+    if wants_scales and size != args.expert_model_parallel_size:
+        raise ValueError(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}: {flag} {folder} was "
+            f"saved with {size}, and Megatron mixes up the past values of --fp8-recipe delayed "
+            f"when experts move. Remedy: --expert-model-parallel-size {size}."
         )
 
 
