@@ -161,8 +161,8 @@ class Muon(torch.optim.Optimizer):
 
     For every separate matrix, with momentum M, gradient G and learning rate lr:
 
-        M <- momentum M + G
-        U  = M, with Nesterov momentum G + momentum M
+        M <- momentum M + (1 - momentum) G
+        U  = M, with Nesterov (1 - momentum) G + momentum M
         p <- (1 - lr weight_decay) p - lr scale(fan_out, fan_in) orthogonalize(U)
 
     Matrices of one shape are orthogonalized together, across parameters.  A stack ``[E, out, in]``
@@ -175,7 +175,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: Parameters or groups of them, each 2-D ``[out, in]`` or 3-D ``[E, out, in]``.
         lr: Learning rate; of every group, like ``momentum`` and ``weight_decay``.
-        momentum: Factor of the old momentum.  The gradient is not damped by 1 - momentum.
+        momentum: Factor of the old momentum, from 0 to below 1.
         nesterov: Look one step ahead.
         weight_decay: Decoupled weight decay, multiplied with lr but not with the scale.
         scale: "shape_scaling" (sqrt(max(1, fan_out / fan_in)), the report's), "spectral"
@@ -196,8 +196,9 @@ class Muon(torch.optim.Optimizer):
     Raises:
         ValueError: An argument is out of its range, or a parameter is neither 2-D nor 3-D.
 
-    Source: Trinity report section 3.4.2, equation 41; momentum and order of the decay as in the
-        Dion repository, muon.py.
+    Source: Trinity report section 3.4.2, equation 41; order of the decay as in the Dion repository,
+        muon.py.  Its momentum is not damped by 1 - momentum, which orthogonalization does not see;
+        damped, every rounding is that of torch.optim.Muon and of Emerging-Optimizers.
     """
 
     def __init__(
@@ -222,6 +223,8 @@ class Muon(torch.optim.Optimizer):
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             if value < 0.0:
                 raise ValueError(f"{name}={value}: must not be negative")
+        if momentum >= 1.0:
+            raise ValueError(f"momentum={momentum}: must be below 1")
         if scale not in SCALES:
             raise ValueError(f"scale={scale!r} is not known; choose one of {sorted(SCALES)}")
         if momentum_dtype not in (torch.float32, torch.bfloat16):
@@ -393,12 +396,12 @@ class Muon(torch.optim.Optimizer):
         if not params:
             return
         momenta = [self._momentum(param) for param in params]
-        if self.momentum_dtype == torch.float32:
-            torch._foreach_mul_(momenta, factor)
-            torch._foreach_add_(momenta, [_gradient(param) for param in params])
+        gradients = [_gradient(param) for param in params]
+        if all(m.dtype == g.dtype for m, g in zip(momenta, gradients, strict=True)):
+            torch._foreach_lerp_(momenta, gradients, 1.0 - factor)
             return
-        for momentum, param in zip(momenta, params, strict=True):  # one rounding, not two
-            momentum.copy_(torch.add(_gradient(param).float(), momentum, alpha=factor))
+        for momentum, gradient in zip(momenta, gradients, strict=True):  # one rounding, not two
+            momentum.copy_(_lerp(momentum, gradient, 1.0 - factor))
 
     def _make_plans(self) -> list["_Plan"]:
         placements = self.placements or list(self._default_placements())
@@ -495,7 +498,7 @@ class Muon(torch.optim.Optimizer):
         return self._direction(_gradient(param), self._momentum(param), factor).reshape(-1)
 
     def _direction(self, grad: Tensor, momentum: Tensor, factor: float) -> Tensor:
-        return torch.add(grad, momentum, alpha=factor) if self.nesterov else momentum
+        return _lerp(grad, momentum, factor) if self.nesterov else momentum
 
     def _update_cut(
         self, current: Round, matrices: list[Tensor], settings: dict[Tensor, dict[str, Any]]
@@ -583,6 +586,12 @@ def make_stack(param: Tensor, shape: Sequence[int], holders: Sequence[tuple[Shar
                 "see attach_muon_splits()"
             )
     return Stack(count, rows, columns, split.sizes, shard_dim, tuple(holders))
+
+
+def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """``start + weight (end - start)`` in the more precise dtype of the two."""
+    dtype = torch.promote_types(start.dtype, end.dtype)
+    return torch.lerp(start.to(dtype), end.to(dtype), weight)
 
 
 def _gradient(param: Tensor) -> Tensor:

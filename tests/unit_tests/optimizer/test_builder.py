@@ -151,6 +151,7 @@ def test_every_group_is_saved_with_the_step(
     state: dict[int, Any], groups: list[dict[str, Any]], expected: int
 ) -> None:
     part = ShardedOptimizer.__new__(ShardedOptimizer)
+    part.grad_scaler = None
     content = {"state": state, "param_groups": groups}
     part.optimizer = SimpleNamespace(state_dict=lambda: content)
     saved = part.state_dict()["optimizer"]["param_groups"]

@@ -61,8 +61,10 @@ class SlowMuon:
         for value, momentum, gradient, split in zip(
             self.values, self.momenta, gradients, self.splits, strict=True
         ):
-            momentum.mul_(self.mu).add_(gradient.double())
-            update = gradient.double() + self.mu * momentum if self.nesterov else momentum
+            momentum.mul_(self.mu).add_((1 - self.mu) * gradient.double())
+            update = momentum
+            if self.nesterov:
+                update = (1 - self.mu) * gradient.double() + self.mu * momentum
             for index in range(value.shape[0] if value.dim() == 3 else 1):
                 pick = (index,) if value.dim() == 3 else ()
                 for rows in self.rows_of_matrices(value.shape[-2], split.sizes):
