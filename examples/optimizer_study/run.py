@@ -154,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
         help='of Muon alone: --muon-flags="--x y" (%(default)s)',
     )
     add("--seeds", type=_positive, default=3, metavar="N", help="at the best rates (%(default)s)")
-    add("--steps", type=_positive, default=120, metavar="N", help="of a final run (%(default)s)")
+    add("--steps", type=_positive, default=140, metavar="N", help="of a final run (%(default)s)")
     add(
         "--search-steps",
         type=_positive,
