@@ -87,18 +87,18 @@ def _draw_target(axis: Axes, target: Comparison) -> None:
 
 
 def _draw_search(axis: Axes, runs: Sequence[Run]) -> None:
-    """Final loss of the search over the learning rate; the chosen one is filled."""
+    """Loss at the end of the search over the learning rates; the chosen one is filled."""
     for name in LABELS:
         best = find_best(runs, name)
         for run in searched(runs, name):
             face = COLORS[name] if run is best else "white"
             axis.plot(run.rates.lr, run.losses[-1], "o", color=COLORS[name], markerfacecolor=face)
             axis.annotate(
-                str(run.rates),
+                f"{run.rates.decoupled_lr:g}",
                 (run.rates.lr, run.losses[-1]),
-                xytext=(0, -14),
+                xytext=(6, 0),
                 textcoords="offset points",
-                ha="center",
+                va="center",
                 fontsize="small",
                 color=COLORS[name],
             )
@@ -106,7 +106,7 @@ def _draw_search(axis: Axes, runs: Sequence[Run]) -> None:
     axis.margins(0.12, 0.12)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel("learning rate of the hidden layers")
+    axis.set_xlabel("learning rate: hidden layers (beside: embedding, head)")
     axis.set_ylabel(f"validation loss at the end of the search, seed {SEARCH_SEED}")
 
 
