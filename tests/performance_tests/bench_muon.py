@@ -25,9 +25,6 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-# Read by OpenMP when torch is loaded.  A thread that spins while it waits keeps its core from the
-# thread it waits for where another process has the other core.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if {"cpu", "--quick"} <= set(sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, as Megatron does
 
@@ -507,7 +504,8 @@ def report(bench: Bench, arguments: Sequence[str]) -> str:
         f"Commit {commit}; {machine}, load {load:.1f} at the start and {os.getloadavg()[0]:.1f} at "
         f"the end; torch {torch.__version__}; {bench.rounds} rounds in turn; {seconds:.0f} s.",
         "",
-        f"Command: `{' '.join(['python tests/performance_tests/bench_muon.py', *arguments])}`; "
+        f"Command: `{' '.join(['python tests/performance_tests/bench_muon.py', *arguments])}`, "
+        f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'not set')}; "
         "a ratio is the median of the rounds' ratios, in brackets their quartiles.",
         "",
         *parts,

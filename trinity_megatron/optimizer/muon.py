@@ -462,19 +462,14 @@ class Muon(torch.optim.Optimizer):
     def _update_batch(
         self, batch: list[_Part], kind: _Kind, settings: dict[Tensor, dict[str, Any]]
     ) -> None:
-        blocks = [
-            self._direction(part.grad, part.momentum, settings[part.param]["momentum"])
-            for part in batch
-        ]
-        # In the dtype computed in: half the memory where that is bfloat16.
-        dtype = self._compute_dtype(kind.device, blocks[0].dtype)
-        matrices = [block.flatten(1, 2).to(dtype) for block in blocks]
-        stacked = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-        update = self._newton_schulz(stacked)
+        counts = [part.weight.shape[0] for part in batch]
+        stacked = self._stack_directions(batch, counts, kind, settings)
+        # One conversion of all: adding a tensor of another dtype is slow, on CPU and CUDA.
+        update = self._newton_schulz(stacked).to(kind.weight_dtype)
         self._measure(update)
         updates = [
             rows.unflatten(1, part.weight.shape[1:3])
-            for rows, part in zip(update.split([len(p.weight) for p in batch]), batch, strict=True)
+            for rows, part in zip(update.split(counts), batch, strict=True)
         ]
         by_rate: dict[float, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for part, found in zip(batch, updates, strict=True):
@@ -484,6 +479,35 @@ class Muon(torch.optim.Optimizer):
             by_rate[factor][1].append(found)
         for factor, (weights, found_updates) in by_rate.items():
             torch._foreach_add_(weights, found_updates, alpha=-factor)
+
+    def _stack_directions(
+        self,
+        batch: list[_Part],
+        counts: list[int],
+        kind: _Kind,
+        settings: dict[Tensor, dict[str, Any]],
+    ) -> Tensor:
+        """What is to be orthogonalized, ``[count, fan_out, fan_in]`` in the dtype computed in."""
+        gradients = [part.grad for part in batch]
+        momenta = [part.momentum for part in batch]
+        dtype = self._compute_dtype(
+            kind.device, torch.promote_types(gradients[0].dtype, momenta[0].dtype)
+        )
+        directions = momenta
+        if self.nesterov:
+            factors = [settings[part.param]["momentum"] for part in batch]
+            directions = _foreach_lerp(gradients, momenta, factors)
+        if len(batch) == 1:
+            return directions[0].flatten(1, 2).to(dtype)
+        stacked = torch.empty(
+            sum(counts), kind.fan_out, kind.fan_in, dtype=dtype, device=kind.device
+        )
+        targets = [
+            rows.unflatten(1, direction.shape[1:3])
+            for rows, direction in zip(stacked.split(counts), directions, strict=True)
+        ]
+        torch._foreach_copy_(targets, directions)
+        return stacked
 
     def _read(self, current: Round, settings: dict[Tensor, dict[str, Any]], number: int) -> Tensor:
         """This rank's part of the direction of a stack, flat."""
@@ -594,6 +618,13 @@ def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
     return torch.lerp(start.to(dtype), end.to(dtype), weight)
 
 
+def _foreach_lerp(starts: list[Tensor], ends: list[Tensor], weights: list[float]) -> list[Tensor]:
+    """`_lerp` of each."""
+    if all(start.dtype == end.dtype for start, end in zip(starts, ends, strict=True)):
+        return list(torch._foreach_lerp(starts, ends, weights))
+    return [_lerp(*each) for each in zip(starts, ends, weights, strict=True)]
+
+
 def _gradient(param: Tensor) -> Tensor:
     assert param.grad is not None
     return param.grad
@@ -604,10 +635,10 @@ def _batches(parts: list[_Part], limit: int) -> Iterator[list[_Part]]:
     batch: list[_Part] = []
     room = limit
     for part in parts:
-        start, count = 0, len(part.weight)
+        start, count = 0, part.weight.shape[0]
         while start < count:
             take = min(room, count - start)
-            batch.append(part.narrow(start, take))
+            batch.append(part if take == part.weight.shape[0] else part.narrow(start, take))
             start, room = start + take, room - take
             if room == 0:
                 yield batch
