@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from tests.functional_tests.launch import Job, train
 from tests.functional_tests.test_resume import read_tensors
@@ -84,6 +85,15 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
         again = f"--load {folder}/{saved}_1_saved --save {folder}/{name}_saved --save-interval 7"
         flags = f"{SHARDED} {flags} {micro_batches(loaded, 1)} {again}"
         later[ranks].append(Job(name, flags, checkpoints=folder / "none"))
+    megatron = {"gather_state": True}
+    ep2, tp2 = (f"{SHARDED} {LAYOUTS[n][2]} {micro_batches(n, 1)}" for n in ("ep2", "tp2"))
+    later[2].append(Job("gathered", ep2, checkpoints=folder / "gathered_saved", probe=megatron))
+    for name, source, probe in (
+        ("boxes_to_gathered", "ep2_1_saved", megatron),
+        ("gathered_to_boxes", "gathered_saved", {}),
+    ):
+        again = f"--load {folder}/{source} --save {folder}/{name}_saved --save-interval 7"
+        later[2].append(Job(name, f"{tp2} {again}", checkpoints=folder / "none", probe=probe))
     bf16 = f"{SHARDED} {EP2} --muon-momentum-dtype bf16"
     for name, flags in (
         ("half", f"{SHARDED} {EP2} --exit-interval 5 --save-interval 5"),
@@ -137,6 +147,39 @@ def test_another_layout_loads_all_of_it(saved: str, loaded: str, runs: SimpleNam
         if key in state or key.startswith(("decoder", "embedding", "output_layer")):
             assert torch.equal(before[key], after[key]), key
     assert all(before[key].abs().max() > 0 for key in momenta)
+
+
+def test_megatrons_own_checkpoint_is_the_same(runs: SimpleNamespace) -> None:
+    """Names, shapes, dtypes and values of what Megatron would gather; it reads ours, we its."""
+    ours, gathered = saved_tensors(runs, "ep2_1"), saved_tensors(runs, "gathered")
+    assert set(ours) == set(gathered)
+    read_by_megatron = saved_tensors(runs, "boxes_to_gathered")
+    read_by_us = saved_tensors(runs, "gathered_to_boxes")
+    for key, value in gathered.items():
+        if key.startswith(("optimizer.state.", "decoder", "embedding", "output_layer")):
+            assert value.dtype == ours[key].dtype
+            for found in (ours, read_by_megatron, read_by_us):
+                assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize(("name", "is_cut"), [("dp4_1", True), ("gathered", False)])
+def test_every_rank_saves_its_own_shard(name: str, is_cut: bool, runs: SimpleNamespace) -> None:
+    metadata = FileSystemReader(runs.folder / f"{name}_saved" / "iter_0000010").read_metadata()
+    writers: dict[str, set[int]] = {}
+    sizes: dict[int, int] = {}
+    for index, place in metadata.storage_data.items():
+        if not index.fqn.startswith("optimizer.state."):
+            continue
+        chunks = metadata.state_dict_metadata[index.fqn].chunks
+        (chunk,) = (one for one in chunks if one.offsets == index.offset)
+        rank = int(place.relative_path.split("_")[2])  # __RANK_FILE.distcp
+        writers.setdefault(index.fqn, set()).add(rank)
+        sizes[rank] = sizes.get(rank, 0) + chunk.sizes.numel()
+    # One matrix is written by several ranks only if nobody has gathered it.
+    single = ("linear_qkv.weight", "linear_proj.weight", "output_layer.weight")
+    several = [key for key, by in writers.items() if key.endswith(single) and len(by) > 1]
+    assert bool(several) == is_cut
+    assert max(sizes.values()) <= 1.02 * min(sizes.values())
 
 
 def test_a_resume_is_exact(runs: SimpleNamespace) -> None:

@@ -49,6 +49,7 @@ def probed(
     trace: str | None = None,
     pad: int = 0,
     collectives: str | None = None,
+    gather_state: bool = False,
 ) -> Iterator[None]:
     """Record the routers' state as each step finds it; spoil the gradient of some steps.
 
@@ -58,6 +59,7 @@ def probed(
         trace: Prefix of the files of ``traced``, one for each rank.
         pad: Tokens of padding at the end of the last sequence of each global batch of 8.
         collectives: Prefix of the files of ``counted``, one for each rank.
+        gather_state: Save and load the optimizer's state as Megatron does, see ``gathered``.
     """
     from trinity_megatron import layer_specs
     from trinity_megatron.moe.finalize import find_routers
@@ -84,7 +86,7 @@ def probed(
     if record or spoil:
         layer_specs.finalize_model_grads = finalize_model_grads
     try:
-        with traced(trace), padded(pad), counted(collectives):
+        with traced(trace), padded(pad), counted(collectives), gathered(gather_state):
             yield
     finally:
         layer_specs.finalize_model_grads = real
@@ -210,6 +212,27 @@ def counted(prefix: str | None) -> Iterator[None]:
             setattr(module, name, original)
         ShardedMuonOptimizer.step, ShardedMuonOptimizer.zero_grad = step, zero_grad
         torch.save({**content, "calls": calls}, f"{prefix}.{torch.distributed.get_rank()}.pt")
+
+
+@contextmanager
+def gathered(active: bool) -> Iterator[None]:
+    """Megatron's own way to save and load a distributed optimizer, in place of boxes."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    from trinity_megatron.optimizer.distributed import ResumableDistributedOptimizer
+
+    names = (
+        "sharded_param_state_fully_reshardable",
+        "load_parameter_state_from_fully_reshardable",
+    )
+    ours = {name: getattr(ResumableDistributedOptimizer, name) for name in names}
+    for name in names if active else ():
+        setattr(ResumableDistributedOptimizer, name, getattr(DistributedOptimizer, name))
+    try:
+        yield
+    finally:
+        for name, method in ours.items():
+            setattr(ResumableDistributedOptimizer, name, method)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ LEVELS = {
     "optimizer/newton_schulz": 0,
     "optimizer/syrk": 0,
     "optimizer/ownership": 0,
+    "optimizer/sharded_state": 0,
     "data/*": 0,
     "checkpoint/transforms": 0,
     "checkpoint/verify_flags": 0,

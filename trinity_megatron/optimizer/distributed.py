@@ -12,12 +12,16 @@ largest (2048 times the attention's QKV), knows no optimizer instances, and fail
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import megatron.core.optimizer as core_optimizer
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.optimizer import KEEP_VARS_HINT
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -31,6 +35,7 @@ from trinity_megatron.optimizer.ownership import (
     Shard,
     own_matrices,
 )
+from trinity_megatron.optimizer.sharded_state import collect_boxes, shard_to_boxes
 
 ADAM_STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -94,6 +99,82 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
+
+    def sharded_param_state_fully_reshardable(
+        self,
+        model_sharded_state_dict: dict[str, Any],
+        is_loading: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[int, dict[str, dict[int, ShardedTensor]]]:
+        """This rank's shards as boxes of the parameters; Megatron's would gather all of them.
+
+        Args:
+            model_sharded_state_dict: Of the model, with parameters as data.
+            is_loading: Whether the boxes are to be filled.
+            metadata: Megatron's; nothing of it changes the boxes.
+
+        Returns:
+            By number of the parameter, name of the state and number of the box.
+
+        Raises:
+            ValueError: A parameter is not in the model's state.
+        """
+        tensors, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+        described = {tensor.data: tensor for tensor in nested_values(tensors)}
+        found: dict[int, dict[str, dict[int, ShardedTensor]]] = {}
+        self._loading: dict[int, dict[str, tuple[Tensor, dict[int, Tensor]]]] = {}
+        for number, (param, start) in enumerate(self._local_shards()):
+            if param not in described:
+                raise ValueError(
+                    f"a parameter of shape {tuple(param.shape)} is not in the sharded state dict "
+                    f"of the model. {KEEP_VARS_HINT}"
+                )
+            found[number], self._loading[number] = {}, {}
+            for name, shard in self._get_main_param_and_optimizer_states(param).items():
+                if name == "step":  # in the parameter groups
+                    continue
+                if is_loading:
+                    shard = torch.empty_like(shard, device="cpu")
+                elif shard.device.type == "cpu" and not _is_part_of_storage(shard):
+                    # An --async-save copies parts of a storage only, and shares the others with
+                    # its process, while the next steps go on.
+                    shard = shard.clone()
+                boxes = shard_to_boxes(
+                    described[param],
+                    f"optimizer.state.{name}.{described[param].key}",
+                    shard.detach().view(-1),
+                    start,
+                    self.distributed_optimizer_instance_id,
+                )
+                found[number][name] = dict(enumerate(boxes))
+                if is_loading:
+                    views = {index: box.data for index, box in enumerate(boxes)}
+                    self._loading[number][name] = shard, views
+        return found
+
+    @torch.no_grad()
+    def load_parameter_state_from_fully_reshardable(
+        self, state_dict: dict[int, dict[str, dict[int, Tensor]]]
+    ) -> None:
+        """Take what was loaded into the boxes.
+
+        Args:
+            state_dict: Tensors, ordered as the boxes were.
+        """
+        for number, (param, _) in enumerate(self._local_shards()):
+            shards = self._loading.pop(number)
+            for name, (_, views) in shards.items():
+                collect_boxes(views, state_dict[number][name])
+            whole = {name: shard for name, (shard, _) in shards.items()}
+            self._set_main_param_and_optimizer_states(param, whole)
+
+    def _local_shards(self) -> Iterator[tuple[Tensor, int]]:
+        """Every parameter of which this rank holds a part, and the first element of the part."""
+        for buffer in self.gbuf_ranges:
+            for buckets in buffer.values():
+                for bucket in buckets:
+                    for param, ranges in bucket["param_map"].items():
+                        yield param, ranges["param"].start
 
     def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: Any) -> None:
         # torch's AdamW has its step among the tensors; Megatron reads it from the groups instead.
@@ -320,6 +401,10 @@ def shard_bounds(
         )
         for table in tables
     ]
+
+
+def _is_part_of_storage(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() != tensor.nbytes
 
 
 def _model_and_shard(part: ShardedOptimizer) -> list[tuple[Tensor, Tensor]]:
