@@ -15,7 +15,7 @@ from results import (
     LABELS,
     SEARCH_SEED,
     Comparison,
-    Rates,
+    Recipe,
     Run,
     compare,
     final_runs,
@@ -31,7 +31,7 @@ PICTURE = "optimizer_study.png"
 
 
 def draw_study(runs: Sequence[Run], out: Path) -> Path:
-    """Draw the loss over the steps at the best learning rates, and the search.
+    """Draw the loss over the steps at the best recipes, and the search.
 
     Args:
         runs: All runs of the study.
@@ -59,7 +59,7 @@ def _draw_curves(axis: Axes, best: dict[str, list[Run]]) -> None:
     for name, chosen in best.items():
         for run in chosen:
             axis.plot(run.steps, run.losses, color=COLORS[name], linewidth=0.7, alpha=0.6)
-        label = f"{LABELS[name]}, learning rates {chosen[0].rates}"
+        label = f"{LABELS[name]}, {chosen[0].recipe}"
         axis.plot(*mean_curve(chosen), color=COLORS[name], linewidth=2, label=label)
     # The first evaluation is so far above the others that it would flatten them.
     axis.set_ylim(top=max(run.losses[:2][-1] for chosen in best.values() for run in chosen) + 0.1)
@@ -92,10 +92,10 @@ def _draw_search(axis: Axes, runs: Sequence[Run]) -> None:
         best = find_best(runs, name)
         for run in searched(runs, name):
             face = COLORS[name] if run is best else "white"
-            axis.plot(run.rates.lr, run.losses[-1], "o", color=COLORS[name], markerfacecolor=face)
+            axis.plot(run.recipe.lr, run.losses[-1], "o", color=COLORS[name], markerfacecolor=face)
             axis.annotate(
-                f"{run.rates.decoupled_lr:g}",
-                (run.rates.lr, run.losses[-1]),
+                f"{run.recipe.decoupled_lr:g}",
+                (run.recipe.lr, run.losses[-1]),
                 xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
@@ -118,7 +118,7 @@ def main(out: Path) -> None:
             out,
             entry["phase"],
             entry["optimizer"],
-            Rates(entry["lr"], entry["decoupled_lr"]),
+            Recipe(**{name: entry[name] for name in Recipe._fields}),
             entry["seed"],
         )
         for entry in content["runs"]

@@ -14,7 +14,7 @@ import numpy as np
 from trinity_megatron.tracking.run_log import RunLog
 
 LABELS = {"muon": "Muon", "adam": "AdamW"}
-# The learning rates are searched on this seed, in runs that may be shorter than the final ones.
+# Recipes are searched on this seed, in runs that may be shorter than the final ones.
 SEARCH_SEED = 1
 SEARCH, FINAL = "search", "final"
 # Muon should need at most this part of AdamW's steps to AdamW's final loss.
@@ -23,19 +23,23 @@ LIMIT = 0.7
 SHARES = (0.5, 0.75, 1.0)
 
 
-class Rates(NamedTuple):
-    """Learning rates of a run.
+class Recipe(NamedTuple):
+    """What is searched.
 
     Attributes:
-        lr: Of the hidden layers.
+        lr: Learning rate of the hidden layers.
         decoupled_lr: Of the embedding and the head, and under Muon of all else that AdamW updates.
+        warmup: Steps of warmup.
+        momentum: Of Muon, or AdamW's beta1.
     """
 
     lr: float
     decoupled_lr: float
+    warmup: int
+    momentum: float
 
     def __str__(self) -> str:
-        return f"{self.lr:g} / {self.decoupled_lr:g}"
+        return f"{self.lr:g} / {self.decoupled_lr:g} / {self.warmup} / {self.momentum:g}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Run:
     Attributes:
         phase: :data:`SEARCH` or :data:`FINAL`.
         optimizer: A key of :data:`LABELS`.
-        rates: Its learning rates.
+        recipe: Its settings.
         seed: Of the initial weights and of the order of the data.
         steps: Steps after which it was evaluated, ``[num_evaluations]``.
         losses: Validation losses in nats per token, ``[num_evaluations]``.
@@ -53,7 +57,7 @@ class Run:
 
     phase: str
     optimizer: str
-    rates: Rates
+    recipe: Recipe
     seed: int
     steps: np.ndarray
     losses: np.ndarray
@@ -83,26 +87,27 @@ class Comparison:
         return {seed: steps / self.adam_steps for seed, steps in self.seed_steps.items()}
 
 
-def run_folder(out: Path, phase: str, optimizer: str, rates: Rates, seed: int) -> Path:
+def run_folder(out: Path, phase: str, optimizer: str, recipe: Recipe, seed: int) -> Path:
     """Where a run of the study lies."""
-    return out / phase / optimizer / f"lr_{rates.lr:g}_{rates.decoupled_lr:g}" / f"seed_{seed}"
+    name = f"lr_{recipe.lr:g}_{recipe.decoupled_lr:g}_warmup_{recipe.warmup}_{recipe.momentum:g}"
+    return out / phase / optimizer / name / f"seed_{seed}"
 
 
-def read_run(out: Path, phase: str, optimizer: str, rates: Rates, seed: int) -> Run:
+def read_run(out: Path, phase: str, optimizer: str, recipe: Recipe, seed: int) -> Run:
     """Read a complete run from its log.
 
     Raises:
         FileNotFoundError: There is no log.
         ValueError: It has no validation loss.
     """
-    folder = run_folder(out, phase, optimizer, rates, seed)
+    folder = run_folder(out, phase, optimizer, recipe, seed)
     losses = RunLog(folder / "tensorboard").scalars("lm loss validation")
     if not losses:
         raise ValueError(
             f"{folder} has no validation loss. Remedy: remove it and start the study again."
         )
     steps, values = np.array(list(losses)), np.array(list(losses.values()))
-    return Run(phase, optimizer, rates, seed, steps, values)
+    return Run(phase, optimizer, recipe, seed, steps, values)
 
 
 def steps_to_reach(steps: np.ndarray, losses: np.ndarray, target: float) -> float:
@@ -134,7 +139,7 @@ def compare(adam: Sequence[Run], muon: Sequence[Run], share: float) -> Compariso
     """Compare steps to the mean loss that AdamW has after a part of its steps.
 
     Args:
-        adam: Seeds of AdamW at its best learning rates.
+        adam: Seeds of AdamW at its best recipe.
         muon: Seeds of Muon at its own.
         share: The part; the last evaluation up to there counts.
     """
@@ -163,20 +168,20 @@ def find_best(runs: Sequence[Run], optimizer: str) -> Run:
     """
     found = searched(runs, optimizer)
     best = min(found, key=lambda run: run.losses[-1])
-    lrs = sorted({run.rates.lr for run in found})
-    if len(lrs) > 1 and best.rates.lr in (lrs[0], lrs[-1]):
+    lrs = sorted({run.recipe.lr for run in found})
+    if len(lrs) > 1 and best.recipe.lr in (lrs[0], lrs[-1]):
         raise ValueError(
-            f"{LABELS[optimizer]}'s best learning rate, {best.rates.lr:g}, is at the edge of those "
-            f"searched, {lrs[0]:g} to {lrs[-1]:g}. Remedy: add a pair beyond it to "
-            f"--{optimizer}-rates, and one to the other optimizer's; what is trained is kept."
+            f"{LABELS[optimizer]}'s best learning rate, {best.recipe.lr:g}, is at the edge of "
+            f"those searched, {lrs[0]:g} to {lrs[-1]:g}. Remedy: add a recipe beyond it to "
+            f"--{optimizer}-recipes, and one to the other optimizer's; what is trained is kept."
         )
     return best
 
 
 def searched(runs: Sequence[Run], optimizer: str) -> list[Run]:
-    """The runs of an optimizer's search, by learning rates."""
+    """The runs of an optimizer's search, by recipe."""
     mine = [run for run in runs if (run.phase, run.optimizer) == (SEARCH, optimizer)]
-    return sorted(mine, key=lambda run: run.rates)
+    return sorted(mine, key=lambda run: run.recipe)
 
 
 def write_results(runs: Sequence[Run], out: Path, *, settings: Mapping[str, object]) -> str:
@@ -190,17 +195,17 @@ def write_results(runs: Sequence[Run], out: Path, *, settings: Mapping[str, obje
     Returns:
         The content of ``results.md``.
     """
-    best = {name: find_best(runs, name).rates for name in LABELS}
+    best = {name: find_best(runs, name).recipe for name in LABELS}
     adam, muon = (final_runs(runs, name) for name in ("adam", "muon"))
     comparisons = [compare(adam, muon, share) for share in SHARES]
     content = {
         "settings": dict(settings),
-        "best": {name: rates._asdict() for name, rates in best.items()},
+        "best": {name: recipe._asdict() for name, recipe in best.items()},
         "runs": [
             {
                 "phase": run.phase,
                 "optimizer": run.optimizer,
-                **run.rates._asdict(),
+                **run.recipe._asdict(),
                 "seed": run.seed,
                 "steps": run.steps.tolist(),
                 "validation_loss": run.losses.tolist(),
@@ -219,7 +224,7 @@ def write_results(runs: Sequence[Run], out: Path, *, settings: Mapping[str, obje
 
 
 def final_runs(runs: Sequence[Run], optimizer: str) -> list[Run]:
-    """All seeds of an optimizer at its best learning rates."""
+    """All seeds of an optimizer at its best recipe."""
     return [run for run in runs if (run.phase, run.optimizer) == (FINAL, optimizer)]
 
 
@@ -252,31 +257,31 @@ def _content(comparison: Comparison) -> dict[str, object]:
     }
 
 
-def _search_table(runs: Sequence[Run], best: Mapping[str, Rates]) -> list[str]:
+def _search_table(runs: Sequence[Run], best: Mapping[str, Recipe]) -> list[str]:
     """Lines of a markdown table: validation loss at the end of every run of the search."""
     last = searched(runs, "muon")[0].steps[-1]
     lines = [
-        f"| optimizer | learning rates (hidden layers / embedding and head): validation loss after "
-        f"{last} steps, one seed |",
+        f"| optimizer | learning rate of hidden layers / of embedding and head / warmup / momentum "
+        f"or beta1: validation loss after {last} steps, one seed |",
         "|---|---|",
     ]
     for name, label in LABELS.items():
         cells = []
         for run in searched(runs, name):
-            cell = f"{run.rates}: {run.losses[-1]:.3f}"
-            cells.append(f"**{cell}**" if run.rates == best[name] else cell)
+            cell = f"{run.recipe}: {run.losses[-1]:.3f}"
+            cells.append(f"**{cell}**" if run.recipe == best[name] else cell)
         lines.append(f"| {label} | {' &nbsp; '.join(cells)} |")
     return lines
 
 
 def _final_table(adam: Sequence[Run], muon: Sequence[Run]) -> list[str]:
-    lines = ["| optimizer | learning rates | final validation loss, mean | each seed |"]
+    lines = ["| optimizer | recipe | final validation loss, mean | each seed |"]
     lines.append("|---|---|---|---|")
     for runs in (muon, adam):
         final = [run.losses[-1] for run in runs]
         each = ", ".join(f"{loss:.3f}" for loss in final)
         name = LABELS[runs[0].optimizer]
-        lines.append(f"| {name} | {runs[0].rates} | {np.mean(final):.3f} | {each} |")
+        lines.append(f"| {name} | {runs[0].recipe} | {np.mean(final):.3f} | {each} |")
     return lines
 
 

@@ -21,9 +21,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STUDY = ROOT / "examples" / "optimizer_study"
 # Nothing moves: neither optimizer has a learning rate that fp32 weights notice, no rule the bias.
 STILL = (
-    "--muon-rates 1e-30:1e-30 --adam-rates 1e-30:1e-30 --moe-router-bias-update-rule none "
-    "--seeds 2 --steps 2 --search-steps 2 --eval-interval 1 --eval-iters 2 --num-layers 2 "
-    "--seq-length 64 --window-size 15,0 --global-batch-size 2 --micro-batch-size 2"
+    "--muon-recipes 1e-30:1e-30:0:0.9 --adam-recipes 1e-30:1e-30:0:0.9 "
+    "--moe-router-bias-update-rule none --seeds 2 --steps 2 --search-steps 2 --eval-interval 1 "
+    "--eval-iters 2 --num-layers 2 --seq-length 64 --window-size 15,0 --global-batch-size 2 "
+    "--micro-batch-size 2"
 ).split()
 
 
@@ -90,8 +91,8 @@ def test_a_complete_run_is_not_trained_again(study: Path, data: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--muon-rates 1e-2:1e-2 2e-2:1e-2", "as many for one as for the other"),
-        ("--adam-rates 1e-2", "'1e-2' is no LR:DECOUPLED_LR"),
+        ("--muon-recipes 1e-2:1e-2:0:0.9 2e-2:1e-2:0:0.9", "as many for one as for the other"),
+        ("--adam-recipes 1e-2:1e-2", "is no LR:DECOUPLED_LR:WARMUP:MOMENTUM"),
         ("--steps 7 --eval-interval 3", "no multiple of --eval-interval 3"),
     ],
 )
@@ -124,8 +125,8 @@ def test_steps_to_reach(
 
 def make_run(results: ModuleType, optimizer: str, seed: int, losses: Sequence[float]) -> Any:
     steps = np.arange(1, len(losses) + 1) * 10
-    rates = results.Rates(1e-2, 1e-2)
-    return results.Run("final", optimizer, rates, seed, steps, np.array(losses))
+    recipe = results.Recipe(1e-2, 1e-2, 0, 0.9)
+    return results.Run("final", optimizer, recipe, seed, steps, np.array(losses))
 
 
 def test_compare(results: ModuleType) -> None:
@@ -170,7 +171,7 @@ def test_a_best_rate_at_the_edge_is_refused(best: int, is_edge: bool, results: M
         results.Run(
             "search",
             "adam",
-            results.Rates(lr, 1e-2),
+            results.Recipe(lr, 1e-2, 0, 0.9),
             1,
             np.array([10]),
             np.array([3.0 if place == best else 4.0]),
@@ -178,7 +179,7 @@ def test_a_best_rate_at_the_edge_is_refused(best: int, is_edge: bool, results: M
         for place, lr in enumerate((1e-3, 2e-3, 4e-3))
     ]
     if is_edge:
-        with pytest.raises(ValueError, match="at the edge .* --adam-rates"):
+        with pytest.raises(ValueError, match="at the edge .* --adam-recipes"):
             results.find_best(runs, "adam")
     else:
-        assert results.find_best(runs, "adam").rates.lr == 2e-3
+        assert results.find_best(runs, "adam").recipe.lr == 2e-3
