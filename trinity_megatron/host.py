@@ -246,6 +246,7 @@ def _stand_in_for_collectives() -> None:
 
 
 def _stand_in_for_megatron_paths() -> None:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import token_dispatcher
@@ -255,6 +256,9 @@ def _stand_in_for_megatron_paths() -> None:
         torch.set_rng_state(new_state)
 
     megatron_random._set_cuda_rng_state = set_rng_state
+
+    # Its default is the factory of before; --ckpt-fully-parallel-load calls it with "cuda".
+    ShardedTensor.init_data.__defaults__ = (torch.empty,)
 
     # Returns a CPU tensor as it is; its callers need host numbers (split sizes, list lengths).
     def move_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

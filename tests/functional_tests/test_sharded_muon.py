@@ -85,6 +85,10 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
         again = f"--load {folder}/{saved}_1_saved --save {folder}/{name}_saved --save-interval 7"
         flags = f"{SHARDED} {flags} {micro_batches(loaded, 1)} {again}"
         later[ranks].append(Job(name, flags, checkpoints=folder / "none"))
+    for name, parallel in (("load_alone", ""), ("load_shared", "--ckpt-fully-parallel-load")):
+        again = f"--load {folder}/ep2_1_saved --save {folder}/{name}_saved --train-iters 11"
+        flags = f"{SHARDED} {LAYOUTS['instances'][2]} {micro_batches('instances', 1)}"
+        later[4].append(Job(name, f"{flags} {again} {parallel}", checkpoints=folder / "none"))
     megatron = {"gather_state": True}
     ep2, tp2 = (f"{SHARDED} {LAYOUTS[n][2]} {micro_batches(n, 1)}" for n in ("ep2", "tp2"))
     later[2].append(Job("gathered", ep2, checkpoints=folder / "gathered_saved", probe=megatron))
@@ -147,6 +151,13 @@ def test_another_layout_loads_all_of_it(saved: str, loaded: str, runs: SimpleNam
         if key in state or key.startswith(("decoder", "embedding", "output_layer")):
             assert torch.equal(before[key], after[key]), key
     assert all(before[key].abs().max() > 0 for key in momenta)
+
+
+def test_ranks_share_what_they_have_read(runs: SimpleNamespace) -> None:
+    """Experts and optimizer instances are on two ranks each; one of them reads a tensor."""
+    for tag in ("lm loss", "grad-norm"):
+        alone, shared = (runs.log(name).scalars(tag) for name in ("load_alone", "load_shared"))
+        assert shared == alone and list(alone) == [11]
 
 
 def test_megatrons_own_checkpoint_is_the_same(runs: SimpleNamespace) -> None:

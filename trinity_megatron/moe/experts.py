@@ -176,7 +176,7 @@ def stacked_sharded_state_dict(
         sharded_offsets: Megatron's offsets of the axes that come before, e.g. the layers.
     """
     axis = len(sharded_offsets)
-    expert_offset = (axis, experts.ep_group.rank(), experts.ep_group.size())
+    ep_rank, ep_size = experts.ep_group.rank(), experts.ep_group.size()
     tp_rank, tp_size = experts.tp_group.rank(), experts.tp_group.size()
     replica_id = (0, 0, experts.dp_group.rank())
     common: dict[str, Any] = {"replica_id": replica_id, "prepend_axis_num": axis}
@@ -184,22 +184,26 @@ def stacked_sharded_state_dict(
     def build_gate_and_up(
         key: str, tensor: torch.Tensor, replica_id: ReplicaId, flattened_range: slice | None
     ) -> list[ShardedTensor]:
-        # The rank holds [its gate rows | its up rows]; the whole is [all gate | all up].
+        # The rank holds [its gate rows | its up rows]; the whole is [all gate | all up].  Expert by
+        # expert: halves of the stack would not be contiguous, and --ckpt-fully-parallel-load
+        # sends what it has read to other ranks as it lies in memory.
+        count = tensor.shape[0]
         return [
             ShardedTensor.from_rank_offsets(
                 key,
-                part,
+                half,
                 *sharded_offsets,
-                expert_offset,
+                (axis, ep_rank * count + number, ep_size * count),
                 (axis + 1, tp_rank + index * tp_size, 2 * tp_size),
                 replica_id=replica_id,
                 prepend_axis_num=axis,
             )
-            for index, part in enumerate(tensor.chunk(2, dim=1))
+            for number, expert in enumerate(tensor.split(1))
+            for index, half in enumerate(expert.chunk(2, dim=1))
         ]
 
     def merge_gate_and_up(parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts).unflatten(0, (-1, 2)).flatten(1, 2)
 
     fc1_key, fc2_key = (f"{prefix}experts.{fc}.weight" for fc in ("linear_fc1", "linear_fc2"))
     return {
@@ -214,7 +218,7 @@ def stacked_sharded_state_dict(
             fc2_key,
             experts.linear_fc2.weight,
             *sharded_offsets,
-            expert_offset,
+            (axis, ep_rank, ep_size),
             (axis + 2, tp_rank, tp_size),
             **common,
         ),

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import KEEP_VARS_HINT
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -130,9 +131,10 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
                     f"of the model. {KEEP_VARS_HINT}"
                 )
             found[number], self._loading[number] = {}, {}
-            for name, shard in self._get_main_param_and_optimizer_states(param).items():
-                if name == "step":  # in the parameter groups
-                    continue
+            states = self._get_main_param_and_optimizer_states(param)
+            for name in ("param", *self.optimizer_state_keys):
+                # AdamW makes its state in its first step; until then it is zero.
+                shard = states[name] if name in states else torch.zeros_like(states["param"])
                 if is_loading:
                     shard = torch.empty_like(shard, device="cpu")
                 elif shard.device.type == "cpu" and not _is_part_of_storage(shard):
@@ -150,6 +152,8 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
                 if is_loading:
                     views = {index: box.data for index, box in enumerate(boxes)}
                     self._loading[number][name] = shard, views
+                    for box in boxes:  # which --ckpt-fully-parallel-load sends on as they lie
+                        box.data = box.data.contiguous()
         return found
 
     @torch.no_grad()
@@ -167,6 +171,8 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
                 collect_boxes(views, state_dict[number][name])
             whole = {name: shard for name, (shard, _) in shards.items()}
             self._set_main_param_and_optimizer_states(param, whole)
+        if isinstance(self.optimizer, HybridDeviceOptimizer):
+            self.optimizer._sync_hdo_state_to_sub_optimizers()
 
     def _local_shards(self) -> Iterator[tuple[Tensor, int]]:
         """Every parameter of which this rank holds a part, and the first element of the part."""

@@ -5,7 +5,7 @@ the parameter has its own shape, so a range becomes a few boxes: the rest of a r
 beginning of a row, and the same in every further dimension.  Every rank writes and reads its own
 boxes.  Megatron's own way is to gather the state of a whole tensor-, pipeline- and expert-parallel
 part in the memory of each of its ranks (391 GB for Trinity Large with EP8), to save and to load.
-Names, shapes and dtypes in the checkpoint are the same, so that either reads what the other wrote.
+Names and shapes in the checkpoint are the same, so that either reads what the other wrote.
 """
 
 import math
