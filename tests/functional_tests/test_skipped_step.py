@@ -44,7 +44,15 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     ]
     # Two ranks with half of the experts each; the NaN is in the shard of one.
     sharded = spoiled("muon_sharded", f"{UNCHECKED} {SHARDED}", float("nan"))
-    logs = train(data, folder, [(1, jobs), (2, [sharded])])
+    # The first step is skipped, and saved before AdamW has any state.
+    first = {"spoil": {"1": float("nan")}}
+    whole, saved = f"--train-iters 3 {UNCHECKED} {SHARDED}", folder / "first_saved"
+    early = [
+        Job("first_skipped", whole, probe=first),
+        Job("first_saved", f"{whole} --exit-interval 1", checkpoints=saved, probe=first),
+        Job("first_resumed", whole, checkpoints=saved),
+    ]
+    logs = train(data, folder, [(1, jobs), (2, [sharded, *early])])
     states = {name: torch.load(folder / f"{name}.pt") for name in (*SPOILED, "muon_sharded")}
     return SimpleNamespace(logs=logs, states=states)
 
@@ -58,6 +66,14 @@ def expected_after(state: dict[str, torch.Tensor]) -> Any:
         momentum=0.5,
         clamp_scale=2.0,
     )
+
+
+def test_a_save_before_the_first_update_resumes(runs: SimpleNamespace) -> None:
+    losses = {
+        name: runs.logs[name].scalars("lm loss") for name in ("first_skipped", "first_resumed")
+    }
+    assert list(losses["first_resumed"]) == [2, 3]
+    assert losses["first_resumed"].items() <= losses["first_skipped"].items()
 
 
 @pytest.mark.parametrize("name", SPOILED)
