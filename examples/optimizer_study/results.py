@@ -30,16 +30,18 @@ class Recipe(NamedTuple):
         lr: Learning rate of the hidden layers.
         decoupled_lr: Of the embedding and the head, and under Muon of all else that AdamW updates.
         warmup: Steps of warmup.
-        momentum: Of Muon, or AdamW's beta1.
+        beta1: Of AdamW, be it of all parameters or of those that Muon leaves to it.
+        momentum: Of Muon; None for AdamW.
     """
 
     lr: float
     decoupled_lr: float
     warmup: int
-    momentum: float
+    beta1: float
+    momentum: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.lr:g} / {self.decoupled_lr:g} / {self.warmup} / {self.momentum:g}"
+        return " / ".join(f"{value:g}" for value in self if value is not None)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ class Comparison:
 
 def run_folder(out: Path, phase: str, optimizer: str, recipe: Recipe, seed: int) -> Path:
     """Where a run of the study lies."""
-    name = f"lr_{recipe.lr:g}_{recipe.decoupled_lr:g}_warmup_{recipe.warmup}_{recipe.momentum:g}"
+    name = f"lr_{recipe.lr:g}_{recipe.decoupled_lr:g}_warmup_{recipe.warmup}_{recipe.beta1:g}"
+    if recipe.momentum is not None:
+        name += f"_momentum_{recipe.momentum:g}"
     return out / phase / optimizer / name / f"seed_{seed}"
 
 
@@ -261,8 +265,8 @@ def _search_table(runs: Sequence[Run], best: Mapping[str, Recipe]) -> list[str]:
     """Lines of a markdown table: validation loss at the end of every run of the search."""
     last = searched(runs, "muon")[0].steps[-1]
     lines = [
-        f"| optimizer | learning rate of hidden layers / of embedding and head / warmup / momentum "
-        f"or beta1: validation loss after {last} steps, one seed |",
+        f"| optimizer | learning rate of hidden layers / of embedding and head / warmup / beta1 / "
+        f"Muon's momentum: validation loss after {last} steps, one seed |",
         "|---|---|",
     ]
     for name, label in LABELS.items():

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what studies share
@@ -45,24 +46,27 @@ from trinity_megatron.launcher import (
 
 # Around where each is expected, as many for one as for the other.
 MUON_RECIPES = (
-    Recipe(0.04, 0.024, 5, 0.85),
-    Recipe(0.02, 0.024, 5, 0.85),
-    Recipe(0.08, 0.024, 5, 0.85),
-    Recipe(0.04, 0.048, 5, 0.85),
-    Recipe(0.04, 0.024, 10, 0.85),
-    Recipe(0.04, 0.024, 5, 0.7),
-    Recipe(0.04, 0.024, 5, 0.95),
+    Recipe(0.04, 0.024, 5, 0.9, 0.85),
+    Recipe(0.02, 0.024, 5, 0.9, 0.85),
+    Recipe(0.08, 0.024, 5, 0.9, 0.85),
+    Recipe(0.04, 0.048, 5, 0.9, 0.85),
+    Recipe(0.04, 0.024, 10, 0.9, 0.85),
+    Recipe(0.04, 0.024, 5, 0.9, 0.95),
+    Recipe(0.04, 0.024, 5, 0.9, 0.7),
+    Recipe(0.04, 0.024, 5, 0.9, 0.6),
+    Recipe(0.04, 0.024, 5, 0.8, 0.7),
 )
 ADAM_RECIPES = (
     Recipe(0.006, 0.012, 10, 0.9),
     Recipe(0.003, 0.012, 10, 0.9),
-    Recipe(0.012, 0.012, 10, 0.9),
-    Recipe(0.006, 0.024, 10, 0.9),
     Recipe(0.006, 0.012, 5, 0.9),
     Recipe(0.006, 0.012, 20, 0.9),
     Recipe(0.006, 0.012, 10, 0.8),
+    Recipe(0.003, 0.012, 10, 0.8),
+    Recipe(0.0015, 0.012, 10, 0.8),
+    Recipe(0.006, 0.012, 10, 0.7),
+    Recipe(0.003, 0.012, 20, 0.8),
 )
-MOMENTUM_FLAGS = {"muon": "--muon-momentum", "adam": "--adam-beta1"}
 MUON_FLAGS = "--muon-nesterov"
 BATCH_SIZE, EVAL_ITERS = 64, 1
 TRAIN = Path(__file__).with_name("train.py")
@@ -120,15 +124,19 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/optimizer_study"), metavar="DIR")
     add("--data", type=Path, metavar="DIR", help="folder of prepare-data (default: make one)")
-    for name, default in (("muon", MUON_RECIPES), ("adam", ADAM_RECIPES)):
+    form = "LR:DECOUPLED_LR:WARMUP:BETA1"
+    for name, default, metavar in (
+        ("muon", MUON_RECIPES, f"{form}:MOMENTUM"),
+        ("adam", ADAM_RECIPES, form),
+    ):
         add(
             f"--{name}-recipes",
             nargs="+",
-            type=_recipe,
+            type=partial(_recipe, form=metavar),
             default=default,
-            metavar="LR:DECOUPLED_LR:WARMUP:MOMENTUM",
-            help="learning rates of hidden layers and of embedding and head, steps of warmup, and "
-            "momentum or beta1, to search",
+            metavar=metavar,
+            help="learning rates of hidden layers and of embedding and head, steps of warmup, "
+            "AdamW's beta1 and Muon's momentum, to search",
         )
     add(
         "--muon-flags",
@@ -137,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
         help='of Muon alone: --muon-flags="--x y" (%(default)s)',
     )
     add("--seeds", type=positive, default=3, metavar="N", help="at the best recipe (%(default)s)")
-    add("--steps", type=positive, default=140, metavar="N", help="of a final run (%(default)s)")
+    add("--steps", type=positive, default=120, metavar="N", help="of a final run (%(default)s)")
     add(
         "--search-steps",
         type=positive,
@@ -263,21 +271,21 @@ def _job(
     flags = [*common, "--train-iters", str(steps), "--optimizer", optimizer, "--seed", str(seed)]
     flags += ["--lr", f"{recipe.lr:g}", "--decoupled-lr", f"{recipe.decoupled_lr:g}"]
     flags += ["--lr-warmup-iters", str(recipe.warmup)]
-    flags += [MOMENTUM_FLAGS[optimizer], f"{recipe.momentum:g}"]
+    flags += ["--adam-beta1", f"{recipe.beta1:g}"]
     if optimizer == "muon":
-        flags += shlex.split(args.muon_flags)
+        flags += ["--muon-momentum", f"{recipe.momentum:g}", *shlex.split(args.muon_flags)]
     folder = run_folder(args.out, phase, optimizer, recipe, seed)
     return Job(folder, (*flags, *megatron_flags), phase, optimizer, recipe, seed)
 
 
-def _recipe(text: str) -> Recipe:
+def _recipe(text: str, *, form: str) -> Recipe:
     try:
-        lr, decoupled_lr, warmup, momentum = text.split(":")
-        return Recipe(float(lr), float(decoupled_lr), int(warmup), float(momentum))
+        lr, decoupled_lr, warmup, *momenta = text.split(":")
+        if len(momenta) != form.count(":") - 2:
+            raise ValueError
+        return Recipe(float(lr), float(decoupled_lr), int(warmup), *map(float, momenta))
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no LR:DECOUPLED_LR:WARMUP:MOMENTUM"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no {form}") from None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STUDY = ROOT / "examples" / "optimizer_study"
 # Nothing moves: neither optimizer has a learning rate that fp32 weights notice, no rule the bias.
 STILL = (
-    "--muon-recipes 1e-30:1e-30:0:0.9 --adam-recipes 1e-30:1e-30:0:0.9 "
+    "--muon-recipes 1e-30:1e-30:0:0.9:0.9 --adam-recipes 1e-30:1e-30:0:0.9 "
     "--moe-router-bias-update-rule none --seeds 2 --steps 2 --search-steps 2 --eval-interval 1 "
     "--eval-iters 2 --num-layers 2 --seq-length 64 --window-size 15,0 --global-batch-size 2 "
     "--micro-batch-size 2"
@@ -91,8 +91,9 @@ def test_a_complete_run_is_not_trained_again(study: Path, data: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--muon-recipes 1e-2:1e-2:0:0.9 2e-2:1e-2:0:0.9", "as many for one as for the other"),
-        ("--adam-recipes 1e-2:1e-2", "is no LR:DECOUPLED_LR:WARMUP:MOMENTUM"),
+        ("--adam-recipes 1e-2:1e-2:0:0.9 2e-2:1e-2:0:0.9", "as many for one as for the other"),
+        ("--adam-recipes 1e-2:1e-2", "is no LR:DECOUPLED_LR:WARMUP:BETA1"),
+        ("--muon-recipes 1e-2:1e-2:0:0.9", "is no LR:DECOUPLED_LR:WARMUP:BETA1:MOMENTUM"),
         ("--steps 7 --eval-interval 3", "no multiple of --eval-interval 3"),
     ],
 )
