@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -64,7 +65,7 @@ ADAM_RECIPES = (
     Recipe(0.006, 0.012, 10, 0.8),
     Recipe(0.003, 0.012, 10, 0.8),
     Recipe(0.0015, 0.012, 10, 0.8),
-    Recipe(0.006, 0.012, 10, 0.7),
+    Recipe(0.00075, 0.012, 10, 0.8),
     Recipe(0.003, 0.012, 20, 0.8),
 )
 MUON_FLAGS = "--muon-nesterov"
@@ -110,9 +111,12 @@ def compare_optimizers(args: argparse.Namespace, megatron_flags: Sequence[str]) 
     """
     data = (args.data or prepare_text(args.out / "data")).resolve()
     common = common_flags(args, data)
-    runs = train_all(list(search_jobs(args, common, megatron_flags)), args)
+    search = list(search_jobs(args, common, megatron_flags))
+    runs = train_all(search, args)
     best = [find_best(runs, optimizer) for optimizer in LABELS]
-    runs += train_all(list(seed_jobs(args, best, common, megatron_flags)), args)
+    final = list(seed_jobs(args, best, common, megatron_flags))
+    take_from_search(final, search)
+    runs += train_all(final, args)
     print("\n" + report(runs, args))
 
 
@@ -145,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
         help='of Muon alone: --muon-flags="--x y" (%(default)s)',
     )
     add("--seeds", type=positive, default=3, metavar="N", help="at the best recipe (%(default)s)")
-    add("--steps", type=positive, default=120, metavar="N", help="of a final run (%(default)s)")
+    add("--steps", type=positive, default=80, metavar="N", help="of a final run (%(default)s)")
     add(
         "--search-steps",
         type=positive,
@@ -221,6 +225,15 @@ def seed_jobs(
     for seed in range(1, args.seeds + 1):
         for run in best:
             yield _job(args, FINAL, run.optimizer, run.recipe, seed, common, megatron_flags)
+
+
+def take_from_search(final: Sequence[Job], search: Sequence[Job]) -> None:
+    """Copy the final runs that the search has trained: its seed, if they are as long."""
+    trained = {job.flags: job.folder for job in search}
+    for job in final:
+        if job.flags in trained and not job.is_complete:
+            shutil.rmtree(job.folder, ignore_errors=True)
+            shutil.copytree(trained[job.flags], job.folder)
 
 
 def train_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[Run]:

@@ -74,6 +74,13 @@ def test_every_evaluation_reads_the_same_text(study: Path) -> None:
     assert all(run["steps"] == [1, 2] for run in runs)
 
 
+def test_a_run_of_the_search_is_the_final_run_of_its_seed(study: Path) -> None:
+    for optimizer in ("muon", "adam"):
+        (search,) = (study / "search" / optimizer).glob("*/seed_1/tensorboard/*")
+        (final,) = (study / "final" / optimizer).glob("*/seed_1/tensorboard/*")
+        assert final.name == search.name and final.read_bytes() == search.read_bytes()
+
+
 def test_a_complete_run_is_not_trained_again(study: Path, data: Path) -> None:
     files = [*sorted(study.glob("*/*/*/seed_*/tensorboard/*")), study / "results.md"]
     before = [(file, file.read_bytes()) for file in files]
