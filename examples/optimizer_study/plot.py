@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from results import (
     LABELS,
     SEARCH_SEED,
@@ -41,7 +41,7 @@ def draw_study(runs: Sequence[Run], out: Path) -> Path:
         The picture.
     """
     best = {name: final_runs(runs, name) for name in LABELS}
-    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
     curves, search = figure.subplots(1, 2, width_ratios=(3, 2))
     for axis in (curves, search):
         axis.spines[["top", "right"]].set_visible(False)
@@ -87,27 +87,23 @@ def _draw_target(axis: Axes, target: Comparison) -> None:
 
 
 def _draw_search(axis: Axes, runs: Sequence[Run]) -> None:
-    """Loss at the end of the search over the learning rates; the chosen one is filled."""
+    """Loss at the end of the search, recipe by recipe; the chosen one is filled."""
+    rows: list[Run] = []
     for name in LABELS:
         best = find_best(runs, name)
-        for run in searched(runs, name):
+        for run in sorted(searched(runs, name), key=lambda run: run.losses[-1]):
             face = COLORS[name] if run is best else "white"
-            axis.plot(run.recipe.lr, run.losses[-1], "o", color=COLORS[name], markerfacecolor=face)
-            axis.annotate(
-                f"{run.recipe.decoupled_lr:g}",
-                (run.recipe.lr, run.losses[-1]),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize="small",
-                color=COLORS[name],
-            )
-    axis.set_xscale("log")
-    axis.margins(0.12, 0.12)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel("learning rate: hidden layers (beside: embedding, head)")
-    axis.set_ylabel(f"validation loss at the end of the search, seed {SEARCH_SEED}")
+            axis.plot(run.losses[-1], len(rows), "o", color=COLORS[name], markerfacecolor=face)
+            rows.append(run)
+    axis.set_yticks(range(len(rows)), [str(run.recipe) for run in rows], fontsize="small")
+    for label, run in zip(axis.get_yticklabels(), rows, strict=True):
+        label.set_color(COLORS[run.optimizer])
+    axis.invert_yaxis()
+    axis.margins(x=0.08)
+    axis.set_xlabel(f"validation loss at the end of the search, seed {SEARCH_SEED}")
+    axis.set_title(
+        "learning rates / warmup / beta1 / momentum", loc="left", fontsize="small", color="#1f2430"
+    )
 
 
 def main(out: Path) -> None:
