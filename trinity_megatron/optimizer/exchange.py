@@ -99,30 +99,46 @@ def plan_runs(placement: Placement) -> tuple[list[Run], list[Cut]]:
     return [run for found in runs.values() for run in found], cuts
 
 
-def stack_view(stack: Stack, shard: Tensor, start: int, run: Run) -> Tensor:
-    """View the matrices of a run.
+class RunView:
+    """Views the matrices of a run; where they lie is computed once, for every step.
 
     Args:
         stack: Their stack.
-        shard: The rank's part, flat or whole.
-        start: First element of the flat part in ``shard``.
+        start: First element of the flat part in what is viewed.
         run: Which matrices.
 
-    Returns:
-        ``[count, groups, size, columns]``.
+    Attributes:
+        run: The same.
+        kind: ``(fan_out, fan_in)`` of each whole matrix.
     """
-    size, before = stack.sizes[run.block], sum(stack.sizes[: run.block])
-    if shard.is_contiguous():
-        # A shard may begin or end inside an expert, beside this matrix: no view of whole experts.
+
+    def __init__(self, stack: Stack, start: int, run: Run) -> None:
+        self.run = run
+        self.kind = stack.shape(run.block)
+        size, self._before = stack.sizes[run.block], sum(stack.sizes[: run.block])
+        self._groups = stack.groups, sum(stack.sizes)
+        self._shape = run.experts, stack.groups, size, stack.columns
         expert, group = stack.rows * stack.columns, sum(stack.sizes) * stack.columns
-        first = run.first * expert + before * stack.columns - start
-        return shard.as_strided(
-            (run.experts, stack.groups, size, stack.columns),
-            (expert, group, stack.columns, 1),
-            shard.storage_offset() + first,
-        )
-    whole = (shard if shard.dim() == 3 else shard.unsqueeze(0)).narrow(0, run.first, run.experts)
-    return whole.unflatten(1, (stack.groups, sum(stack.sizes))).narrow(2, before, size)
+        self._strides = expert, group, stack.columns, 1
+        self._first = run.first * expert + self._before * stack.columns - start
+
+    def __call__(self, shard: Tensor) -> Tensor:
+        """View them.
+
+        Args:
+            shard: The rank's part, flat or whole.
+
+        Returns:
+            ``[count, groups, size, columns]``.
+        """
+        if shard.is_contiguous():
+            # A shard may begin or end inside an expert, beside this matrix: no view of whole
+            # experts.
+            first = shard.storage_offset() + self._first
+            return shard.as_strided(self._shape, self._strides, first)
+        whole = shard if shard.dim() == 3 else shard.unsqueeze(0)
+        whole = whole.narrow(0, self.run.first, self.run.experts).unflatten(1, self._groups)
+        return whole.narrow(2, self._before, self._shape[2])
 
 
 @dataclass

@@ -28,11 +28,10 @@ from trinity_megatron.host import sum_of_squares
 from trinity_megatron.optimizer.exchange import (
     Placement,
     Round,
-    Run,
+    RunView,
     Sent,
     plan_rounds,
     plan_runs,
-    stack_view,
 )
 from trinity_megatron.optimizer.newton_schulz import coefficient_schedule, orthogonalize
 from trinity_megatron.optimizer.ownership import Shard, Stack, assign_dense, list_matrices
@@ -409,7 +408,9 @@ class Muon(torch.optim.Optimizer):
         for placement in placements:
             runs, cuts = plan_runs(placement)
             dtype = self._compute_dtype(placement.device, torch.float32)
-            plans.append(_Plan(placement, runs, plan_rounds(placement, cuts, dtype)))
+            stacks, starts = placement.stacks, placement.starts
+            views = [RunView(stacks[run.stack], starts[run.stack], run) for run in runs]
+            plans.append(_Plan(placement, views, plan_rounds(placement, cuts, dtype)))
         return plans
 
     def _default_placements(self) -> Iterator[Placement]:
@@ -440,16 +441,15 @@ class Muon(torch.optim.Optimizer):
 
     def _update_local(self, settings: dict[Tensor, dict[str, Any]]) -> None:
         kinds: dict[_Kind, list[_Part]] = defaultdict(list)
-        for placement, runs, _ in self._plans or ():
-            for run in runs:
-                param = placement.tensors[run.stack]
+        for placement, views, _ in self._plans or ():
+            for view in views:
+                param = placement.tensors[view.run.stack]
                 if param is None or param not in settings:
                     continue
-                stack, start = placement.stacks[run.stack], placement.starts[run.stack]
-                tensors = (param, _gradient(param), self._momentum(param))
-                weight, grad, momentum = (stack_view(stack, t, start, run) for t in tensors)
-                part = _Part(weight, grad, momentum, param)
-                kinds[_Kind(*stack.shape(run.block), param.dtype, param.device)].append(part)
+                part = _Part(
+                    view(param), view(_gradient(param)), view(self._momentum(param)), param
+                )
+                kinds[_Kind(*view.kind, param.dtype, param.device)].append(part)
         for kind, parts in kinds.items():
             for batch in _batches(parts, self._batch_count(kind)):
                 self._update_batch(batch, kind, settings)
@@ -464,8 +464,9 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         counts = [part.weight.shape[0] for part in batch]
         stacked = self._stack_directions(batch, counts, kind, settings)
-        # One conversion of all: adding a tensor of another dtype is slow, on CPU and CUDA.
-        update = self._newton_schulz(stacked).to(kind.weight_dtype)
+        update = self._newton_schulz(stacked)
+        if update.is_cuda:  # where another dtype would be added matrix by matrix
+            update = update.to(kind.weight_dtype)
         self._measure(update)
         updates = [
             rows.unflatten(1, part.weight.shape[1:3])
@@ -572,7 +573,7 @@ class Muon(torch.optim.Optimizer):
 
 class _Plan(NamedTuple):
     placement: Placement
-    runs: list[Run]
+    views: list[RunView]
     rounds: list[Round]
 
 
