@@ -85,15 +85,17 @@ def shard_to_boxes(
         Boxes, whose data are views of ``shard``.
 
     Raises:
-        ValueError: The parameter is saved as something else than slices of it.
+        ValueError: The parameter is saved as something else than slices of it, or its replica_id
+            is not Megatron's (pipeline, tensor, data).
     """
     parameter = described.data
     strides = _row_major(parameter.shape)
+    pieces = list(boxes_of_range(parameter.shape, start, start + len(shard)))
     found = []
     for part in _parts(described):
         whole = _box_of_view(described.key, parameter.shape, part.data)
         axes = len(part.global_offset) - parameter.dim()  # that come before, as of layers
-        for piece in boxes_of_range(parameter.shape, start, start + len(shard)):
+        for piece in pieces:
             box = piece.intersect(whole)
             if box is None:
                 continue
