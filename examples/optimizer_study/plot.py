@@ -12,17 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from results import (
+    FINAL,
     LABELS,
+    SEARCH,
     SEARCH_SEED,
     Comparison,
     Recipe,
     Run,
     compare,
-    final_runs,
     find_best,
     mean_curve,
+    of_phase,
     read_run,
-    searched,
 )
 
 # Okabe and Ito's colors, which the common kinds of color blindness tell apart.
@@ -40,7 +41,7 @@ def draw_study(runs: Sequence[Run], out: Path) -> Path:
     Returns:
         The picture.
     """
-    best = {name: final_runs(runs, name) for name in LABELS}
+    best = {name: of_phase(runs, FINAL, name) for name in LABELS}
     figure = Figure(figsize=(11.5, 4.8), layout="constrained")
     curves, search = figure.subplots(1, 2, width_ratios=(3, 2))
     for axis in (curves, search):
@@ -90,9 +91,9 @@ def _draw_search(axis: Axes, runs: Sequence[Run]) -> None:
     """Loss at the end of the search, recipe by recipe; the chosen one is filled."""
     rows: list[Run] = []
     for name in LABELS:
-        best = find_best(runs, name)
-        for run in sorted(searched(runs, name), key=lambda run: run.losses[-1]):
-            face = COLORS[name] if run is best else "white"
+        best = find_best(runs, name).recipe
+        for run in sorted(of_phase(runs, SEARCH, name), key=lambda run: run.losses[-1]):
+            face = COLORS[name] if run.recipe == best else "white"
             axis.plot(run.losses[-1], len(rows), "o", color=COLORS[name], markerfacecolor=face)
             rows.append(run)
     axis.set_yticks(range(len(rows)), [str(run.recipe) for run in rows], fontsize="small")

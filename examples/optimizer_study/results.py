@@ -14,9 +14,10 @@ import numpy as np
 from trinity_megatron.tracking.run_log import RunLog
 
 LABELS = {"muon": "Muon", "adam": "AdamW"}
-# Recipes are searched on this seed, in runs that may be shorter than the final ones.
+# Recipes are searched on this seed: all in runs that may be shorter than the final ones, then the
+# best of those (the shortlist) in runs as long as these.
 SEARCH_SEED = 1
-SEARCH, FINAL = "search", "final"
+SEARCH, SHORTLIST, FINAL = "search", "shortlist", "final"
 # Muon should need at most this part of AdamW's steps to AdamW's final loss.
 LIMIT = 0.7
 # The targets: mean validation loss of AdamW after these parts of its steps.  The last one decides.
@@ -49,7 +50,7 @@ class Run:
     """One training run.
 
     Attributes:
-        phase: :data:`SEARCH` or :data:`FINAL`.
+        phase: :data:`SEARCH`, :data:`SHORTLIST` or :data:`FINAL`.
         optimizer: A key of :data:`LABELS`.
         recipe: Its settings.
         seed: Of the initial weights and of the order of the data.
@@ -163,29 +164,32 @@ def mean_curve(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
     return runs[0].steps, np.mean([run.losses for run in runs], axis=0)
 
 
-def find_best(runs: Sequence[Run], optimizer: str) -> Run:
-    """The run of the search with the lowest final validation loss.
+def find_shortlist(runs: Sequence[Run], optimizer: str, size: int) -> list[Run]:
+    """The runs of the search with the lowest final validation losses, best first.
 
     Raises:
-        ValueError: Its learning rate is the lowest or highest of several: a better one may lie
-            beyond.
+        ValueError: The best one's learning rate is at the edge of those searched.
     """
-    found = searched(runs, optimizer)
-    best = min(found, key=lambda run: run.losses[-1])
-    lrs = sorted({run.recipe.lr for run in found})
-    if len(lrs) > 1 and best.recipe.lr in (lrs[0], lrs[-1]):
-        raise ValueError(
-            f"{LABELS[optimizer]}'s best learning rate, {best.recipe.lr:g}, is at the edge of "
-            f"those searched, {lrs[0]:g} to {lrs[-1]:g}. Remedy: add a recipe beyond it to "
-            f"--{optimizer}-recipes, and one to the other optimizer's; what is trained is kept."
-        )
+    ranked = sorted(of_phase(runs, SEARCH, optimizer), key=_last_loss)
+    _refuse_edge(ranked[0], runs)
+    return ranked[:size]
+
+
+def find_best(runs: Sequence[Run], optimizer: str) -> Run:
+    """The run of the shortlist with the lowest final validation loss.
+
+    Raises:
+        ValueError: Its learning rate is at the edge of those searched.
+    """
+    best = min(of_phase(runs, SHORTLIST, optimizer), key=_last_loss)
+    _refuse_edge(best, runs)
     return best
 
 
-def searched(runs: Sequence[Run], optimizer: str) -> list[Run]:
-    """The runs of an optimizer's search, by recipe."""
-    mine = [run for run in runs if (run.phase, run.optimizer) == (SEARCH, optimizer)]
-    return sorted(mine, key=lambda run: run.recipe)
+def of_phase(runs: Sequence[Run], phase: str, optimizer: str) -> list[Run]:
+    """The runs of an optimizer in a phase, by recipe and seed."""
+    mine = [run for run in runs if (run.phase, run.optimizer) == (phase, optimizer)]
+    return sorted(mine, key=lambda run: (run.recipe, run.seed))
 
 
 def write_results(runs: Sequence[Run], out: Path, *, settings: Mapping[str, object]) -> str:
@@ -200,7 +204,7 @@ def write_results(runs: Sequence[Run], out: Path, *, settings: Mapping[str, obje
         The content of ``results.md``.
     """
     best = {name: find_best(runs, name).recipe for name in LABELS}
-    adam, muon = (final_runs(runs, name) for name in ("adam", "muon"))
+    adam, muon = (of_phase(runs, FINAL, name) for name in ("adam", "muon"))
     comparisons = [compare(adam, muon, share) for share in SHARES]
     content = {
         "settings": dict(settings),
@@ -227,11 +231,6 @@ def write_results(runs: Sequence[Run], out: Path, *, settings: Mapping[str, obje
     return text
 
 
-def final_runs(runs: Sequence[Run], optimizer: str) -> list[Run]:
-    """All seeds of an optimizer at its best recipe."""
-    return [run for run in runs if (run.phase, run.optimizer) == (FINAL, optimizer)]
-
-
 def statement(comparison: Comparison) -> str:
     """Say in words whether Muon needs at most :data:`LIMIT` of AdamW's steps, in every seed."""
     ratios = comparison.seed_ratios.values()
@@ -245,6 +244,22 @@ def statement(comparison: Comparison) -> str:
         verdict = "holds" if max(ratios) <= LIMIT else "holds on average, not in every seed"
     each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     return f"{start}: Muon needs {mean:.2f} of them ({each}); at most {LIMIT} {verdict}."
+
+
+def _last_loss(run: Run) -> float:
+    return float(run.losses[-1])
+
+
+def _refuse_edge(best: Run, runs: Sequence[Run]) -> None:
+    """Refuse a best learning rate beyond which a better one may lie."""
+    lrs = sorted({run.recipe.lr for run in of_phase(runs, SEARCH, best.optimizer)})
+    if len(lrs) > 1 and best.recipe.lr in (lrs[0], lrs[-1]):
+        raise ValueError(
+            f"{LABELS[best.optimizer]}'s best learning rate, {best.recipe.lr:g}, is at the edge of "
+            f"those searched, {lrs[0]:g} to {lrs[-1]:g}. Remedy: add a recipe beyond it to "
+            f"--{best.optimizer}-recipes, and one to the other optimizer's; what is trained is "
+            "kept."
+        )
 
 
 def _content(comparison: Comparison) -> dict[str, object]:
@@ -262,19 +277,19 @@ def _content(comparison: Comparison) -> dict[str, object]:
 
 
 def _search_table(runs: Sequence[Run], best: Mapping[str, Recipe]) -> list[str]:
-    """Lines of a markdown table: validation loss at the end of every run of the search."""
-    last = searched(runs, "muon")[0].steps[-1]
+    """Lines of a markdown table: validation loss at the end of every run before the final ones."""
     lines = [
-        f"| optimizer | learning rate of hidden layers / of embedding and head / warmup / beta1 / "
-        f"Muon's momentum: validation loss after {last} steps, one seed |",
+        "| optimizer, steps | learning rate of hidden layers / of embedding and head / warmup / "
+        "beta1 / Muon's momentum: validation loss, one seed |",
         "|---|---|",
     ]
-    for name, label in LABELS.items():
-        cells = []
-        for run in searched(runs, name):
-            cell = f"{run.recipe}: {run.losses[-1]:.3f}"
-            cells.append(f"**{cell}**" if run.recipe == best[name] else cell)
-        lines.append(f"| {label} | {' &nbsp; '.join(cells)} |")
+    for phase in (SEARCH, SHORTLIST):
+        for name, label in LABELS.items():
+            cells = []
+            for run in of_phase(runs, phase, name):
+                cell = f"{run.recipe}: {run.losses[-1]:.3f}"
+                cells.append(f"**{cell}**" if run.recipe == best[name] else cell)
+            lines.append(f"| {label}, {run.steps[-1]} | {' &nbsp; '.join(cells)} |")
     return lines
 
 

@@ -3,9 +3,9 @@
     python examples/optimizer_study/run.py
     python examples/optimizer_study/run.py --seeds 5 --steps 400
 
-First a search, as many recipes for one as for the other on one seed, then all seeds
-at the best of each.  A run that is complete is not trained again.  Any further flag goes to
-Megatron, for all runs alike.
+First a search, as many recipes for one as for the other on one seed; the best of each
+(``--shortlist``) are trained on it to the full length, and the best of these on all seeds.  A run
+that is complete is not trained again.  Any further flag goes to Megatron, for all runs alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,11 @@ from results import (
     LABELS,
     SEARCH,
     SEARCH_SEED,
+    SHORTLIST,
     Recipe,
     Run,
     find_best,
+    find_shortlist,
     read_run,
     run_folder,
     write_results,
@@ -78,7 +80,7 @@ class Job(study.Job):
     """A run to train.
 
     Attributes:
-        phase: ``SEARCH`` or ``FINAL``.
+        phase: ``SEARCH``, ``SHORTLIST`` or ``FINAL``.
         optimizer: Key of ``LABELS``.
         recipe: Its settings.
         seed: Of the initial weights and of the order of the data.
@@ -110,12 +112,21 @@ def compare_optimizers(args: argparse.Namespace, megatron_flags: Sequence[str]) 
         ValueError: The best of the search is at an edge, or a run failed.
     """
     data = (args.data or prepare_text(args.out / "data")).resolve()
-    common = common_flags(args, data)
-    search = list(search_jobs(args, common, megatron_flags))
+    jobs = partial(phase_jobs, args, [*common_flags(args, data), *megatron_flags])
+    recipes = [
+        (optimizer, recipe)
+        for optimizer, given in (("muon", args.muon_recipes), ("adam", args.adam_recipes))
+        for recipe in sorted(set(given))
+    ]
+    search = jobs(SEARCH, recipes, [SEARCH_SEED])
     runs = train_all(search, args)
-    best = [find_best(runs, optimizer) for optimizer in LABELS]
-    final = list(seed_jobs(args, best, common, megatron_flags))
-    take_from_search(final, search)
+    listed = [run for name in LABELS for run in find_shortlist(runs, name, args.shortlist)]
+    shortlist = jobs(SHORTLIST, [(run.optimizer, run.recipe) for run in listed], [SEARCH_SEED])
+    take_from(search, shortlist)
+    runs += train_all(shortlist, args)
+    best = [(name, find_best(runs, name).recipe) for name in LABELS]
+    final = jobs(FINAL, best, range(1, args.seeds + 1))
+    take_from(shortlist, final)
     runs += train_all(final, args)
     print("\n" + report(runs, args))
 
@@ -148,8 +159,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FLAGS",
         help='of Muon alone: --muon-flags="--x y" (%(default)s)',
     )
+    add(
+        "--shortlist",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="best recipes of the search to train to the full length (%(default)s)",
+    )
     add("--seeds", type=positive, default=3, metavar="N", help="at the best recipe (%(default)s)")
-    add("--steps", type=positive, default=80, metavar="N", help="of a final run (%(default)s)")
+    add("--steps", type=positive, default=160, metavar="N", help="of a final run (%(default)s)")
     add(
         "--search-steps",
         type=positive,
@@ -206,31 +224,29 @@ def common_flags(args: argparse.Namespace, data: Path) -> list[str]:
     return [*flags, "--data", str(data), *study.LOGS_ONLY]
 
 
-def search_jobs(
-    args: argparse.Namespace, common: Sequence[str], megatron_flags: Sequence[str]
-) -> Iterator[Job]:
-    """The runs of the search, on one seed."""
-    for optimizer, recipes in (("muon", args.muon_recipes), ("adam", args.adam_recipes)):
-        for recipe in sorted(set(recipes)):
-            yield _job(args, SEARCH, optimizer, recipe, SEARCH_SEED, common, megatron_flags)
-
-
-def seed_jobs(
+def phase_jobs(
     args: argparse.Namespace,
-    best: Sequence[Run],
     common: Sequence[str],
-    megatron_flags: Sequence[str],
-) -> Iterator[Job]:
-    """All seeds at the best recipe, seed by seed."""
-    for seed in range(1, args.seeds + 1):
-        for run in best:
-            yield _job(args, FINAL, run.optimizer, run.recipe, seed, common, megatron_flags)
+    phase: str,
+    recipes: Sequence[tuple[str, Recipe]],
+    seeds: Sequence[int],
+) -> list[Job]:
+    """The runs of a phase, seed by seed.
+
+    Args:
+        args: The study's own flags.
+        common: Flags of all runs.
+        phase: ``SEARCH``, ``SHORTLIST`` or ``FINAL``.
+        recipes: Key of ``LABELS`` and settings.
+        seeds: As often is each recipe trained.
+    """
+    return [_job(args, common, phase, *recipe, seed) for seed in seeds for recipe in recipes]
 
 
-def take_from_search(final: Sequence[Job], search: Sequence[Job]) -> None:
-    """Copy the final runs that the search has trained: its seed, if they are as long."""
-    trained = {job.flags: job.folder for job in search}
-    for job in final:
+def take_from(earlier: Sequence[Job], later: Sequence[Job]) -> None:
+    """Copy the runs of a phase that an earlier one has trained: its seed, if they are as long."""
+    trained = {job.flags: job.folder for job in earlier}
+    for job in later:
         if job.flags in trained and not job.is_complete:
             shutil.rmtree(job.folder, ignore_errors=True)
             shutil.copytree(trained[job.flags], job.folder)
@@ -273,12 +289,11 @@ def report(runs: Sequence[Run], args: argparse.Namespace) -> str:
 
 def _job(
     args: argparse.Namespace,
+    common: Sequence[str],
     phase: str,
     optimizer: str,
     recipe: Recipe,
     seed: int,
-    common: Sequence[str],
-    megatron_flags: Sequence[str],
 ) -> Job:
     steps = args.search_steps if phase == SEARCH else args.steps
     flags = [*common, "--train-iters", str(steps), "--optimizer", optimizer, "--seed", str(seed)]
@@ -288,7 +303,7 @@ def _job(
     if optimizer == "muon":
         flags += ["--muon-momentum", f"{recipe.momentum:g}", *shlex.split(args.muon_flags)]
     folder = run_folder(args.out, phase, optimizer, recipe, seed)
-    return Job(folder, (*flags, *megatron_flags), phase, optimizer, recipe, seed)
+    return Job(folder, tuple(flags), phase, optimizer, recipe, seed)
 
 
 def _recipe(text: str, *, form: str) -> Recipe:

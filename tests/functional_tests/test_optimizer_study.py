@@ -74,11 +74,12 @@ def test_every_evaluation_reads_the_same_text(study: Path) -> None:
     assert all(run["steps"] == [1, 2] for run in runs)
 
 
-def test_a_run_of_the_search_is_the_final_run_of_its_seed(study: Path) -> None:
+def test_a_run_of_the_search_is_not_trained_again_if_it_is_as_long(study: Path) -> None:
     for optimizer in ("muon", "adam"):
         (search,) = (study / "search" / optimizer).glob("*/seed_1/tensorboard/*")
-        (final,) = (study / "final" / optimizer).glob("*/seed_1/tensorboard/*")
-        assert final.name == search.name and final.read_bytes() == search.read_bytes()
+        for phase in ("shortlist", "final"):
+            (later,) = (study / phase / optimizer).glob("*/seed_1/tensorboard/*")
+            assert later.name == search.name and later.read_bytes() == search.read_bytes()
 
 
 def test_a_complete_run_is_not_trained_again(study: Path, data: Path) -> None:
@@ -164,7 +165,12 @@ def test_statement(
 ) -> None:
     runs = [make_run(results, "muon", seed, values) for seed, values in enumerate(losses, 1)]
     runs += [make_run(results, "adam", seed, (8, 6, 5, 4)) for seed in (1, 2)]
-    runs += [dataclasses.replace(run, phase="search") for run in runs if run.seed == 1]
+    runs += [
+        dataclasses.replace(run, phase=phase)
+        for run in runs
+        if run.seed == 1
+        for phase in ("search", "shortlist")
+    ]
     text = results.write_results(runs, tmp_path, settings={})
     assert verdict in text
     content = json.loads((tmp_path / "results.json").read_text())
@@ -173,21 +179,33 @@ def test_statement(
     assert (content["comparisons"][-1]["seed_ratios"]["2"] is None) == (ends[1] > 4)
 
 
-@pytest.mark.parametrize(("best", "is_edge"), [(0, True), (1, False), (2, True)])
-def test_a_best_rate_at_the_edge_is_refused(best: int, is_edge: bool, results: ModuleType) -> None:
-    runs = [
-        results.Run(
-            "search",
-            "adam",
-            results.Recipe(lr, 1e-2, 0, 0.9),
-            1,
-            np.array([10]),
-            np.array([3.0 if place == best else 4.0]),
-        )
-        for place, lr in enumerate((1e-3, 2e-3, 4e-3))
+def make_phase(results: ModuleType, phase: str, losses: dict[float, float]) -> list[Any]:
+    """Runs of AdamW on one seed: the loss at the end for each learning rate."""
+    steps = np.array([10])
+    return [
+        results.Run(phase, "adam", results.Recipe(lr, 1e-2, 0, 0.9), 1, steps, np.array([loss]))
+        for lr, loss in losses.items()
     ]
+
+
+@pytest.mark.parametrize(("best", "is_edge"), [(1e-3, True), (2e-3, False), (4e-3, True)])
+def test_a_best_rate_at_the_edge_is_refused(
+    best: float, is_edge: bool, results: ModuleType
+) -> None:
+    losses = {1e-3: 4.0, 2e-3: 4.1, 4e-3: 4.2, best: 3.0}
+    runs = make_phase(results, "search", losses)
     if is_edge:
         with pytest.raises(ValueError, match="at the edge .* --adam-recipes"):
-            results.find_best(runs, "adam")
+            results.find_shortlist(runs, "adam", 2)
     else:
-        assert results.find_best(runs, "adam").recipe.lr == 2e-3
+        listed = results.find_shortlist(runs, "adam", 2)
+        assert [run.recipe.lr for run in listed] == [2e-3, 1e-3]
+
+
+def test_the_best_of_the_shortlist_is_that_of_its_longer_runs(results: ModuleType) -> None:
+    search = make_phase(results, "search", {1e-3: 4.0, 2e-3: 3.0, 4e-3: 3.1, 8e-3: 3.2})
+    shortlist = make_phase(results, "shortlist", {2e-3: 2.5, 4e-3: 2.4})
+    assert results.find_best([*search, *shortlist], "adam").recipe.lr == 4e-3
+    shortlist = make_phase(results, "shortlist", {2e-3: 2.5, 8e-3: 2.4})
+    with pytest.raises(ValueError, match="at the edge"):
+        results.find_best([*search, *shortlist], "adam")
