@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from trinity_megatron.cpu_matmul import choose_fp32_matmul
+
 CPU = torch.device("cpu")
 _FACTORIES = (
     "tensor as_tensor empty zeros ones full arange linspace rand randn randint randperm eye "
@@ -49,6 +51,7 @@ def enter_host() -> bool:
         _stand_in_for_memory_and_properties()
         _stand_in_for_collectives()
         _stand_in_for_megatron_paths()
+        choose_fp32_matmul()
         _entered = True
     return True
 

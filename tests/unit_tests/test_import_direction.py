@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 LEVELS = {
     # 0: arithmetic and formats; nothing of ours below.
     "host": 0,
+    "cpu_matmul": 0,
     "version": 0,
     "process": 0,
     "fp8": 0,

@@ -1,0 +1,69 @@
+"""Which library multiplies fp32 matrices on a CPU.
+
+PyTorch's builds for x86 hand them to Intel's MKL, which takes its AVX2 kernels on every CPU that is
+not Intel's: half of what an AMD CPU with AVX-512 can do, or less.  oneDNN, in the same builds,
+takes AVX-512 on both, and PyTorch hands it fp32 products where products in bf16 are *allowed*.
+oneDNN makes no use of that permission but where the CPU has AMX, which AMD's have not; as this
+would round silently, exactness is tried before the choice stands.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_CPU_INFO = Path("/proc/cpuinfo")
+# Products as small and as large as those of training: oneDNN chooses its kernel by the shape.
+_TRIED_SIZES = (32, 256, 512)
+
+
+def choose_fp32_matmul() -> bool:
+    """Let oneDNN multiply fp32 matrices where it is faster and as exact.
+
+    Idempotent; changes nothing elsewhere, and nothing of bf16 products.
+
+    Returns:
+        Whether oneDNN multiplies them now.
+    """
+    cpu_info = _CPU_INFO.read_text() if _CPU_INFO.is_file() else ""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not torch.backends.mkldnn.is_available() or not is_slow_in_mkl(cpu_info, capability):
+        return False
+    # Not torch.backends.mkldnn.matmul: get_float32_matmul_precision, which torch.compile asks,
+    # raises an error where that was set.
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    if not multiplies_exactly():
+        torch.set_float32_matmul_precision(before)
+        return False
+    return True
+
+
+def is_slow_in_mkl(cpu_info: str, capability: str) -> bool:
+    """Whether MKL leaves vector units of a CPU unused.
+
+    Args:
+        cpu_info: Content of ``/proc/cpuinfo``; empty where there is none.
+        capability: ``torch.backends.cpu.get_cpu_capability()``.
+    """
+    return "AuthenticAMD" in cpu_info and capability == "AVX512"
+
+
+def multiplies_exactly(
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.matmul,
+) -> bool:
+    """Whether products of fp32 matrices keep all 24 bits of a factor.
+
+    Each element of a product with the identity is one factor times 1, so it must come out as it is.
+
+    Args:
+        multiply: Product of ``[..., m, k]`` and ``[..., k, n]``.
+    """
+    last_bit = 1 + torch.finfo(torch.float32).eps
+    for size in _TRIED_SIZES:
+        factor, identity = torch.full((size, size), last_bit), torch.eye(size)
+        stacks = factor.expand(2, size, size), identity.expand(2, size, size)
+        for left, right in ((factor, identity), (identity, factor), stacks):
+            if not (multiply(left, right) == last_bit).all():
+                return False
+    return True
