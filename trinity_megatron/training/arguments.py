@@ -295,6 +295,12 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
             "--data is missing. Remedy: trinity-megatron prepare-data --out DIR, then --data DIR "
             "(or Megatron's own --data-path and --tokenizer-type)."
         )
+    if args.full_validation or args.multiple_validation_sets:
+        flag = "full-validation" if args.full_validation else "multiple-validation-sets"
+        raise ValueError(
+            f"--{flag}: Megatron 0.19 ends with an error at the first evaluation. Remedy: "
+            "--eval-iters N reads N global batches of one validation set, or of a blend of several."
+        )
     if is_cpu_host():
         _refuse_cuda_only(args)
     _check_parallel_sizes(args)
