@@ -1,13 +1,18 @@
-"""Which library multiplies fp32 matrices on a CPU.
+"""Which library multiplies matrices on a CPU, and what it wants.
 
 PyTorch's builds for x86 hand them to Intel's MKL, which takes its AVX2 kernels on every CPU that is
 not Intel's: half of what an AMD CPU with AVX-512 can do, or less.  oneDNN, in the same builds,
 takes AVX-512 on both, and PyTorch hands it fp32 products where products in bf16 are *allowed*.
 oneDNN makes no use of that permission but where the CPU has AMX, which AMD's have not; as this
 would round silently, exactness is tried before the choice stands.
+
+oneDNN compiles a kernel for every shape it has not met lately.  That takes twice as long as the
+products of an expert of the tiny preset, whose rows are never as many as before; so the rows of
+experts are filled up to one of few numbers (:func:`row_multiple`).
 """
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,6 +20,7 @@ import torch
 _CPU_INFO = Path("/proc/cpuinfo")
 # Products as small and as large as those of training: oneDNN chooses its kernel by the shape.
 _TRIED_SIZES = (32, 256, 512)
+_ROW_MULTIPLE = 32
 
 
 def choose_fp32_matmul() -> bool:
@@ -67,3 +73,26 @@ def multiplies_exactly(
             if not (multiply(left, right) == last_bit).all():
                 return False
     return True
+
+
+def row_multiple(matrix: torch.Tensor) -> int:
+    """Of what the rows of each expert are to be a multiple.
+
+    Args:
+        matrix: Has the device and the dtype of the rows.
+
+    Returns:
+        1 where it does not matter: on a GPU, and where MKL multiplies.
+    """
+    if matrix.device.type != "cpu":
+        return 1
+    if matrix.dtype == torch.float32:
+        in_onednn = torch.get_float32_matmul_precision() == "medium"
+    else:
+        in_onednn = matrix.dtype == torch.bfloat16 and _multiplies_bf16()
+    return _ROW_MULTIPLE if in_onednn else 1
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -39,6 +39,15 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
+def fp32_in_mkl() -> Iterator[None]:
+    """torch's own choice on every CPU: the rows of experts are not filled up for oneDNN."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
 def build(one_rank: None) -> Callable[..., Any]:
     """Build an initialised model of ``SMALL`` with other fields."""
     from megatron.core.models.gpt import GPTModel

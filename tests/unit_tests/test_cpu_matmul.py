@@ -1,23 +1,17 @@
 """fp32 products on a CPU: another library only where it is faster, and never a rounded factor."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from trinity_megatron.cpu_matmul import choose_fp32_matmul, is_slow_in_mkl, multiplies_exactly
+from trinity_megatron.cpu_matmul import (
+    choose_fp32_matmul,
+    is_slow_in_mkl,
+    multiplies_exactly,
+    row_multiple,
+)
 
 AMD = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n"
 INTEL = "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Intel(R) Xeon(R)\n"
-
-
-@pytest.fixture
-def precision() -> Iterator[str]:
-    """What torch was set to before the test, and is after it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield "highest"
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(
@@ -34,13 +28,14 @@ def test_where_mkl_is_slow(cpu_info: str, capability: str, expected: bool) -> No
     assert is_slow_in_mkl(cpu_info, capability) == expected
 
 
+@pytest.mark.usefixtures("fp32_in_mkl")
 @pytest.mark.parametrize(
     ("rows", "inner", "columns"),
     [(1, 256, 256), (7, 64, 256), (512, 256, 128), (4096, 256, 96), (256, 4096, 64)],
 )
 @pytest.mark.parametrize("layout", ["nn", "nt", "tn"])
 def test_products_are_as_exact_as_fp32_allows(
-    rows: int, inner: int, columns: int, layout: str, precision: str
+    rows: int, inner: int, columns: int, layout: str
 ) -> None:
     choose_fp32_matmul()
     generator = torch.Generator().manual_seed(rows + inner)
@@ -72,8 +67,19 @@ def test_a_library_that_rounds_is_found() -> None:
     assert not multiplies_exactly(round_factors_to_tf32)
 
 
-def test_the_choice_can_be_asked_for_again(precision: str) -> None:
+@pytest.mark.usefixtures("fp32_in_mkl")
+def test_the_choice_can_be_asked_for_again() -> None:
     chosen = choose_fp32_matmul()
     assert choose_fp32_matmul() == chosen
     # torch.compile asks for it, and fails where old and new settings of torch are mixed.
-    assert torch.get_float32_matmul_precision() == ("medium" if chosen else precision)
+    assert torch.get_float32_matmul_precision() == ("medium" if chosen else "highest")
+
+
+@pytest.mark.usefixtures("fp32_in_mkl")
+def test_row_multiple() -> None:
+    assert row_multiple(torch.ones(1)) == 1
+    assert row_multiple(torch.ones(1).double()) == 1
+    assert row_multiple(torch.ones(1, device="meta").bfloat16()) == 1  # as a GPU
+    torch.set_float32_matmul_precision("medium")
+    assert row_multiple(torch.ones(1)) == 32
+    assert row_multiple(torch.ones(1).double()) == 1

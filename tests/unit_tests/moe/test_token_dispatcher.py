@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from trinity_megatron.moe.token_dispatcher import LocalTokenDispatcher
+from trinity_megatron.moe.experts import grouped_swiglu_experts
+from trinity_megatron.moe.token_dispatcher import LocalTokenDispatcher, pad_rows, sort_by_expert
 
 TOPK, EXPERTS, HIDDEN = 2, 8, 64
 
 
 @pytest.fixture
-def dispatcher(build: Callable[..., Any]) -> LocalTokenDispatcher:
+def dispatcher(
+    build: Callable[..., Any], one_rank: None, fp32_in_mkl: None
+) -> LocalTokenDispatcher:
     found = build().decoder.layers[1].mlp.token_dispatcher
     assert isinstance(found, LocalTokenDispatcher)
     return found
@@ -72,3 +75,52 @@ def test_inverse(dispatcher: LocalTokenDispatcher) -> None:
     rows, _ = dispatcher.dispatch_preprocess(hidden, routing_map, probs)
     # Every token comes back as often as it was sent: exactly twice itself.
     assert torch.equal(dispatcher.combine_postprocess(rows), TOPK * hidden)
+
+
+@pytest.mark.parametrize("experts", [EXPERTS, 3, TOPK])
+@pytest.mark.parametrize("multiple", [2, 7, 32])
+def test_padding_changes_nothing(multiple: int, experts: int) -> None:
+    hidden, routing_map, probs = random_routing(20, experts, experts=experts)
+    generator = torch.Generator().manual_seed(1)
+    weights = [
+        torch.randn(EXPERTS, *shape, generator=generator)
+        for shape in ((2 * 16, HIDDEN), (HIDDEN, 16))
+    ]
+
+    def run(padded: bool) -> list[torch.Tensor]:
+        flat, routed, fc1, fc2 = leaves = [
+            tensor.clone().requires_grad_() for tensor in (hidden.view(-1, HIDDEN), probs, *weights)
+        ]
+        rows = sort_by_expert(routing_map, routed, topk=TOPK)
+        if padded:
+            rows = pad_rows(rows, multiple)
+            assert (rows.tokens_per_expert % multiple == 0).all()
+            assert len(rows.token_of_row) == len(rows.weights) == rows.tokens_per_expert.sum()
+            # No expert gets more than it must, and none that is empty gets any.
+            assert (rows.tokens_per_expert - routing_map.sum(0) < multiple).all()
+            assert (rows.weights != 0).sum() == routing_map.sum()
+        output = grouped_swiglu_experts(
+            flat[rows.token_of_row], rows.weights, rows.tokens_per_expert, fc1, fc2
+        )[rows.rows_of_token].sum(1)
+        (output * torch.linspace(-1, 1, HIDDEN)).sum().backward()
+        return [output, *(leaf.grad for leaf in leaves)]
+
+    for ours, plain in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_dispatcher_pads_where_onednn_multiplies(
+    precision: str, dispatcher: LocalTokenDispatcher
+) -> None:
+    torch.set_float32_matmul_precision(precision)  # what the fixture of the dispatcher undoes
+    hidden, routing_map, probs = random_routing(20, 0)
+    rows, weights = dispatcher.dispatch_preprocess(hidden, routing_map, probs)
+    rows, counts, weights = dispatcher.dispatch_postprocess(rows, weights)
+    assert len(rows) == len(weights) == counts.sum()
+    is_padded = precision == "medium"
+    assert bool((counts % 32 == 0).all()) == is_padded
+    assert (counts.sum() == routing_map.sum()) != is_padded
+    output = dispatcher.combine_postprocess(rows * weights[:, None])
+    expected = hidden * probs.sum(1).view(*hidden.shape[:2], 1)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
