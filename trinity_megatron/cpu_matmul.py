@@ -11,9 +11,11 @@ products of an expert of the tiny preset, whose rows are never as many as before
 experts are filled up to one of few numbers (:func:`row_multiple`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,12 +39,26 @@ def choose_fp32_matmul() -> bool:
         return False
     # Not torch.backends.mkldnn.matmul: get_float32_matmul_precision, which torch.compile asks,
     # raises an error where that was set.
-    before = torch.get_float32_matmul_precision()
+    before, is_exact = torch.get_float32_matmul_precision(), False
     torch.set_float32_matmul_precision("medium")
-    if not multiplies_exactly():
-        torch.set_float32_matmul_precision(before)
-        return False
-    return True
+    try:
+        with _one_thread():
+            is_exact = multiplies_exactly()
+    finally:
+        if not is_exact:
+            torch.set_float32_matmul_precision(before)
+    return is_exact
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """No pool of threads is started: it would not be there in a process that is forked later."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def is_slow_in_mkl(cpu_info: str, capability: str) -> bool:
@@ -66,8 +82,9 @@ def multiplies_exactly(
         multiply: Product of ``[..., m, k]`` and ``[..., k, n]``.
     """
     last_bit = 1 + torch.finfo(torch.float32).eps
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     for size in _TRIED_SIZES:
-        factor, identity = torch.full((size, size), last_bit), torch.eye(size)
+        factor, identity = torch.full((size, size), last_bit, **kind), torch.eye(size, **kind)
         stacks = factor.expand(2, size, size), identity.expand(2, size, size)
         for left, right in ((factor, identity), (identity, factor), stacks):
             if not (multiply(left, right) == last_bit).all():

@@ -179,9 +179,15 @@ def find_best(runs: Sequence[Run], optimizer: str) -> Run:
     """The run of the shortlist with the lowest final validation loss.
 
     Raises:
-        ValueError: Its learning rate is at the edge of those searched.
+        ValueError: Its learning rate is at the edge of those searched, or there is no shortlist.
     """
-    best = min(of_phase(runs, SHORTLIST, optimizer), key=_last_loss)
+    listed = of_phase(runs, SHORTLIST, optimizer)
+    if not listed:
+        raise ValueError(
+            f"the study has no shortlist of {LABELS[optimizer]}. Remedy: start it again with "
+            "run.py in the same folder; what is trained is kept."
+        )
+    best = min(listed, key=_last_loss)
     _refuse_edge(best, runs)
     return best
 

@@ -187,7 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_search(args: argparse.Namespace) -> None:
-    """Refuse a search that is longer for one optimizer, and steps that end without evaluation.
+    """Refuse a search that is longer for one optimizer, and steps that do not fit.
 
     Raises:
         ValueError: Names the flags and the remedy.
@@ -197,6 +197,11 @@ def check_search(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--muon-recipes has {len(muon)}, --adam-recipes {len(adam)}. Remedy: search as many "
             "for one as for the other."
+        )
+    if args.search_steps > args.steps:
+        raise ValueError(
+            f"--search-steps {args.search_steps} is above --steps {args.steps}. Remedy: lower it: "
+            "the best of the search are trained to the full length."
         )
     for flag, steps in (("--steps", args.steps), ("--search-steps", args.search_steps)):
         if steps % args.eval_interval:

@@ -51,7 +51,7 @@ def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
         ("--tensor-model-parallel-size 2", 2, ("--sequence-parallel",)),
         ("--pipeline-model-parallel-size 2", 1, ("--pipeline-model-parallel-size 2", "--nproc 2")),
         ("--num-dense-layers 9", 1, ("--num-dense-layers 9", "--num-layers 4")),
-        ("--full-validation", 1, ("--full-validation", "first evaluation", "--eval-iters")),
+        ("--full-validation", 1, ("--full-validation", "not supported", "--eval-iters")),
         ("--multiple-validation-sets", 1, ("--multiple-validation-sets", "--eval-iters")),
         ("--transformer-impl transformer_engine", 1, ("transformer_engine", "CUDA", "local")),
         ("--fp8-format hybrid", 1, ("--fp8-format", "'hybrid'", "CUDA")),

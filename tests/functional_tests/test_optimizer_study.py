@@ -102,6 +102,7 @@ def test_a_complete_run_is_not_trained_again(study: Path, data: Path) -> None:
         ("--adam-recipes 1e-2:1e-2:0:0.9 2e-2:1e-2:0:0.9", "as many for one as for the other"),
         ("--adam-recipes 1e-2:1e-2", "is no LR:DECOUPLED_LR:WARMUP:BETA1"),
         ("--muon-recipes 1e-2:1e-2:0:0.9", "is no LR:DECOUPLED_LR:WARMUP:BETA1:MOMENTUM"),
+        ("--steps 2 --search-steps 4", "--search-steps 4 is above --steps 2"),
         ("--steps 7 --eval-interval 3", "no multiple of --eval-interval 3"),
     ],
 )
@@ -209,3 +210,5 @@ def test_the_best_of_the_shortlist_is_that_of_its_longer_runs(results: ModuleTyp
     shortlist = make_phase(results, "shortlist", {2e-3: 2.5, 8e-3: 2.4})
     with pytest.raises(ValueError, match="at the edge"):
         results.find_best([*search, *shortlist], "adam")
+    with pytest.raises(ValueError, match="no shortlist of AdamW"):  # of a study before it had one
+        results.find_best(search, "adam")

@@ -1,5 +1,9 @@
 """fp32 products on a CPU: another library only where it is faster, and never a rounded factor."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +14,7 @@ from trinity_megatron.cpu_matmul import (
     row_multiple,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 AMD = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n"
 INTEL = "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Intel(R) Xeon(R)\n"
 
@@ -83,3 +88,39 @@ def test_row_multiple() -> None:
     torch.set_float32_matmul_precision("medium")
     assert row_multiple(torch.ones(1)) == 32
     assert row_multiple(torch.ones(1).double()) == 1
+
+
+def test_a_process_forked_after_the_choice_can_multiply() -> None:
+    """A pool of threads is not there in a forked process: its first product would hang."""
+    script = """
+import os, torch
+from trinity_megatron.cpu_matmul import choose_fp32_matmul
+torch.set_num_threads(2)
+choose_fp32_matmul()
+assert torch.get_num_threads() == 2
+if os.fork() == 0:
+    torch.ones(300, 300) @ torch.ones(300, 300)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.stdout.strip() == "7", result.stderr
+
+
+@pytest.mark.usefixtures("fp32_in_mkl")
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_exactness_is_tried_in_fp32(default: torch.dtype) -> None:
+    seen = set()
+
+    def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        seen.add((left.dtype, right.dtype, left.device.type))
+        return left @ right
+
+    torch.set_default_dtype(default)
+    try:
+        assert multiplies_exactly(multiply)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seen == {(torch.float32, torch.float32, "cpu")}

@@ -119,7 +119,9 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         rows = sort_by_expert(routing_map, probs, topk=self.config.moe_router_topk)
         if (multiple := row_multiple(hidden_states)) > 1:
             rows = pad_rows(rows, multiple)
-        self.rows = rows
+        # Not the weights: they would keep the graph of the layers before until the next forward.
+        self.token_of_row, self.rows_of_token = rows.token_of_row, rows.rows_of_token
+        self.tokens_per_expert = rows.tokens_per_expert
         flat = hidden_states.reshape(routing_map.shape[0], -1)
         return _Permute.apply(flat, rows.token_of_row, rows.rows_of_token), rows.weights
 
@@ -129,7 +131,7 @@ class LocalTokenDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple:
         """Rows are sorted already: add their number per expert."""
-        return hidden_states, self.rows.tokens_per_expert, probs
+        return hidden_states, self.tokens_per_expert, probs
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Nothing to do before the combination."""
@@ -141,6 +143,5 @@ class LocalTokenDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Sum the weighted rows of each token, in the shape of the input."""
-        rows = self.rows
-        output = _Unpermute.apply(hidden_states, rows.token_of_row, rows.rows_of_token)
+        output = _Unpermute.apply(hidden_states, self.token_of_row, self.rows_of_token)
         return output.view(self.hidden_shape)

@@ -298,8 +298,9 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     if args.full_validation or args.multiple_validation_sets:
         flag = "full-validation" if args.full_validation else "multiple-validation-sets"
         raise ValueError(
-            f"--{flag}: Megatron 0.19 ends with an error at the first evaluation. Remedy: "
-            "--eval-iters N reads N global batches of one validation set, or of a blend of several."
+            f"--{flag} is not supported: Megatron 0.19 fails with one of --full-validation and "
+            "--multiple-validation-sets alone, and the end of a Trinity run reports one set. "
+            "Remedy: --eval-iters N reads N global batches of one set, or of a blend of several."
         )
     if is_cpu_host():
         _refuse_cuda_only(args)

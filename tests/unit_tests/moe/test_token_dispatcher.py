@@ -115,12 +115,26 @@ def test_dispatcher_pads_where_onednn_multiplies(
 ) -> None:
     torch.set_float32_matmul_precision(precision)  # what the fixture of the dispatcher undoes
     hidden, routing_map, probs = random_routing(20, 0)
-    rows, weights = dispatcher.dispatch_preprocess(hidden, routing_map, probs)
+    ours, plain = (
+        [hidden.clone().requires_grad_(), probs.clone().requires_grad_()] for _ in range(2)
+    )
+    rows, weights = dispatcher.dispatch_preprocess(ours[0], routing_map, ours[1])
     rows, counts, weights = dispatcher.dispatch_postprocess(rows, weights)
     assert len(rows) == len(weights) == counts.sum()
     is_padded = precision == "medium"
     assert bool((counts % 32 == 0).all()) == is_padded
     assert (counts.sum() == routing_map.sum()) != is_padded
-    output = dispatcher.combine_postprocess(rows * weights[:, None])
-    expected = hidden * probs.sum(1).view(*hidden.shape[:2], 1)
+    output = dispatcher.combine_postprocess(rows.sin() * weights[:, None])
+    expected = plain[0].sin() * (plain[1] * routing_map).sum(1).view(*hidden.shape[:2], 1)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    for result in (output, expected):
+        (result * torch.linspace(-1, 1, HIDDEN)).sum().backward()
+    for mine, reference in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_dispatcher_keeps_no_graph(dispatcher: LocalTokenDispatcher) -> None:
+    hidden, routing_map, probs = random_routing(20, 0)
+    dispatcher.dispatch_preprocess(hidden, routing_map, probs.requires_grad_())
+    kept = [value for value in vars(dispatcher).values() if torch.is_tensor(value)]
+    assert len(kept) >= 3 and not any(tensor.requires_grad for tensor in kept)
