@@ -92,16 +92,18 @@ def multiplies_exactly(
     return True
 
 
-def row_multiple(matrix: torch.Tensor) -> int:
+def row_multiple(matrix: torch.Tensor, mean_rows: int) -> int:
     """Of what the rows of each expert are to be a multiple.
 
     Args:
         matrix: Has the device and the dtype of the rows.
+        mean_rows: Rows of an expert, on average.
 
     Returns:
-        1 where it does not matter: on a GPU, and where MKL multiplies.
+        1 where it does not matter: on a GPU, where MKL multiplies, and where the rows are so few
+        that filling them up would cost more than a sixteenth of the work.
     """
-    if matrix.device.type != "cpu":
+    if matrix.device.type != "cpu" or mean_rows < 8 * _ROW_MULTIPLE:
         return 1
     if matrix.dtype == torch.float32:
         in_onednn = torch.get_float32_matmul_precision() == "medium"

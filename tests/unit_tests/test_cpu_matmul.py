@@ -82,12 +82,12 @@ def test_the_choice_can_be_asked_for_again() -> None:
 
 @pytest.mark.usefixtures("fp32_in_mkl")
 def test_row_multiple() -> None:
-    assert row_multiple(torch.ones(1)) == 1
-    assert row_multiple(torch.ones(1).double()) == 1
-    assert row_multiple(torch.ones(1, device="meta").bfloat16()) == 1  # as a GPU
+    assert row_multiple(torch.ones(1), 1000) == 1
+    assert row_multiple(torch.ones(1).double(), 1000) == 1
+    assert row_multiple(torch.ones(1, device="meta").bfloat16(), 1000) == 1  # as a GPU
     torch.set_float32_matmul_precision("medium")
-    assert row_multiple(torch.ones(1)) == 32
-    assert row_multiple(torch.ones(1).double()) == 1
+    assert [row_multiple(torch.ones(1), rows) for rows in (1000, 256, 255, 0)] == [32, 32, 1, 1]
+    assert row_multiple(torch.ones(1).double(), 1000) == 1
 
 
 def test_a_process_forked_after_the_choice_can_multiply() -> None:

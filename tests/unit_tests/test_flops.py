@@ -63,7 +63,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.usefixtures("one_rank", "fp32_in_mkl")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_the_products_of_a_built_model(name: str, build: Callable[..., Any]) -> None:
     model = build(**CONFIGS[name])

@@ -35,6 +35,8 @@ else:
     (folder / f".{rank}").write_text(str(os.getpid()))
     (folder / f".{rank}").rename(folder / rank)
     if action == "fail" and rank == "1":
+        while not (folder / "0").exists():  # or the launcher may stop it before it says who it is
+            time.sleep(0.01)
         print("error: what went wrong", file=sys.stderr)
         sys.exit(7)
     time.sleep(300)

@@ -117,7 +117,8 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         """
         self.hidden_shape = hidden_states.shape
         rows = sort_by_expert(routing_map, probs, topk=self.config.moe_router_topk)
-        if (multiple := row_multiple(hidden_states)) > 1:
+        multiple = row_multiple(hidden_states, len(rows.token_of_row) // routing_map.shape[1])
+        if multiple > 1:
             rows = pad_rows(rows, multiple)
         # Not the weights: they would keep the graph of the layers before until the next forward.
         self.token_of_row, self.rows_of_token = rows.token_of_row, rows.rows_of_token

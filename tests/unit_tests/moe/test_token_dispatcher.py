@@ -114,7 +114,7 @@ def test_dispatcher_pads_where_onednn_multiplies(
     precision: str, dispatcher: LocalTokenDispatcher
 ) -> None:
     torch.set_float32_matmul_precision(precision)  # what the fixture of the dispatcher undoes
-    hidden, routing_map, probs = random_routing(20, 0)
+    hidden, routing_map, probs = random_routing(1024, 0)
     ours, plain = (
         [hidden.clone().requires_grad_(), probs.clone().requires_grad_()] for _ in range(2)
     )
