@@ -42,7 +42,8 @@ def choose_fp32_matmul() -> bool:
     before, is_exact = torch.get_float32_matmul_precision(), False
     torch.set_float32_matmul_precision("medium")
     try:
-        with _one_thread():
+        # A pool of threads would not be there in a process that is forked later: none is started.
+        with one_thread():
             is_exact = multiplies_exactly()
     finally:
         if not is_exact:
@@ -51,8 +52,8 @@ def choose_fp32_matmul() -> bool:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """No pool of threads is started: it would not be there in a process that is forked later."""
+def one_thread() -> Iterator[None]:
+    """Have torch compute on the calling thread alone, and after it on as many as before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -14,7 +14,6 @@ from matplotlib.ticker import MaxNLocator
 from results import (
     FINAL,
     LABELS,
-    SEARCH,
     SEARCH_SEED,
     Comparison,
     Recipe,
@@ -23,6 +22,7 @@ from results import (
     find_best,
     mean_curve,
     of_phase,
+    rank_search,
     read_run,
 )
 
@@ -92,7 +92,7 @@ def _draw_search(axis: Axes, runs: Sequence[Run]) -> None:
     rows: list[Run] = []
     for name in LABELS:
         best = find_best(runs, name).recipe
-        for run in sorted(of_phase(runs, SEARCH, name), key=lambda run: run.losses[-1]):
+        for run in rank_search(runs, name):
             face = COLORS[name] if run.recipe == best else "white"
             axis.plot(run.losses[-1], len(rows), "o", color=COLORS[name], markerfacecolor=face)
             rows.append(run)

@@ -170,9 +170,14 @@ def find_shortlist(runs: Sequence[Run], optimizer: str, size: int) -> list[Run]:
     Raises:
         ValueError: The best one's learning rate is at the edge of those searched.
     """
-    ranked = sorted(of_phase(runs, SEARCH, optimizer), key=_last_loss)
+    ranked = rank_search(runs, optimizer)
     _refuse_edge(ranked[0], runs)
     return ranked[:size]
+
+
+def rank_search(runs: Sequence[Run], optimizer: str) -> list[Run]:
+    """The runs of an optimizer's search, best first."""
+    return sorted(of_phase(runs, SEARCH, optimizer), key=_last_loss)
 
 
 def find_best(runs: Sequence[Run], optimizer: str) -> Run:

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -27,6 +26,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+from trinity_megatron.cpu_matmul import one_thread
 
 _SUFFIX = ".incomplete"
 _FINGERPRINT, _LOCK = "source.json", "lock"
@@ -138,7 +139,8 @@ class Staging:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns) as bar, _one_thread_each():
+        # Copies that are cut over all cores would stand in each other's way.
+        with Progress(*columns) as bar, one_thread():
             task = bar.add_task(description, total=sum(sizes))
 
             def advance(num_bytes: int) -> None:
@@ -214,17 +216,6 @@ def _on_ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Copies that are cut over all cores would stand in each other's way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_target(target: Path) -> None:

@@ -47,6 +47,10 @@ def pad_rows(rows: SortedRows, multiple: int) -> SortedRows:
 
     What experts make of them is 0, and so is every gradient: the weight is a factor of the
     activation.  The number of rows is read on the host, so this is for a CPU.
+
+    Args:
+        rows: Of :func:`sort_by_expert`.
+        multiple: What each number of rows is to be a multiple of.
     """
     token_of_row, rows_of_token, weights, counts = rows
     padding = -counts % multiple

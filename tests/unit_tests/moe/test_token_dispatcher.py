@@ -13,9 +13,7 @@ TOPK, EXPERTS, HIDDEN = 2, 8, 64
 
 
 @pytest.fixture
-def dispatcher(
-    build: Callable[..., Any], one_rank: None, fp32_in_mkl: None
-) -> LocalTokenDispatcher:
+def dispatcher(build: Callable[..., Any], fp32_in_mkl: None) -> LocalTokenDispatcher:
     found = build().decoder.layers[1].mlp.token_dispatcher
     assert isinstance(found, LocalTokenDispatcher)
     return found
