@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from trinity_megatron.cpu_matmul import choose_fp32_matmul
+from trinity_megatron.cpu_memory import keep_freed_memory
 
 CPU = torch.device("cpu")
 _FACTORIES = (
@@ -52,6 +53,7 @@ def enter_host() -> bool:
         _stand_in_for_collectives()
         _stand_in_for_megatron_paths()
         choose_fp32_matmul()
+        keep_freed_memory()
         _entered = True
     return True
 

@@ -18,6 +18,7 @@ LEVELS = {
     # 0: arithmetic and formats; nothing of ours below.
     "host": 0,
     "cpu_matmul": 0,
+    "cpu_memory": 0,
     "version": 0,
     "process": 0,
     "fp8": 0,

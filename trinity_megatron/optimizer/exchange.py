@@ -129,8 +129,11 @@ class RunView:
             shard: The rank's part, flat or whole.
 
         Returns:
-            ``[count, groups, size, columns]``.
+            ``[count, groups, size, columns]``; a matrix that is a parameter by itself as it is,
+            ``[fan_out, fan_in]``: many small ones are common, and three views of each take time.
         """
+        if shard.shape == self.kind:
+            return shard
         if shard.is_contiguous():
             # A shard may begin or end inside an expert, beside this matrix: no view of whole
             # experts.

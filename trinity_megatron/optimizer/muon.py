@@ -76,16 +76,17 @@ class _Kind(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """One matrix, or the same matrix of a stack, as views ``[count, groups, size, columns]``."""
+    """One matrix, or the same matrix of ``experts``, as `RunView` views them."""
 
+    experts: int
     weight: Tensor
     grad: Tensor
     momentum: Tensor
     param: Tensor
 
     def narrow(self, start: int, count: int) -> "_Part":
-        weight, grad, momentum = (view.narrow(0, start, count) for view in self[:3])
-        return _Part(weight, grad, momentum, self.param)
+        weight, grad, momentum = (view.narrow(0, start, count) for view in self[1:4])
+        return _Part(count, weight, grad, momentum, self.param)
 
 
 @dataclass
@@ -446,10 +447,15 @@ class Muon(torch.optim.Optimizer):
                 param = placement.tensors[view.run.stack]
                 if param is None or param not in settings:
                     continue
-                part = _Part(
-                    view(param), view(_gradient(param)), view(self._momentum(param)), param
+                kinds[_Kind(*view.kind, param.dtype, param.device)].append(
+                    _Part(
+                        view.run.experts,
+                        view(param),
+                        view(_gradient(param)),
+                        view(self._momentum(param)),
+                        param,
+                    )
                 )
-                kinds[_Kind(*view.kind, param.dtype, param.device)].append(part)
         for kind, parts in kinds.items():
             for batch in _batches(parts, self._batch_count(kind)):
                 self._update_batch(batch, kind, settings)
@@ -462,14 +468,14 @@ class Muon(torch.optim.Optimizer):
     def _update_batch(
         self, batch: list[_Part], kind: _Kind, settings: dict[Tensor, dict[str, Any]]
     ) -> None:
-        counts = [part.weight.shape[0] for part in batch]
+        counts = [part.experts for part in batch]
         stacked = self._stack_directions(batch, counts, kind, settings)
         update = self._newton_schulz(stacked)
         if update.is_cuda:  # where another dtype would be added matrix by matrix
             update = update.to(kind.weight_dtype)
         self._measure(update)
         updates = [
-            rows.unflatten(1, part.weight.shape[1:3])
+            rows.view(part.weight.shape)
             for rows, part in zip(update.split(counts), batch, strict=True)
         ]
         by_rate: dict[float, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
@@ -499,12 +505,12 @@ class Muon(torch.optim.Optimizer):
             factors = [settings[part.param]["momentum"] for part in batch]
             directions = _foreach_lerp(gradients, momenta, factors)
         if len(batch) == 1:
-            return directions[0].flatten(1, 2).to(dtype)
+            return directions[0].reshape(counts[0], kind.fan_out, kind.fan_in).to(dtype)
         stacked = torch.empty(
             sum(counts), kind.fan_out, kind.fan_in, dtype=dtype, device=kind.device
         )
         targets = [
-            rows.unflatten(1, direction.shape[1:3])
+            rows.view(direction.shape)
             for rows, direction in zip(stacked.split(counts), directions, strict=True)
         ]
         torch._foreach_copy_(targets, directions)
@@ -636,10 +642,10 @@ def _batches(parts: list[_Part], limit: int) -> Iterator[list[_Part]]:
     batch: list[_Part] = []
     room = limit
     for part in parts:
-        start, count = 0, part.weight.shape[0]
+        start, count = 0, part.experts
         while start < count:
             take = min(room, count - start)
-            batch.append(part if take == part.weight.shape[0] else part.narrow(start, take))
+            batch.append(part if take == part.experts else part.narrow(start, take))
             start, room = start + take, room - take
             if room == 0:
                 yield batch

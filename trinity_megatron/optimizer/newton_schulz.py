@@ -160,17 +160,21 @@ def _half_precision(x: Tensor, schedule: Coefficients, eps: float, syrk: bool) -
     """
     # oneDNN has no bfloat16 kernel for transposed operands: 100 x slower.
     x = x.contiguous()
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    x = x / norm.clamp(min=eps).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    x = x / norm.clamp(min=eps)
+    # Written into what the step before has read: new memory costs page faults on a CPU.
+    result = torch.empty_like(x)
+    gram, polynomial = x.new_empty(2, len(x), x.shape[1], x.shape[1])
     for a, b, c in schedule:
         if syrk:
             from trinity_megatron.optimizer.syrk import symmetric_product, symmetric_square
 
             polynomial = symmetric_square(symmetric_product(x), alpha=c, beta=b)
         else:
-            gram = torch.bmm(x, x.mT)
-            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+            torch.bmm(x, x.mT, out=gram)
+            torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
+        torch.baddbmm(x, polynomial, x, beta=a, out=result)
+        x, result = result, x
     return x
 
 
