@@ -53,6 +53,8 @@ def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
         ("--num-dense-layers 9", 1, ("--num-dense-layers 9", "--num-layers 4")),
         ("--full-validation", 1, ("--full-validation", "not supported", "--eval-iters")),
         ("--multiple-validation-sets", 1, ("--multiple-validation-sets", "--eval-iters")),
+        ("--freeze-all-layers", 1, ("--freeze-all-layers", "would be trained", "--skip-train")),
+        ("--create-all-gather-group", 1, ("--create-all-gather-group", "FSDP", "drop the flag")),
         ("--transformer-impl transformer_engine", 1, ("transformer_engine", "CUDA", "local")),
         ("--fp8-format hybrid", 1, ("--fp8-format", "'hybrid'", "CUDA")),
         ("--distributed-backend nccl", 1, ("nccl", "CUDA", "gloo")),

@@ -42,6 +42,18 @@ _ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 SUPPORTED_MEGATRON = ((0, 19, 2), (0, 20, 0))
 
+# Flags that only Megatron's older way of building a model looks at: what would happen, and a remedy.
+_OVERLOOKED = {
+    "freeze_all_layers": (
+        "everything would be trained",
+        "--skip-train evaluates without training",
+    ),
+    "create_all_gather_group": (
+        "FSDP would gather in the group in which it reduces",
+        "drop the flag",
+    ),
+}
+
 # Argument -> flag to name in the error, for requests that only a GPU can meet.
 _CUDA_ONLY = {
     "fp8": "--fp8-format",
@@ -302,6 +314,12 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
             "--multiple-validation-sets alone, and the end of a Trinity run reports one set. "
             "Remedy: --eval-iters N reads N global batches of one set, or of a blend of several."
         )
+    for name, (consequence, remedy) in _OVERLOOKED.items():
+        if getattr(args, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is not supported: Megatron 0.19 overlooks it where "
+                f"the model is built from a configuration; {consequence}. Remedy: {remedy}."
+            )
     if is_cpu_host():
         _refuse_cuda_only(args)
     _check_parallel_sizes(args)
