@@ -101,6 +101,9 @@ def train(data: Path, folder: Path, worlds: list[tuple[int, list[Job]]]) -> Logs
 def entry(data: Path, folder: Path, job: Job) -> dict[str, Any]:
     """A job as the worker reads it."""
     small = SHORT if "--preset" in job.flags else SMALL  # another preset has its own widths
+    if "--step-batch-size-schedule" in job.flags:  # in the place of the other
+        at = small.index("--global-batch-size")
+        small = small[:at] + small[at + 2 :]
     flags = [*small, "--data", str(data), "--tensorboard-dir", str(folder / job.name)]
     flags += ["--data-cache-path", str(folder / "data_cache")]
     if job.checkpoints:

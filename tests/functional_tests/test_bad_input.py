@@ -54,7 +54,18 @@ def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
         ("--full-validation", 1, ("--full-validation", "not supported", "--eval-iters")),
         ("--multiple-validation-sets", 1, ("--multiple-validation-sets", "--eval-iters")),
         ("--freeze-all-layers", 1, ("--freeze-all-layers", "would be trained", "--skip-train")),
-        ("--create-all-gather-group", 1, ("--create-all-gather-group", "FSDP", "drop the flag")),
+        ("--create-all-gather-group", 1, ("--create-all-gather-group", "drop the flag")),
+        ("--rampup-batch-size 4 4 64", 1, ("--rampup-batch-size", "--step-batch-size-schedule")),
+        (
+            "--step-batch-size-schedule 5K:8",
+            1,
+            ("--step-batch-size-schedule '5K:8'", "threshold 0", "'0:12288 4.9T:16384'"),
+        ),
+        (
+            "--step-batch-size-schedule 0:8,4096:9",
+            2,
+            ("--step-batch-size-schedule '0:8,4096:9'", "2 data-parallel", "batch of 9"),
+        ),
         ("--transformer-impl transformer_engine", 1, ("transformer_engine", "CUDA", "local")),
         ("--fp8-format hybrid", 1, ("--fp8-format", "'hybrid'", "CUDA")),
         ("--distributed-backend nccl", 1, ("nccl", "CUDA", "gloo")),
@@ -122,11 +133,11 @@ def test_no_data(parse: Parse, tmp_path: Path) -> None:
 
 def test_other_vocabulary_than_the_checkpoint(parse: Parse, data: Path, tmp_path: Path) -> None:
     from trinity_megatron.data.dataset import load_manifest
-    from trinity_megatron.training.arguments import check_checkpoint_vocabulary, stamp_vocabulary
+    from trinity_megatron.training.start import check_checkpoint_vocabulary, stamp_vocabulary
 
     manifest, checkpoints = load_manifest(data), tmp_path / "out" / "checkpoints"
     stamp_vocabulary(str(checkpoints), manifest)
-    check_checkpoint_vocabulary(str(checkpoints), manifest)
+    check_checkpoint_vocabulary(checkpoints, manifest)
     (checkpoints / "tokenizer.sha256").write_text("0123456789abcdef" * 4)
     with pytest.raises(ValueError, match="--load .*0123456789ab.*512 tokens.*Remedy: "):
         parse("--preset tiny")

@@ -22,6 +22,8 @@ WHOLE = "--train-iters 20"
 HALF = f"{WHOLE} --exit-interval 10"
 EP2 = "--expert-model-parallel-size 2"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+# The batch grows after 13 steps, at 13 x 4 samples of 64 tokens; the resume lies before it.
+JUMP = f"--step-batch-size-schedule 0:4,{13 * 4 * 64}:8"
 # torch's AdamW, sharded by Megatron's distributed optimizer.
 SHARDED_ADAM = f"{' '.join(ADAM)} --use-distributed-optimizer --num-layers 2"
 
@@ -30,6 +32,7 @@ SHARDED_ADAM = f"{' '.join(ADAM)} --use-distributed-optimizer --num-layers 2"
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("resume")
     names = ("whole", "half", "ep2", "longer", "bf16_whole", "bf16_half", "adam_whole", "adam_half")
+    names += ("jump_whole", "jump_half")
     ckpt = {name: folder / f"{name}_checkpoints" for name in names}
     first = [
         (
@@ -41,6 +44,8 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
                 Job("bf16_half", f"{HALF} --bf16", ckpt["bf16_half"]),
                 Job("adam_whole", f"{WHOLE} {SHARDED_ADAM}", ckpt["adam_whole"]),
                 Job("adam_half", f"{HALF} {SHARDED_ADAM}", ckpt["adam_half"]),
+                Job("jump_whole", f"{WHOLE} {JUMP}", ckpt["jump_whole"]),
+                Job("jump_half", f"{HALF} {JUMP}", ckpt["jump_half"]),
             ],
         ),
         (2, [Job("ep2_half", f"{HALF} {EP2}", ckpt["ep2"])]),
@@ -56,6 +61,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
                 Job("half", WHOLE, ckpt["half"]),
                 Job("bf16_half", f"{WHOLE} --bf16", ckpt["bf16_half"]),
                 Job("adam_half", f"{WHOLE} {SHARDED_ADAM}", ckpt["adam_half"]),
+                Job("jump_half", f"{WHOLE} {JUMP}", ckpt["jump_half"]),
                 Job("longer", "--train-iters 13 --save-interval 100", ckpt["longer"]),
                 Job("ep2_on_one", f"{WHOLE} {load}"),
             ],
@@ -72,7 +78,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     return SimpleNamespace(logs=logs, checkpoints=ckpt)
 
 
-@pytest.mark.parametrize("kind", ["", "bf16_", "adam_"])
+@pytest.mark.parametrize("kind", ["", "bf16_", "adam_", "jump_"])
 def test_losses_are_equal_bit_for_bit(kind: str, runs: SimpleNamespace) -> None:
     whole, resumed = runs.logs[f"{kind}whole"], runs.logs[f"{kind}half"]
     for tag in ("lm loss", "grad-norm", "learning-rate"):
@@ -121,6 +127,22 @@ def test_checkpoints_are_equal_bit_for_bit(runs: SimpleNamespace) -> None:
     ):
         found = [tensor for name, tensor in whole.items() if part in name]
         assert found and all(tensor.abs().max() > 0 for tensor in found), (part, sorted(whole))
+
+
+def test_a_growing_batch_keeps_the_learning_rate_schedule(runs: SimpleNamespace) -> None:
+    """It is a function of the consumed samples, whatever the batch was that consumed them."""
+    for name in ("jump_whole", "jump_half"):
+        log = runs.logs[name]
+        sizes = log.scalars("batch-size")
+        assert list(sizes.values()) == [4] * 13 + [8] * 7
+        consumed = np.cumsum(list(sizes.values()))
+        total = consumed[-1]
+        assert total == 108
+        warmup, decay = total / 2, round(0.4 * total)
+        rates = np.array(list(log.scalars("learning-rate").values()))
+        falling = 1e-3 + (1e-2 - 1e-3) * (total - consumed) / decay
+        expected = np.minimum(1e-2 * np.minimum(consumed / warmup, 1), np.minimum(falling, 1e-2))
+        np.testing.assert_allclose(rates, expected, rtol=1e-6)
 
 
 def test_a_sharded_adam_is_saved_and_loaded_whole(runs: SimpleNamespace) -> None:

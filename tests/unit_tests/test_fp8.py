@@ -5,11 +5,9 @@ import itertools
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from packaging.version import Version
 
 from trinity_megatron.fp8 import FP8_RECIPES, check_fp8, fp8_defaults, supported_recipes
@@ -283,25 +281,15 @@ def test_delayed_scaling_keeps_to_its_own_checkpoints(
     started: dict[str, Any],
     allowed: str,
     refused: str,
-    one_rank: None,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from megatron.core import dist_checkpointing
-
-    from trinity_megatron.training.arguments import check_delayed_scales
+    from trinity_megatron.training.start import check_delayed_scales
 
     monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", allowed)
-    folder = tmp_path / "iter_0000007"
-    folder.mkdir()
     sizes = {"expert_model_parallel_size": 2}
-    state = {"args": Namespace(**{**sizes, **saved}), "x": torch.zeros(1)}
-    state["x"] = dist_checkpointing.ShardedTensor.from_rank_offsets("x", state["x"])
-    dist_checkpointing.save(state, str(folder))
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
-    args = Namespace(**sizes, **started)
+    before, args = Namespace(**{**sizes, **saved}), Namespace(**sizes, **started)
     if refused:
-        with pytest.raises(ValueError, match=f"--load .*{refused}"):
-            check_delayed_scales(str(tmp_path), args)
+        with pytest.raises(ValueError, match=f"--load X.*{refused}"):
+            check_delayed_scales(before, args, flag="--load X")
     else:
-        check_delayed_scales(str(tmp_path), args)
+        check_delayed_scales(before, args, flag="--load X")

@@ -88,7 +88,10 @@ def find_checkpoint(folder: Path) -> Path:
     word = tracker.read_text().strip()
     name = word if word == RELEASE else f"iter_{int(word):07d}" if word.isdigit() else None
     if name is None:
-        raise ValueError(f"{tracker} says {word!r}, which is neither an iteration nor {RELEASE!r}.")
+        raise ValueError(
+            f"{tracker} says {word!r}, which is neither an iteration nor {RELEASE!r}. Remedy: write "
+            "the number of a complete iteration into it."
+        )
     found = folder / name
     if not (found / ".metadata").is_file():
         raise ValueError(
@@ -116,7 +119,9 @@ class TorchDistReader:
         try:
             self._metadata: Metadata = self._reader.read_metadata()
         except Exception as error:  # a damaged pickle raises almost anything
-            raise ValueError(f"{self.folder}/.metadata is damaged ({error}).") from error
+            raise ValueError(
+                f"{self.folder}/.metadata is damaged ({error}). Remedy: copy it again."
+            ) from error
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._check_files()
         self.common: dict[str, Any] = self._read_common_state()

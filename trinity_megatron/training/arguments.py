@@ -6,24 +6,19 @@ import argparse
 import contextlib
 import importlib.util
 import logging
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.package_info import __version__ as megatron_version
 from megatron.training import global_vars
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.utils import print_rank_0
 
-from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME
-from trinity_megatron.checkpoint.torch_dist import TRACKER_NAME, find_checkpoint
 from trinity_megatron.config import ARGUMENT_DEST, TRINITY_ARCHITECTURE, TrinityConfig
-from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.dataset import DataManifest, load_manifest
 from trinity_megatron.fp8 import check_fp8, fp8_defaults
 from trinity_megatron.host import is_cpu_host
@@ -36,21 +31,24 @@ from trinity_megatron.optimizer.builder import (
 )
 from trinity_megatron.presets import PRESETS, Preset, get_preset
 from trinity_megatron.tracking.wandb_run import open_writer
-
-# Transformer Engine's variable.
-_ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+from trinity_megatron.training.schedule import fit_schedule
+from trinity_megatron.training.start import check_start
 
 SUPPORTED_MEGATRON = ((0, 19, 2), (0, 20, 0))
 
-# Flags that only Megatron's older way of building a model looks at: what would happen, and a remedy.
+# Flags that Megatron 0.19 accepts and does not follow: why not, and a remedy.
 _OVERLOOKED = {
     "freeze_all_layers": (
-        "everything would be trained",
+        "is not looked at where the model is built from a configuration: all would be trained",
         "--skip-train evaluates without training",
     ),
     "create_all_gather_group": (
-        "FSDP would gather in the group in which it reduces",
+        "is not looked at where the model is built from a configuration",
         "drop the flag",
+    ),
+    "rampup_batch_size": (
+        "is ignored by Megatron 0.19",
+        "--step-batch-size-schedule '0:N TOKENS:M'",
     ),
 }
 
@@ -154,8 +152,13 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         default=0.0,
         help="Coefficient of the mean squared logsumexp of the LM head's logits; 0: off.",
     )
-    paths, _ = _paths_parser().parse_known_args()
-    parser.set_defaults(**default_arguments(get_preset(paths.preset), paths.data, paths.out))
+    given, _ = _first_parser().parse_known_args()
+    defaults = default_arguments(get_preset(given.preset), given.data, given.out)
+    # Megatron takes one of each pair only, and a default for a wish.
+    for name, other in _INSTEAD.items():
+        if getattr(given, name) is not None:
+            defaults.pop(other, None)
+    parser.set_defaults(**defaults)
     return parser
 
 
@@ -196,10 +199,16 @@ def _add_balance_args(group: Any) -> None:
     )
 
 
-def _paths_parser() -> argparse.ArgumentParser:
+# A flag -> the argument of the preset that gives way to it.
+_INSTEAD = {"step_batch_size_schedule": "global_batch_size", "train_samples": "train_iters"}
+
+
+def _first_parser() -> argparse.ArgumentParser:
+    """Of the flags that decide on defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag, default in (("--preset", "tiny"), ("--data", None), ("--out", None)):
-        parser.add_argument(flag, default=default)
+    parser.add_argument("--preset", default="tiny")
+    for name in ("data", "out", *_INSTEAD):
+        parser.add_argument(f"--{name.replace('_', '-')}")
     return parser
 
 
@@ -314,95 +323,24 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
             "--multiple-validation-sets alone, and the end of a Trinity run reports one set. "
             "Remedy: --eval-iters N reads N global batches of one set, or of a blend of several."
         )
-    for name, (consequence, remedy) in _OVERLOOKED.items():
+    for name, (why, remedy) in _OVERLOOKED.items():
         if getattr(args, name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} is not supported: Megatron 0.19 overlooks it where "
-                f"the model is built from a configuration; {consequence}. Remedy: {remedy}."
-            )
+            raise ValueError(f"--{name.replace('_', '-')} {why}. Remedy: {remedy}.")
     if is_cpu_host():
         _refuse_cuda_only(args)
     _check_parallel_sizes(args)
-    _fit_micro_batch(args, args.world_size)
+    fit_schedule(args)
     if not is_cpu_host():
         _finish_fp8(args)
     if args.use_torch_fsdp2 or args.use_megatron_fsdp:
         args.gradient_accumulation_fusion = False  # on where apex is there; needs Megatron's DDP
-    _fit_schedule(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)
-    _check_checkpoints(args)
-    for flag, folder in (
-        ("--load", args.load),
-        ("--pretrained-checkpoint", args.pretrained_checkpoint),
-    ):
-        if manifest is not None and folder:
-            check_checkpoint_vocabulary(folder, manifest, flag=flag)
+    check_start(args, manifest)
     if args.preset not in PRESETS and args.padded_vocab_size is None:
         args.padded_vocab_size = _vocabulary_of_checkpoint(args, manifest)
     # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.
     args.moe_layer_freq = [int(layer >= args.num_dense_layers) for layer in range(args.num_layers)]
-
-
-def _check_checkpoints(args: argparse.Namespace) -> None:
-    """Refuse to start from random weights where a checkpoint was asked for."""
-    own = args.save and Path(args.save).resolve()
-    starts = {}
-    if args.load and Path(args.load).resolve() != own and not args.non_persistent_ckpt_type:
-        starts["--load"] = args.load  # a run's own folder may be empty yet
-    if not (args.load and Path(args.load, TRACKER_NAME).is_file()):  # else Megatron takes that
-        starts["--pretrained-checkpoint"] = args.pretrained_checkpoint
-    for flag, folder in starts.items():
-        if folder and "://" not in folder and not Path(folder, TRACKER_NAME).is_file():
-            raise ValueError(
-                f"{flag} {folder} holds no checkpoint (no {TRACKER_NAME}). "
-                "Remedy: name what --save was, or what trinity-megatron convert --to-megatron made."
-            )
-    if args.transformer_impl == "transformer_engine":
-        for flag, folder in (("--load", args.load), *starts.items()):
-            if folder and Path(folder, TRACKER_NAME).is_file():
-                check_delayed_scales(folder, args, flag=flag)
-
-
-def check_delayed_scales(folder: str, args: argparse.Namespace, *, flag: str = "--load") -> None:
-    """Refuse a start from a checkpoint with or without the past values of delayed scaling.
-
-    Args:
-        folder: What ``--save`` was.
-        args: Of the run that starts, with Transformer Engine.
-        flag: That named the folder.
-
-    Raises:
-        ValueError: Names the checkpoint and the remedy.
-    """
-    saved = load_common_state_dict(str(find_checkpoint(Path(folder)))).get("args")
-    had_scales = getattr(saved, "fp8", None) and getattr(saved, "fp8_recipe", None) == "delayed"
-    wants_scales = args.fp8 and args.fp8_recipe == "delayed"
-    if wants_scales and not had_scales:
-        raise ValueError(
-            f"--fp8-recipe delayed cannot start from {flag} {folder}: it was not saved with that "
-            "recipe and holds no past values to scale by. Remedy: --fp8-recipe tensorwise, which "
-            "needs none and runs on the same GPUs."
-        )
-    if had_scales and not wants_scales:
-        raise ValueError(
-            f"{flag} {folder} was saved with --fp8-recipe delayed, whose past values Transformer "
-            "Engine does not load into anything else. Remedy: --fp8-format hybrid --fp8-recipe "
-            "delayed, or convert the checkpoint to Hugging Face and back."
-        )
-    if wants_scales and os.environ.get(_ALLOW_PICKLES) != "1":
-        raise ValueError(
-            f"{flag} {folder} holds the past values of --fp8-recipe delayed as pickles, which "
-            f"Transformer Engine loads only when it is told to. Remedy: {_ALLOW_PICKLES}=1 if you "
-            "trust the checkpoint."
-        )
-    size = getattr(saved, "expert_model_parallel_size", None)
-    if wants_scales and size != args.expert_model_parallel_size:
-        raise ValueError(
-            f"--expert-model-parallel-size {args.expert_model_parallel_size}: {flag} {folder} was "
-            f"saved with {size}, and Megatron mixes up the past values of --fp8-recipe delayed "
-            f"when experts move. Remedy: --expert-model-parallel-size {size}."
-        )
 
 
 def _vocabulary_of_checkpoint(args: argparse.Namespace, manifest: DataManifest | None) -> int:
@@ -422,35 +360,6 @@ def _vocabulary_of_checkpoint(args: argparse.Namespace, manifest: DataManifest |
             f"--tensor-model-parallel-size {tp}; the rows that are added take part in the softmax"
         )
     return padded
-
-
-def _fit_micro_batch(args: argparse.Namespace, world_size: int) -> None:
-    """Cut the micro-batch where a rank's share of the global batch is no multiple of it."""
-    ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    data_parallel = world_size // (ranks * args.context_parallel_size)
-    if not args.global_batch_size or args.global_batch_size % data_parallel:
-        return  # Megatron says what is wrong
-    size = math.gcd(args.micro_batch_size, args.global_batch_size // data_parallel)
-    if size != args.micro_batch_size:
-        print_rank_0(f"> micro-batch cut from {args.micro_batch_size} to {size} sequences")
-        args.micro_batch_size = size
-
-
-def _fit_schedule(args: argparse.Namespace) -> None:
-    """Fit the preset's warm-up and decay into ``--train-iters``."""
-    if args.lr_warmup_fraction is not None:
-        args.lr_warmup_iters = 0
-    if not args.train_iters:
-        return
-    if args.lr_warmup_iters >= args.train_iters:
-        shorter = args.train_iters // 2
-        print_rank_0(
-            f"> warm-up shortened from {args.lr_warmup_iters} to {shorter} of --train-iters "
-            f"{args.train_iters} steps"
-        )
-        args.lr_warmup_iters = shorter
-    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
-        args.lr_wsd_decay_iters = max(1, round(args.lr_wsd_decay_fraction * args.train_iters))
 
 
 def _refuse_cuda_only(args: argparse.Namespace) -> None:
@@ -542,39 +451,6 @@ def _check_parallel_sizes(args: argparse.Namespace) -> None:
             f"--num-dense-layers {dense} is not within 0..--num-layers {args.num_layers}. "
             "Remedy: set both."
         )
-
-
-def check_checkpoint_vocabulary(load: str, manifest: DataManifest, *, flag: str = "--load") -> None:
-    """Refuse to continue a checkpoint with data of another vocabulary.
-
-    The fingerprint of the tokenizer lies beside the checkpoints since the run's first start; a
-    converted checkpoint has the tokenizer itself.
-
-    Raises:
-        ValueError: Names both vocabularies and the remedy.
-    """
-    stamp, tokenizer = Path(load) / "tokenizer.sha256", Path(load, ASSETS_NAME, "tokenizer.json")
-    if stamp.exists():
-        known = stamp.read_text().strip()
-    elif tokenizer.exists():
-        known = hash_file(tokenizer)
-    else:
-        return
-    if known != manifest.tokenizer_fingerprint:
-        raise ValueError(
-            f"{flag} {load}: the checkpoint was trained with the vocabulary {known[:12]}, but "
-            f"--data has {manifest.tokenizer_fingerprint[:12]} ({manifest.vocab_size} tokens). "
-            "Remedy: give the data folder of that run (or prepare-data --tokenizer with its "
-            "tokenizer), or another --out to start anew."
-        )
-
-
-def stamp_vocabulary(save: str, manifest: DataManifest) -> None:
-    """Remember beside the checkpoints which vocabulary they speak."""
-    Path(save).mkdir(parents=True, exist_ok=True)
-    stamp = Path(save) / "tokenizer.sha256"
-    if not stamp.exists():
-        stamp.write_text(manifest.tokenizer_fingerprint + "\n")
 
 
 def trinity_config_from_args(args: argparse.Namespace) -> TrinityConfig:

@@ -27,15 +27,13 @@ from trinity_megatron.moe.finalize import set_step_source  # noqa: E402
 from trinity_megatron.optimizer.builder import register_muon  # noqa: E402
 from trinity_megatron.optimizer.layout import separate_muon_buffers  # noqa: E402
 from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
-from trinity_megatron.training.arguments import (  # noqa: E402
-    parse_trinity_args,
-    stamp_vocabulary,
-)
+from trinity_megatron.training.arguments import parse_trinity_args  # noqa: E402
 from trinity_megatron.training.datasets import train_valid_test_datasets_provider  # noqa: E402
 from trinity_megatron.training.finish import finish_run  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
 from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
+from trinity_megatron.training.start import stamp_vocabulary  # noqa: E402
 
 
 def main() -> None:

@@ -1,0 +1,231 @@
+"""What a run starts from: looked at before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME
+from trinity_megatron.checkpoint.torch_dist import RELEASE, TRACKER_NAME, TorchDistReader
+from trinity_megatron.data.corpus import hash_file
+from trinity_megatron.data.dataset import DataManifest
+
+# Transformer Engine's variable.
+_ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+
+
+def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None:
+    """Refuse a start from random weights where a checkpoint was asked for, or from a damaged one.
+
+    Rank 0 looks into the checkpoints for all ranks.
+
+    Args:
+        args: Of the run, as parsed.
+        manifest: Of ``--data``.
+
+    Raises:
+        ValueError: Names the flag, the checkpoint and the remedy.
+    """
+    own = args.save and Path(args.save).resolve()
+    named = {"--load": args.load, "--pretrained-checkpoint": args.pretrained_checkpoint}
+    folders = {flag: Path(name) for flag, name in named.items() if name and "://" not in name}
+    if "--load" in folders and folders["--load"].resolve() == own and args.rank == 0:
+        mend_tracker(folders["--load"])
+    found = {flag: path for flag, path in folders.items() if (path / TRACKER_NAME).is_file()}
+    for flag, path in folders.items():
+        # A run's own folder may be empty yet; Megatron takes --load where that holds something.
+        is_needed = not args.non_persistent_ckpt_type and path.resolve() != own
+        if flag == "--pretrained-checkpoint":
+            is_needed = "--load" not in found
+        if is_needed and flag not in found:
+            raise ValueError(
+                f"{flag} {path} holds no checkpoint (no {TRACKER_NAME}). "
+                "Remedy: name what --save was, or what trinity-megatron convert --to-megatron made."
+            )
+    is_ours = args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format
+    if args.rank == 0 and is_ours and found:
+        flag = "--load" if "--load" in found else "--pretrained-checkpoint"
+        saved = read_saved_args(found[flag], args.ckpt_step if flag == "--load" else None, flag)
+        if args.transformer_impl == "transformer_engine":
+            check_delayed_scales(saved, args, flag=f"{flag} {found[flag]}")
+        if flag == "--load" and not args.finetune:
+            check_batch_size(saved, args)
+    if manifest is not None:
+        for flag, path in folders.items():
+            check_checkpoint_vocabulary(path, manifest, flag=flag)
+
+
+def mend_tracker(folder: Path) -> None:
+    """Name the newest complete checkpoint where a run that was killed could not.
+
+    The name of the latest checkpoint is the last that is written.  Without it Megatron begins at
+    random weights, and with half of it ends as if all were well.
+
+    Args:
+        folder: Of the run's checkpoints; may be empty.
+
+    Raises:
+        ValueError: The tracker names nothing, and there is no complete checkpoint.
+    """
+    tracker = folder / TRACKER_NAME
+    word = tracker.read_text(errors="replace").strip() if tracker.is_file() else None
+    if word is not None and (word.isdigit() or word == RELEASE):
+        return
+    newest = find_newest(folder)
+    if newest is not None:
+        draft = tracker.with_suffix(".tmp")
+        draft.write_text(str(newest))
+        os.replace(draft, tracker)
+        was = "was not there" if word is None else f"said {word!r}"
+        print(f"> {tracker} {was}; it names the newest complete checkpoint now: {newest}")
+    elif word is not None:
+        raise ValueError(
+            f"{tracker} says {word!r}, and no complete checkpoint lies beside it. Remedy: another "
+            "--out (or --save), or delete that file to begin at random weights."
+        )
+
+
+def find_newest(folder: Path, *, but: str = "") -> int | None:
+    """The newest iteration whose ``torch_dist`` checkpoint is complete.
+
+    Args:
+        folder: What ``--save`` was.
+        but: Name of a subfolder to leave out.
+    """
+    for path in sorted(folder.glob("iter_*"), reverse=True):
+        if path.name != but and path.name[5:].isdigit():
+            try:
+                return int(TorchDistReader(path).folder.name[5:])
+            except ValueError:
+                continue
+    return None
+
+
+def read_saved_args(folder: Path, step: int | None = None, flag: str = "--load") -> object:
+    """The arguments of the run that saved a checkpoint, all of whose files are there.
+
+    Args:
+        folder: What ``--save`` was.
+        step: Iteration; None for the latest.
+        flag: That named the folder.
+
+    Returns:
+        Their namespace; None where there is none.
+
+    Raises:
+        ValueError: The checkpoint is damaged; names the file and the remedy.
+    """
+    named = folder if step is None else folder / f"iter_{step:07d}"
+    try:
+        return TorchDistReader(named).common.get("args")
+    except ValueError as error:
+        word = (folder / TRACKER_NAME).read_text(errors="replace").strip()
+        broken = f"iter_{int(word if step is None else step):07d}" if word.isdigit() else ""
+        older = find_newest(folder, but=broken)
+        advice = f" Or go on from the complete checkpoint {older}: --ckpt-step {older}."
+        raise ValueError(f"{flag}: {error}{advice if older is not None else ''}") from error
+
+
+def check_batch_size(saved: object, args: argparse.Namespace) -> None:
+    """Refuse a resume with another batch size that would move the learning-rate schedule.
+
+    Megatron counts consumed samples, and multiplies the steps of the schedule with today's batch.
+
+    Args:
+        saved: Arguments of the run that saved the checkpoint.
+        args: Of the run that resumes.
+
+    Raises:
+        ValueError: Names both sizes and the remedy.
+    """
+    consumed = getattr(saved, "consumed_train_samples", 0)
+    if not consumed or not args.train_iters:  # lengths in samples are the same for every batch
+        return
+    before = getattr(saved, "step_batch_size_schedule", None)
+    size = getattr(saved, "global_batch_size", args.global_batch_size)
+    if before is None and size == args.global_batch_size:
+        return
+    was = f"--step-batch-size-schedule {before!r}" if before else f"batches of {size}"
+    tokens = consumed * getattr(saved, "seq_length", args.seq_length)
+    new = before or f"0:{size} {tokens}:{args.global_batch_size}"
+    raise ValueError(
+        f"--global-batch-size {args.global_batch_size}: --load {args.load} was trained with {was}, "
+        "so steps no longer say where in the learning-rate schedule the run is. Remedy: "
+        f"--step-batch-size-schedule '{new}' (consumed tokens and batch sizes), or --train-samples."
+    )
+
+
+def check_delayed_scales(saved: object, args: argparse.Namespace, *, flag: str) -> None:
+    """Refuse a start from a checkpoint with or without the past values of delayed scaling.
+
+    Args:
+        saved: Arguments of the run that saved it.
+        args: Of the run that starts, with Transformer Engine.
+        flag: That names the checkpoint, with its value.
+
+    Raises:
+        ValueError: Names the checkpoint and the remedy.
+    """
+    had_scales = getattr(saved, "fp8", None) and getattr(saved, "fp8_recipe", None) == "delayed"
+    wants_scales = args.fp8 and args.fp8_recipe == "delayed"
+    if wants_scales and not had_scales:
+        raise ValueError(
+            f"--fp8-recipe delayed cannot start from {flag}: it was not saved with that "
+            "recipe and holds no past values to scale by. Remedy: --fp8-recipe tensorwise, which "
+            "needs none and runs on the same GPUs."
+        )
+    if had_scales and not wants_scales:
+        raise ValueError(
+            f"{flag} was saved with --fp8-recipe delayed, whose past values Transformer "
+            "Engine does not load into anything else. Remedy: --fp8-format hybrid --fp8-recipe "
+            "delayed, or convert the checkpoint to Hugging Face and back."
+        )
+    if wants_scales and os.environ.get(_ALLOW_PICKLES) != "1":
+        raise ValueError(
+            f"{flag} holds the past values of --fp8-recipe delayed as pickles, which "
+            f"Transformer Engine loads only when it is told to. Remedy: {_ALLOW_PICKLES}=1 if you "
+            "trust the checkpoint."
+        )
+    size = getattr(saved, "expert_model_parallel_size", None)
+    if wants_scales and size != args.expert_model_parallel_size:
+        raise ValueError(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}: {flag} was "
+            f"saved with {size}, and Megatron mixes up the past values of --fp8-recipe delayed "
+            f"when experts move. Remedy: --expert-model-parallel-size {size}."
+        )
+
+
+def check_checkpoint_vocabulary(
+    load: Path, manifest: DataManifest, *, flag: str = "--load"
+) -> None:
+    """Refuse to continue a checkpoint with data of another vocabulary.
+
+    The fingerprint of the tokenizer lies beside the checkpoints since the run's first start; a
+    converted checkpoint has the tokenizer itself.
+
+    Raises:
+        ValueError: Names both vocabularies and the remedy.
+    """
+    stamp, tokenizer = load / "tokenizer.sha256", load / ASSETS_NAME / "tokenizer.json"
+    if stamp.exists():
+        known = stamp.read_text().strip()
+    elif tokenizer.exists():
+        known = hash_file(tokenizer)
+    else:
+        return
+    if known != manifest.tokenizer_fingerprint:
+        raise ValueError(
+            f"{flag} {load}: the checkpoint was trained with the vocabulary {known[:12]}, but "
+            f"--data has {manifest.tokenizer_fingerprint[:12]} ({manifest.vocab_size} tokens). "
+            "Remedy: give the data folder of that run (or prepare-data --tokenizer with its "
+            "tokenizer), or another --out to start anew."
+        )
+
+
+def stamp_vocabulary(save: str, manifest: DataManifest) -> None:
+    """Remember beside the checkpoints which vocabulary they speak."""
+    Path(save).mkdir(parents=True, exist_ok=True)
+    stamp = Path(save) / "tokenizer.sha256"
+    if not stamp.exists():
+        stamp.write_text(manifest.tokenizer_fingerprint + "\n")
