@@ -73,6 +73,9 @@ class TrinityConfig(TransformerConfig):
     """Rule of the expert bias: ``smebu`` (report eq 23-28), ``sign`` (centred sign, 19-22),
     ``linear`` (SMEBU without tanh) or ``none`` (the bias stays)."""
 
+    moe_router_bias_update_rate: float = 5e-4
+    """SMEBU's lambda, or the rate of another rule (report section 2.2; Megatron's is 1e-3)."""
+
     moe_router_bias_momentum: float | None = None
     """Beta, the momentum of the bias update (report eq 27); None for the rule's own: 0.5 for
     ``smebu``, 0 for the others."""
@@ -97,6 +100,7 @@ class TrinityConfig(TransformerConfig):
     def __post_init__(self) -> None:
         """Check the fields, derive the layer pattern and run Megatron's own checks."""
         self._check()
+        self._check_initialization()
         self.moe_layer_freq = [
             int(layer >= self.num_dense_layers) for layer in range(self.num_layers)
         ]
@@ -205,6 +209,41 @@ class TrinityConfig(TransformerConfig):
         layers += self.num_dense_layers * dense + self.num_moe_layers * moe
         return 2 * self.vocab_size * d + d + layers
 
+    def _check_initialization(self) -> None:
+        given = {
+            "init_method_std": self.init_method_std,
+            "embedding_init_method_std": self.embedding_init_method_std,
+        }
+        for name, value in given.items():
+            if value not in (None, _MEGATRON_STD, self.initializer_std):
+                raise ValueError(
+                    f"{name}={value} would be overwritten: every matrix is drawn with 0.5/sqrt("
+                    f"hidden_size) = {self.initializer_std:.6g}. Remedy: drop the flag "
+                    f"--{name.replace('_', '-')}."
+                )
+
+    def _check_architecture(self) -> None:
+        for name in _FIXED_FIELDS:
+            value, expected = getattr(self, name), TRINITY_ARCHITECTURE[name]
+            if value != expected:
+                raise ValueError(
+                    f"{name}={value!r} is another architecture. Remedy: {expected!r}, as Trinity "
+                    "has it."
+                )
+        kinds = self.moe_router_load_balancing_type
+        coeffs = self.moe_aux_loss_coeff
+        for kind in [kinds] if isinstance(kinds, str) else kinds:
+            if kind not in _BALANCE_LOSSES:
+                raise ValueError(
+                    f"moe_router_load_balancing_type={kinds!r} is not followed by Trinity's "
+                    f"router. Remedy: one of {', '.join(_BALANCE_LOSSES)}."
+                )
+        if kinds == "none" and coeffs:
+            raise ValueError(
+                f"moe_aux_loss_coeff={coeffs!r} with moe_router_load_balancing_type='none': there "
+                "would be no such loss. Remedy: --moe-router-load-balancing-type seq_aux_loss."
+            )
+
     def _check_pipeline(self) -> None:
         stages = self.pipeline_model_parallel_size
         is_uneven = (
@@ -304,12 +343,23 @@ class TrinityConfig(TransformerConfig):
                 "bf16 without a word. Remedy: --transformer-impl transformer_engine, or drop "
                 "--fp8-format."
             )
-        for name, what in _REFUSED_FEATURES.items():
+        if self.transformer_impl == "local" and "moe_act" in (self.recompute_modules or ()):
+            raise ValueError(
+                "recompute_modules has 'moe_act', which the local experts do not look at: no "
+                "memory would be saved. Remedy: --recompute-modules moe, or --transformer-impl "
+                "transformer_engine."
+            )
+        self._check_architecture()
+        refused = dict(_REFUSED_FEATURES)
+        if self.transformer_impl == "local":
+            refused.update(_REFUSED_LOCAL_FEATURES)
+        for name, what in refused.items():
             value = getattr(self, name)
             if value:
+                flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
                 raise ValueError(
                     f"{name}={value!r}: {what} is not supported by the Trinity layers. "
-                    f"Remedy: drop the flag --{name.replace('_', '-')}."
+                    f"Remedy: drop the flag {flag}."
                 )
 
 
@@ -340,7 +390,10 @@ _FIXED_FIELDS = (
     "attention_output_gate moe_router_score_function"
 ).split()
 
-# Paths that bypass the seams used here; refused until they are supported.
+_MEGATRON_STD = 0.02  # its default
+_BALANCE_LOSSES = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
+
+# Paths that bypass the seams used here, or that the layers would not follow.
 _REFUSED_FEATURES = {
     "overlap_moe_expert_parallel_comm": "overlapping the expert all-to-all with computation",
     "moe_expert_capacity_factor": "dropping tokens (Trinity is dropless)",
@@ -359,4 +412,18 @@ _REFUSED_FEATURES = {
     "init_model_with_meta_device": "building the model on the meta device",
     "delay_wgrad_compute": "delaying the weight gradients",
     "overlap_dispatch_backward_with_experts_wgrad": "delaying the weight gradients of the experts",
+    "layernorm_zero_centered_gamma": "a norm's gain around 1 (its initial gains would be wrong)",
+    "qk_l2_norm": "an L2 norm of queries and keys (they have an RMSNorm)",
+    "activation_func_clamp_value": "clamping inside the activation",
+    "glu_linear_offset": "an offset inside the activation",
+    "moe_router_quantile_balancing_ema": "balancing by quantiles",
+    "moe_enable_routing_replay": "replaying a recorded routing",
+    "use_grouped_gemm_for_shared_expert": "a grouped product in the shared expert",
+    "use_grouped_gemm_for_dense_mlp": "a grouped product in the dense MLP",
+    "fused_residual_rmsnorm": "fusing the residual with the norm (post-norms lie between them)",
+    "experimental_attention_variant": "another attention",
 }
+_REFUSED_LOCAL_FEATURES = {
+    "moe_apply_probs_on_input": "weighing the experts' inputs (local experts weigh their outputs)",
+}
+_FLAGS = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"}

@@ -46,6 +46,27 @@ def test_unknown_preset() -> None:
         ({"moe_router_bias_update_rule": "adam"}, "moe_router_bias_update_rule", "'adam'"),
         ({"moe_expert_capacity_factor": 1.5}, "moe_expert_capacity_factor", "1.5"),
         ({"mtp_num_layers": 1}, "mtp_num_layers", "1"),
+        ({"init_method_std": 0.01}, "init_method_std", "0.01"),
+        ({"embedding_init_method_std": 0.5}, "embedding_init_method_std", "0.5"),
+        ({"normalization": "LayerNorm"}, "normalization", "'LayerNorm'"),
+        ({"moe_router_score_function": "softmax"}, "moe_router_score_function", "'softmax'"),
+        (
+            {"moe_router_load_balancing_type": "sinkhorn"},
+            "moe_router_load_balancing_type",
+            "'sinkhorn'",
+        ),
+        (
+            {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 1e-3},
+            "moe_aux_loss_coeff",
+            "0.001",
+        ),
+        ({"layernorm_zero_centered_gamma": True}, "layernorm_zero_centered_gamma", "True"),
+        (
+            {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "transformer_impl": "local"},
+            "moe_apply_probs_on_input",
+            "True",
+        ),
+        ({"activation_func_clamp_value": 7.0}, "activation_func_clamp_value", "7.0"),
     ],
 )
 def test_contradictions(overrides: dict[str, Any], field: str, value: str) -> None:
@@ -60,6 +81,12 @@ def test_pattern_of_the_layers() -> None:
     assert config.no_rope_freq == is_global
     assert config.window_attn_skip_freq == [1 - value for value in is_global]
     assert config.moe_layer_freq == [0] * 6 + [1] * 4
+
+
+def test_memory_that_would_not_be_saved() -> None:
+    given = {"recompute_granularity": "selective", "moe_grouped_gemm": True}
+    with pytest.raises(ValueError, match="'moe_act'.*Remedy: "):
+        trinity_preset("tiny", transformer_impl="local", recompute_modules=["moe_act"], **given)
 
 
 def test_the_momentum_is_that_of_the_rule() -> None:

@@ -89,8 +89,8 @@ def find_checkpoint(folder: Path) -> Path:
     name = word if word == RELEASE else f"iter_{int(word):07d}" if word.isdigit() else None
     if name is None:
         raise ValueError(
-            f"{tracker} says {word!r}, which is neither an iteration nor {RELEASE!r}. Remedy: write "
-            "the number of a complete iteration into it."
+            f"{tracker} says {word!r}, which is neither an iteration nor {RELEASE!r}. Remedy: "
+            "write the number of a complete iteration into it."
         )
     found = folder / name
     if not (found / ".metadata").is_file():

@@ -15,5 +15,7 @@ class TrinityMoELayer(MoELayer):
         super().__init__(config, *args, **kwargs)
         dispatcher: Any = getattr(self, "token_dispatcher")  # noqa: B009  (untyped upstream)
         assert dispatcher is not None
-        if config.moe_token_dispatcher_type == "alltoall" and dispatcher.tp_ep_group.size() == 1:
+        # The dispatcher would compute the shared experts where they overlap with it.
+        is_plain = config.moe_token_dispatcher_type == "alltoall" and not self.shared_expert_overlap
+        if is_plain and dispatcher.tp_ep_group.size() == 1:
             self.token_dispatcher = LocalTokenDispatcher(config, kwargs.get("pg_collection"))

@@ -31,40 +31,11 @@ from trinity_megatron.optimizer.builder import (
 )
 from trinity_megatron.presets import PRESETS, Preset, get_preset
 from trinity_megatron.tracking.wandb_run import open_writer
+from trinity_megatron.training.flags import refuse_flags
 from trinity_megatron.training.schedule import fit_schedule
 from trinity_megatron.training.start import check_start
 
 SUPPORTED_MEGATRON = ((0, 19, 2), (0, 20, 0))
-
-# Flags that Megatron 0.19 accepts and does not follow: why not, and a remedy.
-_OVERLOOKED = {
-    "freeze_all_layers": (
-        "is not looked at where the model is built from a configuration: all would be trained",
-        "--skip-train evaluates without training",
-    ),
-    "create_all_gather_group": (
-        "is not looked at where the model is built from a configuration",
-        "drop the flag",
-    ),
-    "rampup_batch_size": (
-        "is ignored by Megatron 0.19",
-        "--step-batch-size-schedule '0:N TOKENS:M'",
-    ),
-}
-
-# Argument -> flag to name in the error, for requests that only a GPU can meet.
-_CUDA_ONLY = {
-    "fp8": "--fp8-format",
-    "fp4": "--fp4-format",
-    "tp_comm_overlap": "--tp-comm-overlap",
-    "moe_permute_fusion": "--moe-permute-fusion",
-    "moe_enable_deepep": "--moe-enable-deepep",
-    "use_nccl_ub": "--use-nccl-ub",
-    "use_megatron_fsdp": "--use-megatron-fsdp",
-    "use_torch_fsdp2": "--use-torch-fsdp2",
-    "optimizer_cpu_offload": "--optimizer-cpu-offload",
-    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
-}
 
 
 def check_megatron_version(version: str = megatron_version) -> None:
@@ -316,18 +287,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
             "--data is missing. Remedy: trinity-megatron prepare-data --out DIR, then --data DIR "
             "(or Megatron's own --data-path and --tokenizer-type)."
         )
-    if args.full_validation or args.multiple_validation_sets:
-        flag = "full-validation" if args.full_validation else "multiple-validation-sets"
-        raise ValueError(
-            f"--{flag} is not supported: Megatron 0.19 fails with one of --full-validation and "
-            "--multiple-validation-sets alone, and the end of a Trinity run reports one set. "
-            "Remedy: --eval-iters N reads N global batches of one set, or of a blend of several."
-        )
-    for name, (why, remedy) in _OVERLOOKED.items():
-        if getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} {why}. Remedy: {remedy}.")
-    if is_cpu_host():
-        _refuse_cuda_only(args)
+    refuse_flags(args)
     _check_parallel_sizes(args)
     fit_schedule(args)
     if not is_cpu_host():
@@ -360,30 +320,6 @@ def _vocabulary_of_checkpoint(args: argparse.Namespace, manifest: DataManifest |
             f"--tensor-model-parallel-size {tp}; the rows that are added take part in the softmax"
         )
     return padded
-
-
-def _refuse_cuda_only(args: argparse.Namespace) -> None:
-    for name, flag in _CUDA_ONLY.items():
-        if getattr(args, name, None):
-            raise ValueError(
-                f"{flag}={getattr(args, name)!r} needs a CUDA device, and torch finds none on this "
-                f"machine. Remedy: drop {flag}, or run on a machine with a GPU."
-            )
-    if args.transformer_impl == "transformer_engine":
-        raise ValueError(
-            "--transformer-impl transformer_engine needs a CUDA device, and torch finds none on "
-            "this machine. Remedy: --transformer-impl local (the default here)."
-        )
-    if args.distributed_backend == "nccl":
-        raise ValueError(
-            "--distributed-backend nccl needs a CUDA device, and torch finds none on this machine. "
-            "Remedy: --distributed-backend gloo (the default here)."
-        )
-    if args.cuda_graph_impl != "none":
-        raise ValueError(
-            f"--cuda-graph-impl {args.cuda_graph_impl} needs a CUDA device, and torch finds none "
-            "on this machine. Remedy: drop --cuda-graph-impl."
-        )
 
 
 def _finish_fp8(args: argparse.Namespace) -> None:

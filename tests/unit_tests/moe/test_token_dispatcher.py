@@ -136,3 +136,17 @@ def test_dispatcher_keeps_no_graph(dispatcher: LocalTokenDispatcher) -> None:
     dispatcher.dispatch_preprocess(hidden, routing_map, probs.requires_grad_())
     kept = [value for value in vars(dispatcher).values() if torch.is_tensor(value)]
     assert len(kept) >= 3 and not any(tensor.requires_grad for tensor in kept)
+
+
+def test_shared_experts_that_overlap_are_computed(build: Callable[..., Any]) -> None:
+    """Megatron's dispatcher computes them then; ours would leave them out."""
+    hidden = torch.randn(10, 2, HIDDEN, generator=torch.Generator().manual_seed(3))
+    results = []
+    for overlap in (False, True):
+        layer = build(moe_shared_expert_overlap=overlap).decoder.layers[1].mlp
+        assert isinstance(layer.token_dispatcher, LocalTokenDispatcher) != overlap
+        output, _ = layer(hidden)
+        output.square().sum().backward()
+        results.append((output, layer.shared_experts.linear_fc1.weight.grad))
+    for mine, reference in zip(*results, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
