@@ -189,7 +189,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-# For a checkpoint from elsewhere: a tenth of the peak rates, linearly to zero, as in the context
+# For a checkpoint from elsewhere: a tenth of Mini's peak rates, linearly to zero, as in the context
 # extension of Nano and Mini (report 3.5).  The batch is one to begin with on one machine.
 _CONTINUED = {
     "seq_length": 4096,
@@ -209,7 +209,7 @@ def get_preset(name: str) -> Preset:
 
     Args:
         name: A preset, or the folder of a Hugging Face checkpoint or of what ``trinity-megatron
-            convert`` made of one: its model, with a tenth of the peak learning rates.
+            convert`` made of one: its model, with a tenth of Mini's peak learning rates.
 
     Raises:
         ValueError: No preset has this name (the message lists those there are), or the checkpoint

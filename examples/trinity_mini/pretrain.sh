@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Pretrain Trinity mini with torchrun. Usage: DATA=... OUT=... bash examples/trinity_mini/pretrain.sh [Megatron flags]
+# Pretrain Trinity mini with torchrun. Usage: DATA=... OUT=... NNODES=... NODE_RANK=... bash examples/trinity_mini/pretrain.sh [Megatron flags]
+# TRAIN_ITERS: 10T tokens of the report, of which the last 12% decay.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -12,4 +13,4 @@ torchrun \
     --out "${OUT:?folder of the run}" \
     --expert-model-parallel-size 8 \
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \
-    --train-iters ${TRAIN_ITERS:-100000} --save-interval 1000 "$@"
+    --train-iters ${TRAIN_ITERS:-596046} --save-interval 1000 "$@"

@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,13 @@ Parse = Callable[..., None]
 
 
 @pytest.fixture
-def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
+def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parse]:
     """Parse a command line of the training entry, up to Megatron's own checks."""
     from trinity_megatron.host import enter_host
 
     enter_host()
+    from megatron.training import global_vars
+
     from trinity_megatron.training.arguments import parse_trinity_args
 
     def run(flags: str, *, world: int = 1) -> None:
@@ -30,7 +32,8 @@ def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
         monkeypatch.setattr(sys, "argv", ["pretrain", *given, *flags.split()])
         parse_trinity_args()
 
-    return run
+    yield run
+    global_vars.unset_global_variables()
 
 
 @pytest.mark.parametrize(
@@ -179,3 +182,20 @@ def test_a_command_fails_with_one_paragraph(fault: str, data: Path, tmp_path: Pa
     # torch says on stderr when it finds a CUDA toolkit but no device.
     lines = [line for line in result.stderr.strip().splitlines() if "cpp_extension" not in line]
     assert len(lines) == 1, result.stderr
+
+
+def test_adam_takes_the_rate_of_adam(parse: Parse) -> None:
+    from megatron.training import get_args
+
+    parse("--preset tiny --optimizer adam")
+    args = get_args()
+    assert (args.lr, args.min_lr) == (3e-3, 3e-4)
+    assert (args.decoupled_lr, args.decoupled_min_lr) == (None, None)
+
+
+def test_a_length_in_samples(parse: Parse) -> None:
+    from megatron.training import get_args
+
+    parse("--preset tiny --train-samples 800 --step-batch-size-schedule 0:4,40K:8")
+    args = get_args()
+    assert (args.train_iters, args.train_samples, args.lr_warmup_samples) == (None, 800, 80)

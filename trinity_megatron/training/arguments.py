@@ -125,6 +125,9 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     )
     given, _ = _first_parser().parse_known_args()
     defaults = default_arguments(get_preset(given.preset), given.data, given.out)
+    if given.optimizer not in (None, "muon"):  # one optimizer, one rate: that of AdamW
+        for name in ("lr", "min_lr"):
+            defaults[name] = defaults.pop(f"decoupled_{name}")
     # Megatron takes one of each pair only, and a default for a wish.
     for name, other in _INSTEAD.items():
         if getattr(given, name) is not None:
@@ -178,7 +181,7 @@ def _first_parser() -> argparse.ArgumentParser:
     """Of the flags that decide on defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default="tiny")
-    for name in ("data", "out", *_INSTEAD):
+    for name in ("data", "out", "optimizer", *_INSTEAD):
         parser.add_argument(f"--{name.replace('_', '-')}")
     return parser
 
@@ -380,6 +383,14 @@ def _check_parallel_sizes(args: argparse.Namespace) -> None:
             f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} x "
             f"--context-parallel-size {args.context_parallel_size} = {size}. Remedy: start a "
             f"multiple of {size} ranks (trinity-megatron train --nproc {size})."
+        )
+    expert_tp = args.expert_tensor_parallel_size or tp
+    pp, ep = args.pipeline_model_parallel_size, args.expert_model_parallel_size
+    if args.world_size % (expert_tp * pp * ep):
+        raise ValueError(
+            f"{args.world_size} ranks cannot be divided into --expert-model-parallel-size {ep} x "
+            f"--pipeline-model-parallel-size {pp} x expert tensor parallelism {expert_tp} = "
+            f"{expert_tp * pp * ep}. Remedy: start a multiple of {expert_tp * pp * ep} ranks."
         )
     dense = args.num_dense_layers
     if not 0 <= dense <= args.num_layers:

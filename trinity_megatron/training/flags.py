@@ -41,6 +41,7 @@ _NOT_FOLLOWED = {
     "sft": (_NOT_BY_THIS_SCRIPT, _DROP),
     "fim_data": (_NOT_BY_THIS_SCRIPT, _DROP),
     "logits_load_dir": (_NOT_BY_THIS_SCRIPT, _DROP),
+    "per_dataset_sequences_path": (_NOT_BY_THIS_SCRIPT, _DROP),
     "inprocess_restart": (_NOT_BY_THIS_SCRIPT, _DROP),
     "log_straggler": (_NOT_BY_THIS_SCRIPT, _DROP),
 }

@@ -28,4 +28,6 @@ def model_config_from_args(args: argparse.Namespace) -> TrinityModelConfig:
     Raises:
         ValueError: Fields contradict each other.
     """
-    return gpt_config_from_args(args, trinity_config_from_args(args), TrinityModelConfig)
+    config = gpt_config_from_args(args, trinity_config_from_args(args), TrinityModelConfig)
+    config.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 leaves it at its default
+    return config
