@@ -230,6 +230,8 @@ def default_arguments(preset: Preset, data: str | None, out: str | None) -> dict
             save=os.path.join(out, "checkpoints"),
             load=os.path.join(out, "checkpoints"),
             save_interval=200,
+            # SIGTERM saves.  Ranks ask each other in every step, for which a GPU would be waited.
+            exit_signal_handler=is_cpu_host(),
             data_cache_path=os.path.join(out, "data_cache"),
             tensorboard_dir=os.path.join(out, "tensorboard"),
             tensorboard_log_interval=values.get("tensorboard_log_interval", 1),

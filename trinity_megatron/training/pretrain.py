@@ -5,10 +5,12 @@ torchrun --nproc-per-node 2 examples/pretrain_trinity.py --preset tiny --data D 
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from trinity_megatron.host import enter_host
 from trinity_megatron.process import quiet_import_warnings
@@ -17,8 +19,9 @@ quiet_import_warnings()
 ON_CPU = enter_host()  # before anything of Megatron is imported
 
 from megatron.core.enums import ModelType  # noqa: E402
-from megatron.training import get_wandb_writer, pretrain, training  # noqa: E402
+from megatron.training import get_args, get_wandb_writer, pretrain, training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+from megatron.training.global_vars import get_signal_handler  # noqa: E402
 
 from trinity_megatron.checkpoint.hf_assets import inherit_assets  # noqa: E402
 from trinity_megatron.data.dataset import load_manifest  # noqa: E402
@@ -31,6 +34,7 @@ from trinity_megatron.training.arguments import parse_trinity_args  # noqa: E402
 from trinity_megatron.training.datasets import train_valid_test_datasets_provider  # noqa: E402
 from trinity_megatron.training.finish import finish_run  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
+from trinity_megatron.training.guard import refuse_spoilt_saves  # noqa: E402
 from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
 from trinity_megatron.training.start import stamp_vocabulary  # noqa: E402
@@ -43,6 +47,8 @@ def main() -> None:
         training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
     register_muon()
     args = parse_trinity_args()
+    if args.exit_signal_handler:
+        signal.signal(signal.SIGINT, _stop_after_this_step)
     if args.data and args.save and args.rank == 0:
         stamp_vocabulary(args.save, load_manifest(args.data))
     if args.save and args.rank == 0:
@@ -63,7 +69,7 @@ def main() -> None:
     config.post_wrap_hooks.append(keep)
     writer = get_wandb_writer()
     with writer.kept_open() if writer else contextlib.nullcontext():
-        with StepMetrics(config.transformer).installed():
+        with StepMetrics(config.transformer).installed(), refuse_spoilt_saves():
             pretrain(
                 pretrain_cfg_container_from_args(args, config),
                 train_valid_test_datasets_provider,
@@ -72,6 +78,29 @@ def main() -> None:
             )
         if args.out:
             finish_run(trained)
+
+
+# What Ctrl-C was; Megatron's handler knows of its own signal only.
+_interrupts: list[int] = []
+
+
+def _stop_after_this_step(signum: int, frame: Any) -> None:
+    """Let Ctrl-C save and end the run, as SIGTERM does; a second one ends it at once."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _interrupts.append(signum)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n> ends after this step and saves; Ctrl-C again ends at once", flush=True)
+    os.kill(os.getpid(), get_args().exit_signal)
+
+
+def _signal_of_end() -> int | None:
+    """The signal that ended the training, if one did."""
+    if _interrupts:
+        return _interrupts[0]
+    try:
+        return get_args().exit_signal if get_signal_handler()._signal_received else None
+    except AssertionError:  # there are no arguments yet, or no handler
+        return None
 
 
 def _say_once(message: str) -> None:
@@ -98,3 +127,8 @@ def run() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as end:
+        # Megatron's is 0, as if the run had come to its end.
+        if not end.code and (signum := _signal_of_end()):
+            sys.exit(128 + signum)
+        raise
