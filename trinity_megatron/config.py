@@ -21,6 +21,19 @@ BiasUpdateRule = Literal["smebu", "sign", "linear", "none"]
 # TransformerConfig field -> dest of Megatron's argument, where they differ.
 ARGUMENT_DEST = {"num_moe_experts": "num_experts"}
 
+# Fields that say which model the weights belong to: their shapes, and how they are computed with.
+SHAPE_FIELDS = (
+    "num_layers num_dense_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups "
+    "kv_channels num_moe_experts moe_ffn_hidden_size moe_shared_expert_intermediate_size"
+).split()
+MODEL_FIELDS = (
+    *SHAPE_FIELDS,
+    *(
+        "layernorm_epsilon moe_router_topk moe_router_topk_scaling_factor window_size rotary_base "
+        "global_attn_every_n_layers scale_embeddings"
+    ).split(),
+)
+
 # What every member of the family shares, in Megatron's own field names.
 TRINITY_ARCHITECTURE: dict[str, Any] = {
     "normalization": "RMSNorm",

@@ -83,6 +83,8 @@ def check_out(out: str) -> None:
     Raises:
         ValueError: The path is a file, or its folder is not writable.
     """
+    if not out:
+        raise ValueError("--out is empty: nothing would be saved. Remedy: name a folder.")
     path = Path(out).absolute()
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     if not existing.is_dir():

@@ -61,3 +61,16 @@ def test_it_saves_and_goes_on(
     assert second.returncode == 0, output
     steps = list(RunLog(tmp_path / "tensorboard").scalars("lm loss"))
     assert steps == list(range(1, reached + 4))
+
+
+def test_two_runs_do_not_write_one_folder(data: Path, tmp_path: Path) -> None:
+    first = start(data, tmp_path, 1, "--train-iters", str(STEPS))
+    wait_for_steps(first, 2)
+    arguments = (tmp_path / "arguments.txt").read_bytes()
+    second = start(data, tmp_path, 1, "--train-iters", "3")
+    output = second.communicate(timeout=60)[0].decode()
+    assert second.returncode == 2, output
+    assert f"error: --out {tmp_path} is being written by another run. Remedy: " in output
+    assert (tmp_path / "arguments.txt").read_bytes() == arguments
+    first.kill()
+    first.communicate(timeout=60)

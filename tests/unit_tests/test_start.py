@@ -1,5 +1,6 @@
 """What a run starts from: damaged checkpoints, lost names, another batch size."""
 
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from trinity_megatron.checkpoint.torch_dist import TRACKER_NAME
+from trinity_megatron.config import ARGUMENT_DEST, MODEL_FIELDS
 from trinity_megatron.host import enter_host
 
 enter_host()
@@ -57,6 +59,9 @@ def start(folder: Path | None, **given: Any) -> None:
         "step_batch_size_schedule": None,
         "train_iters": 40,
         "seq_length": 64,
+        "optimizer": "muon",
+        "no_load_optim": False,
+        **dict.fromkeys([ARGUMENT_DEST.get(name, name) for name in MODEL_FIELDS]),
     }
     values.update(given)
     named = {key: str(item) if isinstance(item, Path) else item for key, item in values.items()}
@@ -181,3 +186,30 @@ def test_a_schedule_of_batches_is_given_again(one_rank: None, tmp_path: Path) ->
     with pytest.raises(ValueError, match=f"schedule '{schedule}'.*Remedy: --step.*'{schedule}'"):
         start(tmp_path, global_batch_size=8)
     start(tmp_path, step_batch_size_schedule=schedule, train_iters=None)
+
+
+MODEL = {"num_layers": 4, "num_experts": 8, "moe_router_topk": 2, "window_size": [7, 0]}
+
+
+def test_another_model(one_rank: None, tmp_path: Path) -> None:
+    folder, new = tmp_path / "run", tmp_path / "new"
+    save(folder, 5, **MODEL, optimizer="muon")
+    start(folder, **{**MODEL, "window_size": (7, 0)})
+    for name, value in (("num_layers", 6), ("moe_router_topk", 4), ("window_size", (15, 0))):
+        before = re.escape(f"{name} {MODEL[name]!r}; this run has {value!r}")
+        with pytest.raises(ValueError, match=f"--load .*another model: .*{before}.*Remedy: "):
+            start(folder, **{**MODEL, name: value})
+    # A new run may compute with the weights in another way, as a longer context does.
+    anew = {"load": new, "save": new, "pretrained_checkpoint": folder}
+    start(folder, **{**MODEL, "window_size": (15, 0), **anew})
+    start(folder, **{**MODEL, "window_size": (15, 0), "finetune": True})
+    with pytest.raises(ValueError, match="--pretrained-checkpoint .*num_experts 8; .*has 16"):
+        start(folder, **{**MODEL, "num_experts": 16, **anew})
+
+
+def test_another_optimizer(one_rank: None, tmp_path: Path) -> None:
+    save(tmp_path, 5, optimizer="muon")
+    with pytest.raises(ValueError, match="--optimizer adam: .*muon. Remedy: --optimizer muon"):
+        start(tmp_path, optimizer="adam")
+    start(tmp_path, optimizer="adam", no_load_optim=True)
+    start(tmp_path, optimizer="adam", finetune=True)

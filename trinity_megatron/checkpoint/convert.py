@@ -60,6 +60,7 @@ from trinity_megatron.checkpoint.torch_dist import (
 from trinity_megatron.checkpoint.transforms import Block, Shape, cut
 from trinity_megatron.config import (
     ARGUMENT_DEST,
+    MODEL_FIELDS,
     TRINITY_ARCHITECTURE,
     TrinityConfig,
     count_dense_layers,
@@ -290,7 +291,7 @@ def config_from_args(args: argparse.Namespace, **overrides: Any) -> TrinityConfi
         ValueError: They are of another architecture.
     """
     values = dict(TRINITY_ARCHITECTURE)
-    for name in _MODEL_FIELDS:
+    for name in _SAVED_FIELDS:
         value = getattr(args, ARGUMENT_DEST.get(name, name), None)
         if value is not None:
             values[name] = value
@@ -307,18 +308,15 @@ def config_from_args(args: argparse.Namespace, **overrides: Any) -> TrinityConfi
     return TrinityConfig(**{**values, **overrides})
 
 
-_MODEL_FIELDS = (
-    "num_layers num_dense_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups "
-    "kv_channels layernorm_epsilon num_moe_experts moe_router_topk moe_ffn_hidden_size "
-    "moe_shared_expert_intermediate_size moe_router_topk_scaling_factor window_size rotary_base "
-    "global_attn_every_n_layers max_position_embeddings scale_embeddings "
-    "moe_router_bias_update_rule moe_router_bias_update_rate"
-).split()
+_SAVED_FIELDS = (
+    *MODEL_FIELDS,
+    *"max_position_embeddings moe_router_bias_update_rule moe_router_bias_update_rate".split(),
+)
 
 
 def _common_state(config: TrinityConfig) -> dict[str, Any]:
     """What Megatron wants to know of a checkpoint that no run has saved."""
-    args = {ARGUMENT_DEST.get(name, name): getattr(config, name) for name in _MODEL_FIELDS}
+    args = {ARGUMENT_DEST.get(name, name): getattr(config, name) for name in _SAVED_FIELDS}
     args.update(
         padded_vocab_size=config.vocab_size,
         moe_layer_freq=config.moe_layer_freq,

@@ -7,9 +7,11 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from megatron.core.package_info import __version__ as megatron_version
@@ -54,8 +56,13 @@ def check_megatron_version(version: str = megatron_version) -> None:
         )
 
 
-def parse_trinity_args() -> argparse.Namespace:
+def parse_trinity_args(
+    on_checked: Callable[[argparse.Namespace], object] | None = None,
+) -> argparse.Namespace:
     """Parse ``sys.argv`` with Megatron's parser and ours, check, and set Megatron's globals.
+
+    Args:
+        on_checked: Called with the arguments when they are right and nothing is written yet.
 
     Raises:
         ValueError: An argument is wrong; names field, value and remedy.
@@ -65,12 +72,24 @@ def parse_trinity_args() -> argparse.Namespace:
     args = parse_args(extra_args_provider=add_trinity_args)
     manifest = load_manifest(Path(args.data)) if args.data else None
     check_args(args, manifest)
+    if on_checked:
+        on_checked(args)
     with _argument_dump(args):
-        validate_args(args, {"tokenizer_type": "HuggingFaceTokenizer"})
+        try:
+            validate_args(args, {"tokenizer_type": "HuggingFaceTokenizer"})
+        except AssertionError as error:
+            raise ValueError(_explain(error)) from error
     finish_muon_arguments(args)
     global_vars._set_wandb_writer = _set_wandb_writer
     global_vars.set_global_variables(args)
     return args
+
+
+def _explain(error: AssertionError) -> str:
+    """What Megatron's check of the arguments says, or else the check itself."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    what = str(error).rstrip(".") or line
+    return f"Megatron refuses the arguments: {what}. Remedy: change what it names."
 
 
 def _set_wandb_writer(args: argparse.Namespace) -> None:
@@ -92,6 +111,7 @@ def _argument_dump(args: argparse.Namespace) -> Iterator[None]:
 
 def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our flags; let ``--preset``, ``--data``, ``--out`` and the host set the defaults."""
+    _speak_plainly(parser)
     group = parser.add_argument_group(title="trinity")
     known = ", ".join(f"{name}: {preset.description}" for name, preset in PRESETS.items())
     group.add_argument(
@@ -134,6 +154,24 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
             defaults.pop(other, None)
     parser.set_defaults(**defaults)
     return parser
+
+
+def _speak_plainly(parser: argparse.ArgumentParser) -> None:
+    """Let a wrong flag end in a line with those that are like it, without 700 lines of usage."""
+
+    def say(message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        close = [name for word in unknown for name in get_close_matches(word, flags, n=2)]
+        advice = f"did you mean {' or '.join(close)}?" if close else "--help lists all flags"
+        raise ValueError(f"{message}. Remedy: {advice}")
+
+    parser.error = say  # type: ignore[method-assign]
+    for action in parser._actions:
+        try:
+            (action.help or "") % vars(action)
+        except ValueError:  # a bare % in Megatron 0.19
+            action.help = (action.help or "").replace("%", "%%")
 
 
 def _add_balance_args(group: Any) -> None:
@@ -293,6 +331,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
             "(or Megatron's own --data-path and --tokenizer-type)."
         )
     refuse_flags(args)
+    _check_positive(args)
     _check_parallel_sizes(args)
     fit_schedule(args)
     if not is_cpu_host():
@@ -338,6 +377,25 @@ def _finish_fp8(args: argparse.Namespace) -> None:
         print_rank_0(f"> {line}")
 
 
+# At least 1 each; what may be left out is None.
+_POSITIVE = (
+    "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size "
+    "expert_model_parallel_size expert_tensor_parallel_size micro_batch_size global_batch_size "
+    "seq_length num_layers hidden_size num_attention_heads num_query_groups kv_channels "
+    "ffn_hidden_size moe_ffn_hidden_size train_iters train_samples log_interval eval_interval "
+    "save_interval"
+).split()
+
+
+def _check_positive(args: argparse.Namespace) -> None:
+    for name in _POSITIVE:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value} is below 1. Remedy: give at least 1."
+            )
+
+
 def _check_parallel_sizes(args: argparse.Namespace) -> None:
     tp, heads = args.tensor_model_parallel_size, args.num_attention_heads
     if heads % tp:
@@ -353,7 +411,7 @@ def _check_parallel_sizes(args: argparse.Namespace) -> None:
     if args.num_experts and not 1 <= args.moe_router_topk <= args.num_experts:
         raise ValueError(
             f"--moe-router-topk {args.moe_router_topk} is not within 1..--num-experts "
-            f"{args.num_experts}. Remedy: lower --moe-router-topk."
+            f"{args.num_experts}. Remedy: choose --moe-router-topk among these."
         )
     if tp > 1 and not args.sequence_parallel:
         raise ValueError(

@@ -3,14 +3,18 @@
 torchrun --nproc-per-node 2 examples/pretrain_trinity.py --preset tiny --data D --out O
 """
 
+import argparse
 import contextlib
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from trinity_megatron.host import enter_host
 from trinity_megatron.process import quiet_import_warnings
@@ -39,6 +43,9 @@ from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
 from trinity_megatron.training.start import stamp_vocabulary  # noqa: E402
 
+# A run that was stopped may still be ending.
+_PATIENCE_SECONDS = 20
+
 
 def main() -> None:
     """Parse the arguments, build the configuration, train, show what came of it."""
@@ -46,7 +53,11 @@ def main() -> None:
         # pretrain() never passes allow_no_cuda on.
         training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
     register_muon()
-    args = parse_trinity_args()
+    with contextlib.ExitStack() as held:
+        _train(parse_trinity_args(lambda args: held.enter_context(_alone_in(args))))
+
+
+def _train(args: argparse.Namespace) -> None:
     if args.exit_signal_handler:
         signal.signal(signal.SIGINT, _stop_after_this_step)
     if args.data and args.save and args.rank == 0:
@@ -78,6 +89,33 @@ def main() -> None:
             )
         if args.out:
             finish_run(trained)
+
+
+@contextlib.contextmanager
+def _alone_in(args: argparse.Namespace) -> Iterator[None]:
+    """Let one run at a time write ``--out``; the lock ends with the process.
+
+    Raises:
+        ValueError: Another run writes it, and does not end soon.
+    """
+    if not args.out or args.rank != 0:
+        yield
+        return
+    lock = FileLock(Path(args.out) / ".lock")
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=_PATIENCE_SECONDS)
+    except Timeout as error:
+        raise ValueError(
+            f"--out {args.out} is being written by another run. Remedy: wait for its end, or name "
+            "another --out."
+        ) from error
+    except (OSError, NotImplementedError):
+        pass  # a filesystem without locks
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # What Ctrl-C was; Megatron's handler knows of its own signal only.

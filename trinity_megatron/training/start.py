@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME
 from trinity_megatron.checkpoint.torch_dist import RELEASE, TRACKER_NAME, TorchDistReader
+from trinity_megatron.config import ARGUMENT_DEST, MODEL_FIELDS, SHAPE_FIELDS
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.dataset import DataManifest
 
@@ -49,6 +50,7 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
         saved = read_saved_args(found[flag], args.ckpt_step if flag == "--load" else None, flag)
         if args.transformer_impl == "transformer_engine":
             check_delayed_scales(saved, args, flag=f"{flag} {found[flag]}")
+        check_model(saved, args, flag=f"{flag} {found[flag]}")
         if flag == "--load" and not args.finetune:
             check_batch_size(saved, args)
     if manifest is not None:
@@ -125,6 +127,49 @@ def read_saved_args(folder: Path, step: int | None = None, flag: str = "--load")
         older = find_newest(folder, but=broken)
         advice = f" Or go on from the complete checkpoint {older}: --ckpt-step {older}."
         raise ValueError(f"{flag}: {error}{advice if older is not None else ''}") from error
+
+
+def check_model(saved: object, args: argparse.Namespace, *, flag: str) -> None:
+    """Refuse to go on with another model, or with an optimizer that the checkpoint has no state of.
+
+    Args:
+        saved: Arguments of the run that saved the checkpoint, or of its conversion.
+        args: Of the run that starts.
+        flag: That names the checkpoint, with its value.
+
+    Raises:
+        ValueError: Names what differs, both values and the remedy.
+    """
+    names = [ARGUMENT_DEST.get(name, name) for name in MODEL_FIELDS]
+    pairs = {name: (getattr(saved, name, None), getattr(args, name)) for name in names}
+    different = {
+        name: (before, now)
+        for name, (before, now) in pairs.items()
+        if before is not None and _plain(before) != _plain(now)
+    }
+    starts_anew = args.finetune or not flag.startswith("--load ")
+    shapes = {ARGUMENT_DEST.get(name, name) for name in SHAPE_FIELDS}
+    if different and starts_anew and not shapes & set(different):
+        for name, (before, now) in different.items():  # a context extension changes some
+            print(f"> {name} is {now!r}; {flag} was saved with {before!r}")
+    elif different:
+        what = ", ".join(f"{name} {before!r}" for name, (before, _) in different.items())
+        given = ", ".join(f"{now!r}" for _, now in different.values())
+        raise ValueError(
+            f"{flag} is another model: it was saved with {what}; this run has {given}. Remedy: the "
+            "flags of that run, or another --out."
+        )
+    optimizer = getattr(saved, "optimizer", args.optimizer)
+    has_no_state = args.no_load_optim or getattr(saved, "no_save_optim", False)
+    if not starts_anew and not has_no_state and optimizer != args.optimizer:
+        raise ValueError(
+            f"--optimizer {args.optimizer}: {flag} holds the state of {optimizer}. Remedy: "
+            f"--optimizer {optimizer}, or --no-load-optim to begin with an empty state."
+        )
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def check_batch_size(saved: object, args: argparse.Namespace) -> None:
