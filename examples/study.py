@@ -59,8 +59,8 @@ def run_study(name: str, out: Path, work: Callable[[], None]) -> int:
         work: What is to be done; an error that it raises is printed.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs end with the study
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / ".lock", timeout=0):
             work()
     except Timeout:

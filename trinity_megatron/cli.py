@@ -301,6 +301,8 @@ def _report(args: argparse.Namespace, others: Sequence[str]) -> int:
     if report.verdict is not None:
         print(report.verdict.headline)
     number = len(report.pictures)
+    if not number:
+        print(f"{args.run_dir}: no step is recorded yet, or its event files are damaged")
     print(f"{report.page} and {number} picture{'' if number == 1 else 's'}")
     return 0
 

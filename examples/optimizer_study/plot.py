@@ -109,7 +109,10 @@ def _draw_search(axis: Axes, runs: Sequence[Run]) -> None:
 
 def main(out: Path) -> None:
     """Draw the study that ``results.json`` in the folder describes."""
-    content = json.loads((out / "results.json").read_text())
+    results = out / "results.json"
+    if not results.is_file():
+        sys.exit(f"plot.py: error: {results} is not there. Remedy: name the folder of a study.")
+    content = json.loads(results.read_text())
     runs = [
         read_run(
             out,

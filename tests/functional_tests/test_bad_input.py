@@ -33,6 +33,8 @@ def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         parse_trinity_args()
 
     yield run
+    if handler := global_vars._GLOBAL_SIGNAL_HANDLER:
+        handler.release()
     global_vars.unset_global_variables()
 
 

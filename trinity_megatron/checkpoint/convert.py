@@ -21,6 +21,7 @@ from trinity_megatron import __version__
 from trinity_megatron.checkpoint.hf_assets import (
     ASSETS_NAME,
     Assets,
+    check_tokenizer,
     find_assets,
     save_assets,
     write_generation_config,
@@ -197,6 +198,8 @@ def megatron_to_hf(
     assets = find_assets(megatron)
     if tokenizer is None and assets is None:
         tokenizer = get_tokenizer_of_run(source.args)
+    if tokenizer is not None:
+        check_tokenizer(megatron, tokenizer)
     fingerprint = ["megatron", __version__, fingerprint_folder(source.folder), max_shard_size]
     num_bytes = write_hf(
         source,

@@ -5,13 +5,14 @@ sampling, devices) is used as it is; the table of the conversion makes that exac
 stays in fp32, also where transformers' own loading in bf16 would round it.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trinity_megatron.checkpoint.convert import config_from_args, get_tokenizer_of_run
-from trinity_megatron.checkpoint.hf_assets import find_assets
+from trinity_megatron.checkpoint.hf_assets import check_tokenizer, find_assets
 from trinity_megatron.checkpoint.model import load_transformers_model
 from trinity_megatron.checkpoint.torch_dist import TorchDistReader
 
@@ -41,11 +42,18 @@ def generate(
     """
     from transformers import AutoTokenizer
 
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"--temperature {temperature} is no temperature. Remedy: 0 or more.")
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens} is below 1. Remedy: give at least 1.")
     source = TorchDistReader(load)
     assets = find_assets(load)
     folder = tokenizer or (assets.folder if assets else get_tokenizer_of_run(source.args))
+    if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
+        raise ValueError(f"--tokenizer {tokenizer} holds no tokenizer.json. Remedy: its folder.")
     if folder is None or not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{load} has no tokenizer. Remedy: --tokenizer DIR.")
+    check_tokenizer(load, folder)
     encoder: Any = AutoTokenizer.from_pretrained(folder)
     tokens = encoder(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     if not tokens.numel():

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from trinity_megatron.checkpoint.hf_config import read_hf_config
+from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.tokenizer import get_special_token, is_tokenizer_file
 
 ASSETS_NAME = "hf"
+# Beside the iterations of a run: SHA-256 of the tokenizer.json that it was trained with.
+STAMP_NAME = "tokenizer.sha256"
 _HEADERS_NAME = "safetensors_headers.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 _GENERATION_CONFIG = "generation_config.json"
@@ -74,6 +77,29 @@ def find_assets(checkpoint: Path) -> Assets | None:
                 raise ValueError(f"{folder / _HEADERS_NAME} is damaged ({error}).") from error
             return Assets(folder, read_hf_config(folder), headers)
     return None
+
+
+def check_tokenizer(checkpoint: Path, tokenizer: Path) -> None:
+    """Refuse a tokenizer that the model was not trained with, where that is known.
+
+    Args:
+        checkpoint: What ``--save`` was, or the folder of one iteration.
+        tokenizer: Folder with a ``tokenizer.json``.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    for parent in (checkpoint, checkpoint.absolute().parent):
+        stamp = parent / STAMP_NAME
+        if stamp.is_file() and (tokenizer / "tokenizer.json").is_file():
+            known, found = stamp.read_text().strip(), hash_file(tokenizer / "tokenizer.json")
+            if known != found:
+                raise ValueError(
+                    f"{checkpoint} was trained with the tokenizer {known[:12]}, but {tokenizer} is "
+                    f"{found[:12]}. Remedy: --tokenizer DIR with that of the run (the folder "
+                    "tokenizer of its --data), or prepare the data again from the same text."
+                )
+            return
 
 
 def inherit_assets(load: Path, save: Path) -> None:

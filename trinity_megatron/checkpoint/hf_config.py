@@ -184,6 +184,8 @@ def refuse_other_models(hf: Mapping[str, Any]) -> None:
     if "model_type" not in hf:
         raise ValueError(f"{CONFIG_NAME} has no model_type. Remedy: it must be 'afmoe'.")
     rope = hf.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{CONFIG_NAME}: rope_parameters={rope!r} is not an object.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     nested = any(isinstance(value, dict) for value in rope.values())
     if nested or kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -262,4 +264,6 @@ def _plain(value: Any) -> Any:
 def _rope_theta(hf: Mapping[str, Any]) -> float | int:
     rope = hf.get("rope_parameters") or {}
     theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000
+    if not isinstance(theta, int | float):
+        raise ValueError(f"{CONFIG_NAME}: rope_theta={theta!r} is not a number.")
     return int(theta) if float(theta).is_integer() else float(theta)

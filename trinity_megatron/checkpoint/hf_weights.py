@@ -166,12 +166,18 @@ def split_into_files(
     tensors: Mapping[str, tuple[torch.dtype, Shape]], *, max_shard_size: str
 ) -> dict[str, list[str]]:
     """Which tensor goes to which file: in order, by the rule of ``save_pretrained``."""
-    split = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda item: prod(item[1]) * item[0].itemsize,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
+    try:
+        split = split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda item: prod(item[1]) * item[0].itemsize,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"--max-shard-size {max_shard_size!r} is no size ({error}). Remedy: a number and a "
+            "unit, as in 5GB."
+        ) from error
     return dict(split.filename_to_tensors)
 
 

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from trinity_megatron.process import quiet_megatron
 quiet_megatron()  # before anything of Megatron is imported
 
 from trinity_megatron.checkpoint.hf_config import read_hf_config  # noqa: E402
+from trinity_megatron.checkpoint.hf_weights import HFWeights  # noqa: E402
 from trinity_megatron.checkpoint.model import load_megatron_model  # noqa: E402
 from trinity_megatron.checkpoint.verify_flags import add_verify_flags  # noqa: E402
 from trinity_megatron.host import enter_host  # noqa: E402
@@ -213,6 +215,8 @@ def read_tokens(path: Path, vocab_size: int) -> torch.Tensor:
         if values.ndim > 2 or not np.issubdtype(values.dtype, np.integer):
             raise ValueError(f"an array of {values.ndim} dimensions of {values.dtype}")
         tokens = torch.from_numpy(np.atleast_2d(values).astype(np.int64))
+    except FileNotFoundError as error:
+        raise ValueError(f"--tokens {path} is not there. Remedy: name a file.") from error
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"--tokens {path} holds no rows of token ids of the same length ({error}). Remedy: a "
@@ -237,6 +241,18 @@ def run(args: argparse.Namespace) -> int:
     """
     enter_host()
     vocab_size = read_hf_config(args.hf)["vocab_size"]
+    HFWeights(args.hf)  # whole, before anything is built
+    if args.seq_length < 1:
+        raise ValueError(f"--seq-length {args.seq_length} is below 1. Remedy: give at least 1.")
+    sizes = [getattr(args, f"{part}_model_parallel_size") for part in ("tensor", "pipeline")]
+    ranks, world = prod(sizes), torch.distributed.get_world_size()
+    experts = args.expert_model_parallel_size
+    if min(*sizes, experts) < 1 or world % ranks or world % (sizes[1] * experts):
+        raise ValueError(
+            f"{world} ranks cannot be divided into --tensor-model-parallel-size {sizes[0]} x "
+            f"--pipeline-model-parallel-size {sizes[1]}, nor the experts over "
+            f"--expert-model-parallel-size {experts}. Remedy: --nproc with a multiple of them."
+        )
     if args.tokens is not None:
         tokens = read_tokens(args.tokens, vocab_size)
     else:

@@ -392,6 +392,10 @@ def _locked(out: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if not Path(lock.lock_file).exists():
+            raise ValueError(
+                f"out {out}: no file can be made in {out.parent}; pass --out with another folder"
+            ) from None
         logger.info("another process is preparing %s; waiting for it", out)
         lock.acquire()
     try:

@@ -231,6 +231,10 @@ def _from_json(path: Path, values: dict[str, Any]) -> DataManifest:
     return manifest
 
 
+# First bytes of an index file.  Source: megatron.core.datasets.indexed_dataset, _INDEX_HEADER.
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+
+
 def _find_damage(manifest: DataManifest) -> str | None:
     for name, size in manifest.files.items():
         path = manifest.path / name
@@ -238,6 +242,10 @@ def _find_damage(manifest: DataManifest) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if path.suffix == ".idx":
+            with path.open("rb") as stream:
+                if stream.read(len(_INDEX_MAGIC)) != _INDEX_MAGIC:
+                    return f"{name} does not begin as an index of Megatron does"
     found = hash_file(manifest.tokenizer_path / "tokenizer.json")
     if found != manifest.tokenizer_fingerprint:
         return "tokenizer/tokenizer.json is not the file that was written"

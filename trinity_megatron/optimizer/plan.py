@@ -254,7 +254,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--expert-model-parallel-size", type=int, default=8)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     args = parser.parse_args(argv)
-    config: Any = trinity_preset(args.preset)
+    ranks = args.expert_model_parallel_size * args.pipeline_model_parallel_size
+    if ranks < 1 or args.world_size < 1 or args.world_size % ranks:
+        parser.error(
+            f"--world-size {args.world_size} is no multiple of --expert-model-parallel-size x "
+            f"--pipeline-model-parallel-size = {ranks}"
+        )
+    try:
+        config: Any = trinity_preset(args.preset)
+    except ValueError as error:
+        parser.error(str(error))
     plan = plan_muon(
         config,
         get_preset(args.preset).model["vocab_size"],

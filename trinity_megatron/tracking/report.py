@@ -222,6 +222,8 @@ def write_report(
         Paths and verdict.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file. Remedy: name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     history = RunHistory(log)
     verdict = judge_history(history)
@@ -315,9 +317,12 @@ def _event_times(path: Path) -> Iterator[float]:
     A record is its length (uint64), a checksum (4 bytes), the event and another checksum; an event
     begins with field 1, a double.
     """
+    size = path.stat().st_size
     with path.open("rb") as file:
         while len(start := file.read(21)) == 21:
             length, _, field, moment = struct.unpack("<QIBd", start)
+            if length > size:  # no record
+                return
             if field == 9:
                 yield moment
             file.seek(length - 9 + 4, SEEK_CUR)

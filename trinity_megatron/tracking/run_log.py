@@ -41,10 +41,10 @@ class RunLog:
 
     def scalars(self, tag: str) -> dict[int, float]:
         """Values of a scalar by step, in the order of the steps; empty if it was never written."""
-        values: dict[int, float] = {}
-        for part in self._having("scalars", tag):
-            values.update({event.step: event.value for event in part.Scalars(tag)})
-        return dict(sorted(values.items()))
+        return _join(
+            {event.step: event.value for event in part.Scalars(tag)}
+            for part in self._having("scalars", tag)
+        )
 
     def scalar_tags(self) -> list[str]:
         """Names of all scalars, sorted."""
@@ -52,11 +52,20 @@ class RunLog:
 
     def tensors(self, tag: str) -> dict[int, np.ndarray]:
         """Values of a tensor by step, in the order of the steps; empty if it was never written."""
-        values: dict[int, np.ndarray] = {}
-        for part in self._having("tensors", tag):
-            for event in part.Tensors(tag):
-                values[event.step] = tensor_util.make_ndarray(event.tensor_proto)
-        return dict(sorted(values.items()))
+        return _join(
+            {e.step: tensor_util.make_ndarray(e.tensor_proto) for e in part.Tensors(tag)}
+            for part in self._having("tensors", tag)
+        )
 
     def _having(self, kind: str, tag: str) -> Iterable[EventAccumulator]:
         return (part for part in self._parts if tag in part.Tags()[kind])
+
+
+def _join[Value](parts: Iterable[dict[int, Value]]) -> dict[int, Value]:
+    """One course of the run: what a start continues stands, what it does again does not."""
+    course: dict[int, Value] = {}
+    for part in parts:
+        if part:
+            first = min(part)
+            course = {step: value for step, value in course.items() if step < first} | part
+    return dict(sorted(course.items()))

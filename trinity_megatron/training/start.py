@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME
+from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME, STAMP_NAME
 from trinity_megatron.checkpoint.torch_dist import RELEASE, TRACKER_NAME, TorchDistReader
 from trinity_megatron.config import ARGUMENT_DEST, MODEL_FIELDS, SHAPE_FIELDS
 from trinity_megatron.data.corpus import hash_file
@@ -252,7 +252,7 @@ def check_checkpoint_vocabulary(
     Raises:
         ValueError: Names both vocabularies and the remedy.
     """
-    stamp, tokenizer = load / "tokenizer.sha256", load / ASSETS_NAME / "tokenizer.json"
+    stamp, tokenizer = load / STAMP_NAME, load / ASSETS_NAME / "tokenizer.json"
     if stamp.exists():
         known = stamp.read_text().strip()
     elif tokenizer.exists():
@@ -271,6 +271,6 @@ def check_checkpoint_vocabulary(
 def stamp_vocabulary(save: str, manifest: DataManifest) -> None:
     """Remember beside the checkpoints which vocabulary they speak."""
     Path(save).mkdir(parents=True, exist_ok=True)
-    stamp = Path(save) / "tokenizer.sha256"
+    stamp = Path(save) / STAMP_NAME
     if not stamp.exists():
         stamp.write_text(manifest.tokenizer_fingerprint + "\n")

@@ -335,3 +335,44 @@ def test_nan_is_a_difference() -> None:
     ours = Trace(logits.where(torch.arange(3) > 0, torch.nan), {}, {})
     assert not compare(ours, theirs).relative_difference <= 1.0
     assert compare(theirs, theirs).relative_difference == 0.0
+
+
+def test_another_tokenizer_than_that_of_the_run(megatron: Path, tmp_path: Path) -> None:
+    from trinity_megatron.checkpoint.generate import generate
+    from trinity_megatron.data.corpus import hash_file
+    from trinity_megatron.data.tokenizer import save_tokenizer, train_tokenizer
+
+    for name in ("its", "other"):
+        save_tokenizer(train_tokenizer([f"{name} words " * 9], vocab_size=262), tmp_path / name)
+    stamp = hash_file(tmp_path / "its" / "tokenizer.json")
+    (megatron / "tokenizer.sha256").write_text(f"{stamp}\n")
+    message = f"trained with the tokenizer {stamp[:12]}, but .*other is .*Remedy: --tokenizer"
+    for load in (megatron, next(megatron.glob("release"))):
+        with pytest.raises(ValueError, match=message):
+            megatron_to_hf(load, tmp_path / "back", tokenizer=tmp_path / "other")
+        with pytest.raises(ValueError, match=message):
+            generate(load, "words", tokenizer=tmp_path / "other")
+    megatron_to_hf(megatron, tmp_path / "back", tokenizer=tmp_path / "its")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"temperature": -1.0}, "--temperature -1.0"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+        ({"tokenizer": Path("/nowhere")}, "--tokenizer /nowhere holds no"),
+    ],
+)
+def test_wrong_flags_of_generate(given: dict, message: str, megatron: Path) -> None:
+    from trinity_megatron.checkpoint.generate import generate
+
+    with pytest.raises(ValueError, match=f"{message}.*Remedy: "):
+        generate(megatron, "words", **given)
+
+
+def test_wrong_size_of_files() -> None:
+    from trinity_megatron.checkpoint.hf_weights import split_into_files
+
+    with pytest.raises(ValueError, match="--max-shard-size 'five'.*Remedy: .*5GB"):
+        split_into_files({"x": (torch.float32, (2, 3))}, max_shard_size="five")

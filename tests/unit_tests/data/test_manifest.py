@@ -28,7 +28,8 @@ INPUTS = DataInputs(
 @pytest.fixture
 def manifest(tmp_path):
     """A folder as it is after preparing, with its manifest."""
-    contents = {"train.bin": b"12", "train.idx": b"", "tokenizer/tokenizer.json": b"{}"}
+    index = b"MMIDIDX\x00\x00" + bytes(34)
+    contents = {"train.bin": b"12", "train.idx": index, "tokenizer/tokenizer.json": b"{}"}
     (tmp_path / "tokenizer").mkdir()
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -158,6 +159,9 @@ def test_damaged_files_are_named(manifest):
     folder = manifest.path
     (folder / "tokenizer" / "tokenizer.json").write_bytes(b"[]")  # of the same size
     with pytest.raises(ValueError, match=r"tokenizer.json is not the file.*prepare-data"):
+        load_manifest(folder)
+    (folder / "train.idx").write_bytes(bytes(43))
+    with pytest.raises(ValueError, match="train.idx does not begin as an index .*prepare-data"):
         load_manifest(folder)
     (folder / "train.bin").write_bytes(b"1")
     with pytest.raises(ValueError, match="train.bin has 1 bytes, not 2"):

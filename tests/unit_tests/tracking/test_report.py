@@ -51,6 +51,25 @@ def test_a_resumed_run_is_one_log(tmp_path: Path) -> None:
     assert log.scalars("nothing") == {} == log.tensors("nothing")
 
 
+def test_what_a_run_does_again_replaces_what_it_did(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 31))
+    write(tmp_path, range(11, 15), offset=0.5)  # continued at step 10, and not as far
+    log = RunLog(tmp_path)
+    assert list(log.scalars("lm loss")) == list(range(1, 15)) == list(log.tensors(TOKENS_TAG))
+    write(tmp_path, range(1, 4))  # begun anew
+    assert list(RunLog(tmp_path).scalars("lm loss")) == [1, 2, 3]
+
+
+def test_a_file_that_is_no_log(tmp_path: Path) -> None:
+    (tmp_path / "events.out.tfevents.1").write_bytes(b"\xff" * 64)
+    assert not report_run(tmp_path).pictures
+    (tmp_path / "events.out.tfevents.1").unlink()
+    write(tmp_path, range(1, 3))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--out .*file is a file. Remedy: "):
+        report_run(tmp_path, tmp_path / "file")
+
+
 def test_no_log(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no TensorBoard event file. Remedy: "):
         RunLog(tmp_path)
