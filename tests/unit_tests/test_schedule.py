@@ -136,6 +136,19 @@ def test_the_micro_batch_divides_every_batch() -> None:
     assert args.eval_global_batch_size == 24
 
 
+def test_what_is_past_binds_nobody() -> None:
+    # 8 ranks were 24 after 640 samples.
+    schedule = f"0:8 {640 * 64}:24 {6400 * 64}:48"
+    args = make_args(step_batch_size_schedule=schedule, world_size=24, micro_batch_size=2)
+    with pytest.raises(ValueError, match="24 data-parallel ranks cannot share a batch of 8"):
+        fit_schedule(args)
+    fit_schedule(args, consumed=640)
+    assert (args.micro_batch_size, args.eval_global_batch_size) == (1, 24)
+    args = make_args(step_batch_size_schedule=schedule, world_size=24, micro_batch_size=2)
+    fit_schedule(args, consumed=6400)
+    assert (args.micro_batch_size, args.eval_global_batch_size) == (2, 48)
+
+
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
@@ -144,6 +157,7 @@ def test_the_micro_batch_divides_every_batch() -> None:
         ("0:8 1M:8 10:9", "strictly increasing"),
         ("0:0", "positive"),
         ("0:8 640:x", "could not convert"),
+        ("0:8 640:4", "becomes smaller"),
         ("0:8 640:9", "2 data-parallel ranks cannot share a batch of 9"),
     ],
 )

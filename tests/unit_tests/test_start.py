@@ -19,6 +19,7 @@ from trinity_megatron.training.start import (  # noqa: E402
     check_start,
     find_newest,
     mend_tracker,
+    resumed_samples,
 )
 
 
@@ -166,26 +167,43 @@ def test_only_rank_0_looks(checkpoints: Path) -> None:
 
 
 def test_another_batch_size(checkpoints: Path, tmp_path: Path) -> None:
-    message = (
-        "--global-batch-size 16: .*batches of 8.*Remedy: --step-batch-size-schedule '0:8 10240:16'"
-    )
-    with pytest.raises(ValueError, match=message):  # 20 steps of 8 samples of 64 tokens
+    # 20 steps of 8 samples of 64 tokens.
+    remedy = "Remedy: --step-batch-size-schedule .*'0:8 10240:16'"
+    with pytest.raises(ValueError, match=f"--global-batch-size 16: .*batches of 8.*{remedy}"):
         start(checkpoints, global_batch_size=16)
+    for schedule in ("0:16", "0:4 5120:16"):
+        with pytest.raises(ValueError, match=f"schedule '{schedule}': .*160 samples in 20 steps"):
+            start(checkpoints, step_batch_size_schedule=schedule)
+    for schedule in ("0:8 10240:16", "0:8 99999:16", "0:8 10240:4"):
+        start(checkpoints, step_batch_size_schedule=schedule)
     new = tmp_path / "new"
-    for allowed in (
-        {"global_batch_size": 16, "train_iters": None},  # a length in samples
-        {"global_batch_size": 16, "finetune": True},
-        {"global_batch_size": 16, "load": new, "save": new, "pretrained_checkpoint": checkpoints},
-    ):
-        start(checkpoints, **allowed)
+    start(checkpoints, global_batch_size=16, finetune=True)
+    start(None, global_batch_size=16, load=new, save=new, pretrained_checkpoint=checkpoints)
 
 
 def test_a_schedule_of_batches_is_given_again(one_rank: None, tmp_path: Path) -> None:
-    schedule = "0:4 5120:8"
-    save(tmp_path, 30, step_batch_size_schedule=schedule, consumed_train_samples=160)
+    schedule = "0:4 2560:8"  # 10 steps of 4, then 15 of 8
+    save(tmp_path, 25, step_batch_size_schedule=schedule, consumed_train_samples=160)
     with pytest.raises(ValueError, match=f"schedule '{schedule}'.*Remedy: --step.*'{schedule}'"):
         start(tmp_path, global_batch_size=8)
-    start(tmp_path, step_batch_size_schedule=schedule, train_iters=None)
+    start(tmp_path, step_batch_size_schedule=schedule)
+
+
+def test_samples_before_a_resume(checkpoints: Path, tmp_path: Path) -> None:
+    def count(folder: Path, **given: Any) -> int:
+        values = {"step_batch_size_schedule": "0:8", "finetune": False, "load": str(folder)}
+        values |= {"ckpt_format": "torch_dist", "auto_detect_ckpt_format": False, "ckpt_step": None}
+        return resumed_samples(Namespace(**{**values, **given}))
+
+    assert count(checkpoints) == 160
+    assert count(checkpoints, ckpt_step=10) == 80
+    assert count(checkpoints, step_batch_size_schedule=None) == 0
+    assert count(checkpoints, finetune=True) == count(tmp_path / "new") == 0
+    for word in ("", "2O"):  # which rank 0 mends
+        (checkpoints / TRACKER_NAME).write_text(word)
+        assert count(checkpoints) == 160
+    (checkpoints / TRACKER_NAME).write_text("release")
+    assert count(checkpoints) == 0
 
 
 MODEL = {"num_layers": 4, "num_experts": 8, "moe_router_topk": 2, "window_size": [7, 0]}

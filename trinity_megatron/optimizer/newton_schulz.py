@@ -164,7 +164,8 @@ def _half_precision(x: Tensor, schedule: Coefficients, eps: float, syrk: bool) -
     x = x / norm.clamp(min=eps)
     # Written into what the step before has read: new memory costs page faults on a CPU.
     result = torch.empty_like(x)
-    gram, polynomial = x.new_empty(2, len(x), x.shape[1], x.shape[1])
+    if not syrk:
+        gram, polynomial = x.new_empty(2, len(x), x.shape[1], x.shape[1])
     for a, b, c in schedule:
         if syrk:
             from trinity_megatron.optimizer.syrk import symmetric_product, symmetric_square

@@ -27,7 +27,7 @@ class RunLog:
 
     def __init__(self, tensorboard_dir: Path | str) -> None:
         directory = Path(tensorboard_dir)
-        files = sorted(directory.glob(EVENT_FILES), key=lambda f: f.stat().st_mtime)
+        files = sorted(directory.glob(EVENT_FILES), key=_start_time)
         if not files:
             raise FileNotFoundError(
                 f"{directory} has no TensorBoard event file. Remedy: give the folder of a run that "
@@ -59,6 +59,13 @@ class RunLog:
 
     def _having(self, kind: str, tag: str) -> Iterable[EventAccumulator]:
         return (part for part in self._parts if tag in part.Tags()[kind])
+
+
+def _start_time(file: Path) -> tuple[float, float]:
+    """When a file was begun, from its name: copies may have been made in any order."""
+    modified = file.stat().st_mtime
+    seconds = file.name.split(".")[3:4]
+    return (float(seconds[0]) if seconds and seconds[0].isdigit() else modified), modified
 
 
 def _join[Value](parts: Iterable[dict[int, Value]]) -> dict[int, Value]:

@@ -35,7 +35,7 @@ from trinity_megatron.presets import PRESETS, Preset, get_preset
 from trinity_megatron.tracking.wandb_run import open_writer
 from trinity_megatron.training.flags import refuse_flags
 from trinity_megatron.training.schedule import fit_schedule
-from trinity_megatron.training.start import check_start
+from trinity_megatron.training.start import check_start, resumed_samples
 
 SUPPORTED_MEGATRON = ((0, 19, 2), (0, 20, 0))
 
@@ -333,7 +333,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     refuse_flags(args)
     _check_positive(args)
     _check_parallel_sizes(args)
-    fit_schedule(args)
+    fit_schedule(args, resumed_samples(args))
     if not is_cpu_host():
         _finish_fp8(args)
     if args.use_torch_fsdp2 or args.use_megatron_fsdp:

@@ -6,15 +6,13 @@ torchrun --nproc-per-node 2 examples/pretrain_trinity.py --preset tiny --data D 
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from trinity_megatron.host import enter_host
 from trinity_megatron.process import quiet_import_warnings
@@ -23,9 +21,8 @@ quiet_import_warnings()
 ON_CPU = enter_host()  # before anything of Megatron is imported
 
 from megatron.core.enums import ModelType  # noqa: E402
-from megatron.training import get_args, get_wandb_writer, pretrain, training  # noqa: E402
+from megatron.training import get_wandb_writer, pretrain, training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
-from megatron.training.global_vars import get_signal_handler  # noqa: E402
 
 from trinity_megatron.checkpoint.hf_assets import inherit_assets  # noqa: E402
 from trinity_megatron.data.dataset import load_manifest  # noqa: E402
@@ -39,6 +36,7 @@ from trinity_megatron.training.datasets import train_valid_test_datasets_provide
 from trinity_megatron.training.finish import finish_run  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
 from trinity_megatron.training.guard import refuse_spoilt_saves  # noqa: E402
+from trinity_megatron.training.interrupt import postpone, signal_of_end  # noqa: E402
 from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
 from trinity_megatron.training.start import stamp_vocabulary  # noqa: E402
@@ -49,17 +47,24 @@ _PATIENCE_SECONDS = 20
 
 def main() -> None:
     """Parse the arguments, build the configuration, train, show what came of it."""
-    if ON_CPU:
-        # pretrain() never passes allow_no_cuda on.
-        training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
     register_muon()
     with contextlib.ExitStack() as held:
-        _train(parse_trinity_args(lambda args: held.enter_context(_alone_in(args))))
+        args = parse_trinity_args(lambda args: held.enter_context(_alone_in(args)))
+        arm = postpone(args)
+        initialize = training.initialize_megatron
+
+        def initialize_megatron(*given: Any, **settings: Any) -> Any:
+            if ON_CPU:  # pretrain() never passes it on
+                settings["allow_no_cuda"] = True
+            result = initialize(*given, **settings)
+            arm()
+            return result
+
+        training.initialize_megatron = initialize_megatron
+        _train(args)
 
 
 def _train(args: argparse.Namespace) -> None:
-    if args.exit_signal_handler:
-        signal.signal(signal.SIGINT, _stop_after_this_step)
     if args.data and args.save and args.rank == 0:
         stamp_vocabulary(args.save, load_manifest(args.data))
     if args.save and args.rank == 0:
@@ -105,6 +110,8 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=_PATIENCE_SECONDS)
+        if isinstance(lock, SoftFileLock):  # a mere file, which would outlive this process
+            lock.release()
     except Timeout as error:
         raise ValueError(
             f"--out {args.out} is being written by another run. Remedy: wait for its end, or name "
@@ -116,29 +123,6 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-# What Ctrl-C was; Megatron's handler knows of its own signal only.
-_interrupts: list[int] = []
-
-
-def _stop_after_this_step(signum: int, frame: Any) -> None:
-    """Let Ctrl-C save and end the run, as SIGTERM does; a second one ends it at once."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    _interrupts.append(signum)
-    if os.environ.get("RANK", "0") == "0":
-        print("\n> ends after this step and saves; Ctrl-C again ends at once", flush=True)
-    os.kill(os.getpid(), get_args().exit_signal)
-
-
-def _signal_of_end() -> int | None:
-    """The signal that ended the training, if one did."""
-    if _interrupts:
-        return _interrupts[0]
-    try:
-        return get_args().exit_signal if get_signal_handler()._signal_received else None
-    except AssertionError:  # there are no arguments yet, or no handler
-        return None
 
 
 def _say_once(message: str) -> None:
@@ -167,6 +151,6 @@ def run() -> None:
         sys.exit(130)
     except SystemExit as end:
         # Megatron's is 0, as if the run had come to its end.
-        if not end.code and (signum := _signal_of_end()):
+        if not end.code and (signum := signal_of_end()):
             sys.exit(128 + signum)
         raise

@@ -60,21 +60,33 @@ class BatchSizes:
             consumed, steps = consumed + count * batch, steps + count
         return steps
 
+    def sizes_from(self, samples: int) -> list[int]:
+        """The batch sizes that are still to come when so many samples are consumed."""
+        return [
+            batch
+            for (_, batch), end in zip(self.entries, self._ends(), strict=True)
+            if end is None or end > samples
+        ]
+
     def _ends(self) -> list[int | None]:
         return [start for start, _ in self.entries[1:]] + [None]
 
 
-def fit_schedule(args: argparse.Namespace) -> None:
+def fit_schedule(args: argparse.Namespace, consumed: int = 0) -> None:
     """Fit the preset's batch, warm-up and decay to the length and the ranks of this run.
 
     Where the batch grows, or the length is given in samples, all lengths are turned into samples,
     which Megatron's scheduler counts; it would multiply steps with one batch size.
 
+    Args:
+        args: Of the run; changed.
+        consumed: Samples consumed before a resume.
+
     Raises:
-        ValueError: The batch sizes cannot be read, or not be divided over the ranks.
+        ValueError: The batch sizes cannot be read or divided over the ranks, or become smaller.
     """
     batches = BatchSizes.of(args)
-    _fit_micro_batch(args, batches)
+    _fit_micro_batch(args, batches.sizes_from(consumed))
     if args.lr_warmup_fraction is not None:
         args.lr_warmup_iters = 0
     if args.step_batch_size_schedule is not None or args.train_samples:
@@ -113,17 +125,22 @@ def _shortened(warmup: int, total: int, unit: str) -> int:
     return total // 2
 
 
-def _fit_micro_batch(args: argparse.Namespace, batches: BatchSizes) -> None:
+def _fit_micro_batch(args: argparse.Namespace, sizes: list[int]) -> None:
     """Cut the micro-batch where a rank's share of a global batch is no multiple of it."""
-    sizes, replicas = [batch for _, batch in batches.entries], _replicas(args)
+    replicas = _replicas(args)
     uneven = [size for size in sizes if size % replicas]
-    if uneven and args.step_batch_size_schedule is not None:
-        # Megatron would look at a batch when the run comes to it.
-        raise ValueError(
-            f"--step-batch-size-schedule {args.step_batch_size_schedule!r}: {replicas} "
-            f"data-parallel ranks cannot share a batch of {uneven[0]}. Remedy: multiples of "
-            f"{replicas}."
-        )
+    if args.step_batch_size_schedule is not None:  # Megatron would look when the run comes to it
+        if uneven:
+            raise ValueError(
+                f"--step-batch-size-schedule {args.step_batch_size_schedule!r}: {replicas} "
+                f"data-parallel ranks cannot share a batch of {uneven[0]}. Remedy: multiples of "
+                f"{replicas}."
+            )
+        if sizes != sorted(sizes):
+            raise ValueError(
+                f"--step-batch-size-schedule {args.step_batch_size_schedule!r}: a batch that "
+                "becomes smaller ends a run of Megatron. Remedy: sizes that grow."
+            )
     if uneven:
         return  # Megatron says what is wrong
     size = math.gcd(args.micro_batch_size, *(size // replicas for size in sizes))

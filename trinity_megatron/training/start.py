@@ -11,6 +11,7 @@ from trinity_megatron.checkpoint.torch_dist import RELEASE, TRACKER_NAME, TorchD
 from trinity_megatron.config import ARGUMENT_DEST, MODEL_FIELDS, SHAPE_FIELDS
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.dataset import DataManifest
+from trinity_megatron.training.schedule import BatchSizes
 
 # Transformer Engine's variable.
 _ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
@@ -47,12 +48,13 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
     is_ours = args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format
     if args.rank == 0 and is_ours and found:
         flag = "--load" if "--load" in found else "--pretrained-checkpoint"
-        saved = read_saved_args(found[flag], args.ckpt_step if flag == "--load" else None, flag)
+        step = args.ckpt_step if flag == "--load" else None
+        saved, step = read_saved_args(found[flag], step, flag)
         if args.transformer_impl == "transformer_engine":
             check_delayed_scales(saved, args, flag=f"{flag} {found[flag]}")
         check_model(saved, args, flag=f"{flag} {found[flag]}")
         if flag == "--load" and not args.finetune:
-            check_batch_size(saved, args)
+            check_batch_size(saved, step, args)
     if manifest is not None:
         for flag, path in folders.items():
             check_checkpoint_vocabulary(path, manifest, flag=flag)
@@ -104,7 +106,9 @@ def find_newest(folder: Path, *, but: str = "") -> int | None:
     return None
 
 
-def read_saved_args(folder: Path, step: int | None = None, flag: str = "--load") -> object:
+def read_saved_args(
+    folder: Path, step: int | None = None, flag: str = "--load"
+) -> tuple[object, int | None]:
     """The arguments of the run that saved a checkpoint, all of whose files are there.
 
     Args:
@@ -113,14 +117,16 @@ def read_saved_args(folder: Path, step: int | None = None, flag: str = "--load")
         flag: That named the folder.
 
     Returns:
-        Their namespace; None where there is none.
+        Their namespace, None where there is none; and the iteration, None for a release.
 
     Raises:
         ValueError: The checkpoint is damaged; names the file and the remedy.
     """
     named = folder if step is None else folder / f"iter_{step:07d}"
     try:
-        return TorchDistReader(named).common.get("args")
+        reader = TorchDistReader(named)
+        number = reader.folder.name.removeprefix("iter_")
+        return reader.common.get("args"), int(number) if number.isdigit() else None
     except ValueError as error:
         word = (folder / TRACKER_NAME).read_text(errors="replace").strip()
         broken = f"iter_{int(word if step is None else step):07d}" if word.isdigit() else ""
@@ -172,33 +178,57 @@ def _plain(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def check_batch_size(saved: object, args: argparse.Namespace) -> None:
-    """Refuse a resume with another batch size that would move the learning-rate schedule.
+def check_batch_size(saved: object, step: int | None, args: argparse.Namespace) -> None:
+    """Refuse a resume whose batch sizes are not those that made the steps so far.
 
-    Megatron counts consumed samples, and multiplies the steps of the schedule with today's batch.
+    Megatron counts consumed samples, and says by the batch sizes of today how many steps they are.
 
     Args:
         saved: Arguments of the run that saved the checkpoint.
+        step: Its iteration.
         args: Of the run that resumes.
 
     Raises:
         ValueError: Names both sizes and the remedy.
     """
     consumed = getattr(saved, "consumed_train_samples", 0)
-    if not consumed or not args.train_iters:  # lengths in samples are the same for every batch
+    if not consumed or step is None or BatchSizes.of(args).steps_of(consumed) == step:
         return
     before = getattr(saved, "step_batch_size_schedule", None)
-    size = getattr(saved, "global_batch_size", args.global_batch_size)
-    if before is None and size == args.global_batch_size:
-        return
+    size = getattr(saved, "global_batch_size", None)
     was = f"--step-batch-size-schedule {before!r}" if before else f"batches of {size}"
-    tokens = consumed * getattr(saved, "seq_length", args.seq_length)
-    new = before or f"0:{size} {tokens}:{args.global_batch_size}"
+    now, schedule = f"--global-batch-size {args.global_batch_size}", args.step_batch_size_schedule
+    new = before or f"0:{size} {consumed * args.seq_length}:{args.global_batch_size or 'N'}"
+    if schedule is not None:
+        now = f"--step-batch-size-schedule {schedule!r}"
     raise ValueError(
-        f"--global-batch-size {args.global_batch_size}: --load {args.load} was trained with {was}, "
-        "so steps no longer say where in the learning-rate schedule the run is. Remedy: "
-        f"--step-batch-size-schedule '{new}' (consumed tokens and batch sizes), or --train-samples."
+        f"{now}: --load {args.load} was trained with {was}, {consumed} samples in {step} steps; so "
+        "the learning-rate schedule would jump. Remedy: --step-batch-size-schedule with the past "
+        f"and the future, '{new}' (consumed tokens and batch sizes)."
     )
+
+
+def resumed_samples(args: argparse.Namespace) -> int:
+    """Samples that the run has consumed before it resumes; 0 for a new one.
+
+    Every rank has to know, to cut its micro-batch alike; where no batch grows it does not matter.
+
+    Raises:
+        ValueError: The checkpoint is damaged.
+    """
+    is_ours = args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format
+    if args.step_batch_size_schedule is None or args.finetune or not args.load or not is_ours:
+        return 0
+    folder = Path(args.load)
+    tracker = folder / TRACKER_NAME
+    word = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    if word == RELEASE:
+        return 0
+    # As rank 0 mends it.
+    step = args.ckpt_step or (int(word) if word.isdigit() else find_newest(folder))
+    if step is None:
+        return 0
+    return getattr(read_saved_args(folder, step)[0], "consumed_train_samples", 0)
 
 
 def check_delayed_scales(saved: object, args: argparse.Namespace, *, flag: str) -> None:
