@@ -39,6 +39,7 @@ from trinity_megatron.training.guard import refuse_spoilt_saves  # noqa: E402
 from trinity_megatron.training.interrupt import postpone, signal_of_end  # noqa: E402
 from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
+from trinity_megatron.training.out_of_memory import explain, is_out_of_memory  # noqa: E402
 from trinity_megatron.training.start import stamp_vocabulary  # noqa: E402
 
 # A run that was stopped may still be ending.
@@ -147,6 +148,11 @@ def run() -> None:
             raise
         _say_once(f"error: {error}")
         sys.exit(2)
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or os.environ.get("TRINITY_DEBUG") == "1":
+            raise
+        _say_once(f"error: {explain(error)}")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except SystemExit as end:
