@@ -36,9 +36,7 @@ def figures(args: argparse.Namespace) -> str:
     stages, tp = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
     stage = parallel_state.get_pipeline_model_parallel_rank() if stages > 1 else 0
     per_stage = -(-args.num_layers // stages)
-    layers = range(
-        min(stage, stages - 1) * per_stage, min((stage + 1) * per_stage, args.num_layers)
-    )
+    layers = range(args.num_layers)[stage * per_stage : (stage + 1) * per_stage]
     held = training_memory(
         trinity_config_from_args(args),
         seq_length=args.seq_length // args.context_parallel_size,

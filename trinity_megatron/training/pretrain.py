@@ -36,6 +36,7 @@ from trinity_megatron.training.datasets import train_valid_test_datasets_provide
 from trinity_megatron.training.finish import finish_run  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
 from trinity_megatron.training.guard import refuse_spoilt_saves  # noqa: E402
+from trinity_megatron.training.heartbeat import watch_steps  # noqa: E402
 from trinity_megatron.training.interrupt import postpone, signal_of_end  # noqa: E402
 from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
@@ -86,7 +87,7 @@ def _train(args: argparse.Namespace) -> None:
     config.post_wrap_hooks.append(keep)
     writer = get_wandb_writer()
     with writer.kept_open() if writer else contextlib.nullcontext():
-        with StepMetrics(config.transformer).installed(), refuse_spoilt_saves():
+        with StepMetrics(config.transformer).installed(), refuse_spoilt_saves(), watch_steps():
             pretrain(
                 pretrain_cfg_container_from_args(args, config),
                 train_valid_test_datasets_provider,
