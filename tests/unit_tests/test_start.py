@@ -62,6 +62,8 @@ def start(folder: Path | None, **given: Any) -> None:
         "seq_length": 64,
         "optimizer": "muon",
         "no_load_optim": False,
+        "skip_train": False,
+        "decrease_batch_size_if_needed": False,
         **dict.fromkeys([ARGUMENT_DEST.get(name, name) for name in MODEL_FIELDS]),
     }
     values.update(given)
@@ -177,7 +179,8 @@ def test_another_batch_size(checkpoints: Path, tmp_path: Path) -> None:
     for schedule in ("0:8 10240:16", "0:8 99999:16", "0:8 10240:4"):
         start(checkpoints, step_batch_size_schedule=schedule)
     new = tmp_path / "new"
-    start(checkpoints, global_batch_size=16, finetune=True)
+    for flag in ("finetune", "skip_train", "decrease_batch_size_if_needed"):
+        start(checkpoints, global_batch_size=16, **{flag: True})
     start(None, global_batch_size=16, load=new, save=new, pretrained_checkpoint=checkpoints)
 
 
@@ -231,3 +234,4 @@ def test_another_optimizer(one_rank: None, tmp_path: Path) -> None:
         start(tmp_path, optimizer="adam")
     start(tmp_path, optimizer="adam", no_load_optim=True)
     start(tmp_path, optimizer="adam", finetune=True)
+    start(tmp_path, optimizer="adam", skip_train=True)

@@ -1,7 +1,8 @@
-"""Notice when no step ends any more: name the rank that the others wait for, and write its stacks.
+"""Notice when no step ends any more: say where each rank is, and write its stacks.
 
 The collectives give up after ``--distributed-timeout-minutes``, and then every rank complains of
-the others.  Before that each rank looks at itself: one that is not in a collective is the late one.
+the others.  Before that each rank looks at itself: one that is outside of torch and Megatron,
+reading data or in code of the user's, is the one that the others wait for.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from megatron.training import get_args, training
 # Source: report section 3.3, an alarm if no step completes within three minutes.
 SECONDS = 180.0
 STACKS_NAME = "stacks"
-# Where a rank waits for others; on a GPU that is where the host waits for the device.
-_WAITING = ("torch/distributed/", "torch/cuda/")
+# Where a rank is that waits for others, or on a GPU for its device.
+_WAITING = ("/torch/", "/megatron/", "/trinity_megatron/")
 
 
 class Heartbeat:
@@ -35,20 +36,22 @@ class Heartbeat:
 
     def __init__(self, rank: int, folder: Path | None) -> None:
         self._rank, self._folder = rank, folder
-        self._step, self._last = 0, time.monotonic()
+        self._where, self._last, self._longest = "", 0.0, 0.0
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
+        self._thread: threading.Thread | None = None
 
     def begin(self, step: int) -> None:
         """Note that a step begins; watching begins with the first one."""
-        self._step = step
-        if not self._thread.is_alive() and not self._stopped.is_set():
-            self.end()
+        self._where, self._last = f"in step {step}", time.monotonic()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
             self._thread.start()
 
-    def end(self) -> None:
+    def end(self, step: int) -> None:
         """Note that a step has ended."""
-        self._last = time.monotonic()
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._last)
+        self._where, self._last = f"after step {step}", now
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -58,39 +61,45 @@ class Heartbeat:
         warned = 0.0
         while not self._stopped.wait(SECONDS / 20):
             last = self._last
-            if time.monotonic() - last > SECONDS and warned != last:
+            late = time.monotonic() - last
+            if late > max(SECONDS, 3 * self._longest) and warned != last:
                 warned = last
-                self._alarm(time.monotonic() - last)
+                self._alarm(late)
 
     def _alarm(self, seconds: float) -> None:
-        stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
-        waits = any(part in frame.filename for frame in stack[-3:] for part in _WAITING)
-        where = f"is in {stack[-1].name}, {stack[-1].filename}:{stack[-1].lineno}"
+        frame = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])[
+            -1
+        ]
+        waits = any(part in frame.filename for part in _WAITING)
         message = (
-            f"rank {self._rank}: no step has ended for {seconds:.0f} s, in step {self._step}; it "
-            f"{'waits for other ranks or its device' if waits else where}"
+            f"rank {self._rank}: nothing has happened for {seconds:.0f} s {self._where}; it is in "
+            f"{frame.name}, {frame.filename}:{frame.lineno}"
         )
-        if self._folder is not None:
+        if self._rank == 0 or not waits:
+            where = f"; stacks of all ranks in {self._folder}" if self._folder else ""
+            print(f"{message}{where}", file=sys.stderr, flush=True)
+        if self._folder is None:
+            return
+        try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / f"rank_{self._rank:05d}.txt"
-            with path.open("a") as file:
+            with (self._folder / f"rank_{self._rank:05d}.txt").open("a") as file:
                 print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=file, flush=True)
                 faulthandler.dump_traceback(file)
-            message += f"; stacks of all ranks in {self._folder}"
-        if self._rank == 0 or not waits:
-            print(message, file=sys.stderr, flush=True)
+        except OSError as error:
+            print(f"rank {self._rank}: no stacks written ({error})", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def watch_steps() -> Iterator[None]:
-    """Watch Megatron's training steps while the block runs."""
+    """Watch Megatron's training loop while the block runs."""
     args, train_step = get_args(), training.train_step
     heart = Heartbeat(args.rank, Path(args.out) / STACKS_NAME if args.out else None)
 
     def wrapper(*given: Any, **settings: Any) -> Any:
-        heart.begin(args.curr_iteration + 1)
+        step = args.curr_iteration + 1
+        heart.begin(step)
         result = train_step(*given, **settings)
-        heart.end()
+        heart.end(step)
         return result
 
     wrapped: Callable[..., Any] = wrapper

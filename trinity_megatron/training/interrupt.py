@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: the run saves and ends after its step.
 
-Megatron's handler of ``--exit-signal`` only notes the signal, for the loop to look at.  While a
-rank waits for the others at the start nobody looks, so the handler is put on when all are there.
+Megatron's handler of ``--exit-signal`` only notes the signal, for the training loop to look at.
+Before the loop and after it nobody looks: there the handler is off, and the signal ends the run.
 """
 
 from __future__ import annotations
@@ -9,46 +9,56 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from megatron.training import get_args
+from megatron.training import get_args, training
 from megatron.training.global_vars import get_signal_handler
 
 # What Ctrl-C was; Megatron's handler knows of its own signal only.
 _interrupts: list[int] = []
 
 
-def postpone(args: argparse.Namespace) -> Callable[[], None]:
-    """Take Megatron's handler off.
+@contextmanager
+def save_on_signals(args: argparse.Namespace) -> Iterator[None]:
+    """Handle signals while Megatron's training loop runs, and there only.
 
     Args:
         args: Of the run, after Megatron has set its globals.
-
-    Returns:
-        What puts it on again, and lets Ctrl-C do the same.
     """
     if not args.exit_signal_handler:
-        return lambda: None
-    handler = signal.getsignal(args.exit_signal)
-    signal.signal(args.exit_signal, signal.SIG_DFL)
-    owner = os.getpid()
+        yield
+        return
+    handler, train = signal.getsignal(args.exit_signal), training.train
 
-    def stop_after_this_step(signum: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if os.getpid() != owner:  # a worker that loads data
-            return
-        _interrupts.append(signum)
-        if args.rank == 0:
-            print("\n> ends after this step and saves; Ctrl-C again ends at once", flush=True)
-        os.kill(owner, args.exit_signal)
-
-    def arm() -> None:
+    def wrapper(*given: Any, **settings: Any) -> Any:
+        before = signal.getsignal(signal.SIGINT)
         signal.signal(args.exit_signal, handler)
         if args.exit_signal != signal.SIGINT:
-            signal.signal(signal.SIGINT, stop_after_this_step)
+            signal.signal(signal.SIGINT, _stop_after_this_step)
+        try:
+            return train(*given, **settings)
+        finally:
+            signal.signal(signal.SIGINT, before)
+            signal.signal(args.exit_signal, signal.SIG_DFL)
 
-    return arm
+    signal.signal(args.exit_signal, signal.SIG_DFL)
+    training.train = wrapper
+    try:
+        yield
+    finally:
+        training.train = train
+        get_signal_handler().release()
+
+
+def _stop_after_this_step(signum: int, frame: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _interrupts.append(signum)
+    args = get_args()
+    if args.rank == 0:
+        print("\n> ends after this step and saves; Ctrl-C again ends at once", flush=True)
+    os.kill(os.getpid(), args.exit_signal)
 
 
 def signal_of_end() -> int | None:

@@ -9,8 +9,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
 
@@ -37,7 +37,7 @@ from trinity_megatron.training.finish import finish_run  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
 from trinity_megatron.training.guard import refuse_spoilt_saves  # noqa: E402
 from trinity_megatron.training.heartbeat import watch_steps  # noqa: E402
-from trinity_megatron.training.interrupt import postpone, signal_of_end  # noqa: E402
+from trinity_megatron.training.interrupt import save_on_signals, signal_of_end  # noqa: E402
 from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
 from trinity_megatron.training.out_of_memory import explain, is_out_of_memory  # noqa: E402
@@ -49,20 +49,13 @@ _PATIENCE_SECONDS = 20
 
 def main() -> None:
     """Parse the arguments, build the configuration, train, show what came of it."""
+    if ON_CPU:
+        # pretrain() never passes allow_no_cuda on.
+        training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
     register_muon()
     with contextlib.ExitStack() as held:
         args = parse_trinity_args(lambda args: held.enter_context(_alone_in(args)))
-        arm = postpone(args)
-        initialize = training.initialize_megatron
-
-        def initialize_megatron(*given: Any, **settings: Any) -> Any:
-            if ON_CPU:  # pretrain() never passes it on
-                settings["allow_no_cuda"] = True
-            result = initialize(*given, **settings)
-            arm()
-            return result
-
-        training.initialize_megatron = initialize_megatron
+        held.enter_context(save_on_signals(args))
         _train(args)
 
 

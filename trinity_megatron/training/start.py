@@ -53,7 +53,7 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
         if args.transformer_impl == "transformer_engine":
             check_delayed_scales(saved, args, flag=f"{flag} {found[flag]}")
         check_model(saved, args, flag=f"{flag} {found[flag]}")
-        if flag == "--load" and not args.finetune:
+        if flag == "--load" and not (args.finetune or args.skip_train):
             check_batch_size(saved, step, args)
     if manifest is not None:
         for flag, path in folders.items():
@@ -128,7 +128,8 @@ def read_saved_args(
         number = reader.folder.name.removeprefix("iter_")
         return reader.common.get("args"), int(number) if number.isdigit() else None
     except ValueError as error:
-        word = (folder / TRACKER_NAME).read_text(errors="replace").strip()
+        tracker = folder / TRACKER_NAME
+        word = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
         broken = f"iter_{int(word if step is None else step):07d}" if word.isdigit() else ""
         older = find_newest(folder, but=broken)
         advice = f" Or go on from the complete checkpoint {older}: --ckpt-step {older}."
@@ -166,7 +167,7 @@ def check_model(saved: object, args: argparse.Namespace, *, flag: str) -> None:
             "flags of that run, or another --out."
         )
     optimizer = getattr(saved, "optimizer", args.optimizer)
-    has_no_state = args.no_load_optim or getattr(saved, "no_save_optim", False)
+    has_no_state = args.no_load_optim or args.skip_train or getattr(saved, "no_save_optim", False)
     if not starts_anew and not has_no_state and optimizer != args.optimizer:
         raise ValueError(
             f"--optimizer {args.optimizer}: {flag} holds the state of {optimizer}. Remedy: "
@@ -192,6 +193,8 @@ def check_batch_size(saved: object, step: int | None, args: argparse.Namespace) 
         ValueError: Names both sizes and the remedy.
     """
     consumed = getattr(saved, "consumed_train_samples", 0)
+    if args.decrease_batch_size_if_needed:  # the batches were smaller than they are called
+        return
     if not consumed or step is None or BatchSizes.of(args).steps_of(consumed) == step:
         return
     before = getattr(saved, "step_batch_size_schedule", None)
