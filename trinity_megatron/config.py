@@ -113,7 +113,6 @@ class TrinityConfig(TransformerConfig):
     def __post_init__(self) -> None:
         """Check the fields, derive the layer pattern and run Megatron's own checks."""
         self._check()
-        self._check_initialization()
         self.moe_layer_freq = [
             int(layer >= self.num_dense_layers) for layer in range(self.num_layers)
         ]
@@ -139,12 +138,10 @@ class TrinityConfig(TransformerConfig):
         if isinstance(config, cls):
             return config
         values = {f.name: getattr(config, f.name) for f in fields(TransformerConfig)}
-        expected = {k: v for k, v in TRINITY_ARCHITECTURE.items() if k in _FIXED_FIELDS}
-        wrong = {k: values[k] for k, v in expected.items() if values[k] != v}
-        if wrong:
+        if wrong := _find_other_architecture(config):
             raise ValueError(
                 "The Trinity layer spec was asked for with a config of another architecture: "
-                + ", ".join(f"{k}={v!r} (Trinity: {expected[k]!r})" for k, v in wrong.items())
+                + ", ".join(f"{k}={v!r} (Trinity: {ours!r})" for k, (v, ours) in wrong.items())
                 + ". Set the matching Megatron flags, or use examples/pretrain_trinity.py --preset."
             )
         values["num_dense_layers"] = count_dense_layers(
@@ -232,29 +229,27 @@ class TrinityConfig(TransformerConfig):
                 raise ValueError(
                     f"{name}={value} would be overwritten: every matrix is drawn with 0.5/sqrt("
                     f"hidden_size) = {self.initializer_std:.6g}. Remedy: drop the flag "
-                    f"--{name.replace('_', '-')}."
+                    f"{flag_of(name)}."
                 )
 
     def _check_architecture(self) -> None:
-        for name in _FIXED_FIELDS:
-            value, expected = getattr(self, name), TRINITY_ARCHITECTURE[name]
-            if value != expected:
-                raise ValueError(
-                    f"{name}={value!r} is another architecture. Remedy: {expected!r}, as Trinity "
-                    "has it."
-                )
+        for name, (value, expected) in _find_other_architecture(self).items():
+            raise ValueError(
+                f"{name}={value!r} is another architecture. Remedy: {expected!r}, as Trinity has "
+                "it."
+            )
         kinds = self.moe_router_load_balancing_type
-        coeffs = self.moe_aux_loss_coeff
         for kind in [kinds] if isinstance(kinds, str) else kinds:
             if kind not in _BALANCE_LOSSES:
                 raise ValueError(
                     f"moe_router_load_balancing_type={kinds!r} is not followed by Trinity's "
                     f"router. Remedy: one of {', '.join(_BALANCE_LOSSES)}."
                 )
-        if kinds == "none" and coeffs:
+        if kinds == "none" and self.moe_aux_loss_coeff:
             raise ValueError(
-                f"moe_aux_loss_coeff={coeffs!r} with moe_router_load_balancing_type='none': there "
-                "would be no such loss. Remedy: --moe-router-load-balancing-type seq_aux_loss."
+                f"moe_aux_loss_coeff={self.moe_aux_loss_coeff!r} with "
+                "moe_router_load_balancing_type='none': there would be no such loss. Remedy: "
+                "--moe-router-load-balancing-type seq_aux_loss."
             )
 
     def _check_pipeline(self) -> None:
@@ -298,7 +293,7 @@ class TrinityConfig(TransformerConfig):
             if not is_good:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} must be {wanted}. "
-                    f"Remedy: set --{name.replace('_', '-')} so."
+                    f"Remedy: set {flag_of(name)} so."
                 )
 
     def _check(self) -> None:
@@ -363,17 +358,28 @@ class TrinityConfig(TransformerConfig):
                 "transformer_engine."
             )
         self._check_architecture()
+        self._check_initialization()
         refused = dict(_REFUSED_FEATURES)
         if self.transformer_impl == "local":
             refused.update(_REFUSED_LOCAL_FEATURES)
         for name, what in refused.items():
             value = getattr(self, name)
             if value:
-                flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
                 raise ValueError(
                     f"{name}={value!r}: {what} is not supported by the Trinity layers. "
-                    f"Remedy: drop the flag {flag}."
+                    f"Remedy: drop the flag {flag_of(name)}."
                 )
+
+
+def flag_of(name: str) -> str:
+    """Megatron's flag of an argument or a field."""
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
+
+
+def _find_other_architecture(config: TransformerConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields that no Trinity model may change: what they are, and what they should be."""
+    pairs = {name: (getattr(config, name), TRINITY_ARCHITECTURE[name]) for name in _FIXED_FIELDS}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def count_dense_layers(moe_layer_freq: int | list[int], *, num_layers: int) -> int:

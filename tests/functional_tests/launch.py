@@ -98,6 +98,26 @@ def train(data: Path, folder: Path, worlds: list[tuple[int, list[Job]]]) -> Logs
     return Logs({job.name: RunLog(folder / job.name) for _, jobs in worlds for job in jobs})
 
 
+def run_script(
+    script: str, data: Path, folder: Path, *flags: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script that starts the training entry, on two ranks of EP2 under torchrun.
+
+    Args:
+        script: Its text; it gets the flags of ``SMALL``.
+        data: Prepared data.
+        folder: Gets the script, and ``run`` as ``--out``.
+        flags: Further flags.
+    """
+    path = folder / "script.py"
+    path.write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2", str(path), *SMALL]
+    command += ["--data", str(data), "--out", str(folder / "run")]
+    command += ["--expert-model-parallel-size", "2", *flags]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+
 def entry(data: Path, folder: Path, job: Job) -> dict[str, Any]:
     """A job as the worker reads it."""
     small = SHORT if "--preset" in job.flags else SMALL  # another preset has its own widths

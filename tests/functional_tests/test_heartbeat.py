@@ -1,13 +1,11 @@
 """A rank that hangs is named by itself while the others still wait, and all stacks are written."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.functional_tests.launch import SMALL, environment
+from tests.functional_tests.launch import run_script
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -33,18 +31,8 @@ if __name__ == "__main__":
 
 
 def test_the_late_rank_is_named(data: Path, tmp_path: Path) -> None:
-    script, run = tmp_path / "script.py", tmp_path / "run"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2", str(script), *SMALL]
-    command += ["--data", str(data), "--out", str(run), "--train-iters", "4"]
-    result = subprocess.run(
-        [*command, "--expert-model-parallel-size", "2"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    run = tmp_path / "run"
+    result = run_script(SCRIPT, data, tmp_path, "--train-iters", "4")
     assert result.returncode == 0, result.stderr[-3000:]
     found = re.findall(
         r"rank (\d): nothing has happened for \d s in step 3; it (.*)", result.stderr

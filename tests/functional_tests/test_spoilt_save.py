@@ -1,12 +1,10 @@
 """A state that is no number is not saved, and the run says so."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.functional_tests.launch import SMALL, environment
+from tests.functional_tests.launch import run_script
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -34,18 +32,8 @@ if __name__ == "__main__":  # the helper processes of a save import this module 
 
 
 def test_the_checkpoint_before_stands(data: Path, tmp_path: Path) -> None:
-    script, checkpoints = tmp_path / "script.py", tmp_path / "run" / "checkpoints"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2", str(script), *SMALL]
-    command += ["--data", str(data), "--out", str(tmp_path / "run"), "--save-interval", "1"]
-    result = subprocess.run(
-        [*command, "--expert-model-parallel-size", "2"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    checkpoints = tmp_path / "run" / "checkpoints"
+    result = run_script(SCRIPT, data, tmp_path, "--save-interval", "1")
     assert result.returncode != 0
     assert "error: step 3 is not saved: NaN or infinity in " in result.stderr, result.stderr
     assert "mlp.experts" in result.stderr and "(rank 1)" in result.stderr

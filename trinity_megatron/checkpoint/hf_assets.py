@@ -79,6 +79,16 @@ def find_assets(checkpoint: Path) -> Assets | None:
     return None
 
 
+def read_stamp(folder: Path) -> str | None:
+    """SHA-256 of the tokenizer that a run was trained with; None where it is not known.
+
+    Args:
+        folder: What ``--save`` was.
+    """
+    stamp = folder / STAMP_NAME
+    return stamp.read_text().strip() if stamp.is_file() else None
+
+
 def check_tokenizer(checkpoint: Path, tokenizer: Path) -> None:
     """Refuse a tokenizer that the model was not trained with, where that is known.
 
@@ -89,17 +99,16 @@ def check_tokenizer(checkpoint: Path, tokenizer: Path) -> None:
     Raises:
         ValueError: It is another one.
     """
-    for parent in (checkpoint, checkpoint.absolute().parent):
-        stamp = parent / STAMP_NAME
-        if stamp.is_file() and (tokenizer / "tokenizer.json").is_file():
-            known, found = stamp.read_text().strip(), hash_file(tokenizer / "tokenizer.json")
-            if known != found:
-                raise ValueError(
-                    f"{checkpoint} was trained with the tokenizer {known[:12]}, but {tokenizer} is "
-                    f"{found[:12]}. Remedy: --tokenizer DIR with that of the run (the folder "
-                    "tokenizer of its --data), or prepare the data again from the same text."
-                )
-            return
+    known = read_stamp(checkpoint) or read_stamp(checkpoint.absolute().parent)
+    if known is None or not (tokenizer / "tokenizer.json").is_file():
+        return
+    found = hash_file(tokenizer / "tokenizer.json")
+    if known != found:
+        raise ValueError(
+            f"{checkpoint} was trained with the tokenizer {known[:12]}, but {tokenizer} is "
+            f"{found[:12]}. Remedy: --tokenizer DIR with that of the run (the folder "
+            "tokenizer of its --data), or prepare the data again from the same text."
+        )
 
 
 def inherit_assets(load: Path, save: Path) -> None:

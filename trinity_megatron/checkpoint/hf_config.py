@@ -254,10 +254,11 @@ def compare_models(a: TrinityConfig, b: TrinityConfig) -> dict[str, tuple[Any, A
     names = (*_SAME.values(), "moe_shared_expert_intermediate_size", "window_size", "rotary_base")
     ignored = ("vocab_size", "max_position_embeddings")  # padding; serving
     pairs = {n: (getattr(a, n), getattr(b, n)) for n in names if n not in ignored}
-    return {name: pair for name, pair in pairs.items() if _plain(pair[0]) != _plain(pair[1])}
+    return {name: pair for name, pair in pairs.items() if plain(pair[0]) != plain(pair[1])}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A list as a tuple, so that what JSON or a parser read compares with what a config holds."""
     return tuple(value) if isinstance(value, list | tuple) else value
 
 

@@ -68,6 +68,24 @@ class Part:
     shape: Shape
 
 
+def read_tracker(folder: Path) -> str | None:
+    """What names the latest checkpoint: an iteration, `RELEASE`, or whatever a crash left.
+
+    Args:
+        folder: What ``--save`` was.
+
+    Returns:
+        The word; None where there is no such file.
+    """
+    tracker = folder / TRACKER_NAME
+    return tracker.read_text(errors="replace").strip() if tracker.is_file() else None
+
+
+def iteration_name(step: int) -> str:
+    """Name of the folder of an iteration."""
+    return f"iter_{step:07d}"
+
+
 def find_checkpoint(folder: Path) -> Path:
     """The folder of the latest checkpoint.
 
@@ -79,14 +97,13 @@ def find_checkpoint(folder: Path) -> Path:
     """
     if (folder / ".metadata").is_file():
         return folder
-    tracker = folder / TRACKER_NAME
-    if not tracker.is_file():
+    tracker, word = folder / TRACKER_NAME, read_tracker(folder)
+    if word is None:
         raise ValueError(
             f"{folder} holds no Megatron checkpoint: it has no {TRACKER_NAME}. Remedy: give the "
             "folder of --save (for a run made with --out: OUT/checkpoints)."
         )
-    word = tracker.read_text().strip()
-    name = word if word == RELEASE else f"iter_{int(word):07d}" if word.isdigit() else None
+    name = word if word == RELEASE else iteration_name(int(word)) if word.isdigit() else None
     if name is None:
         raise ValueError(
             f"{tracker} says {word!r}, which is neither an iteration nor {RELEASE!r}. Remedy: "

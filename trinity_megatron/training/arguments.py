@@ -20,7 +20,12 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.utils import print_rank_0
 
-from trinity_megatron.config import ARGUMENT_DEST, TRINITY_ARCHITECTURE, TrinityConfig
+from trinity_megatron.config import (
+    ARGUMENT_DEST,
+    TRINITY_ARCHITECTURE,
+    TrinityConfig,
+    flag_of,
+)
 from trinity_megatron.data.dataset import DataManifest, load_manifest
 from trinity_megatron.fp8 import check_fp8, fp8_defaults
 from trinity_megatron.host import is_cpu_host
@@ -220,7 +225,7 @@ def _first_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default="tiny")
     for name in ("data", "out", "optimizer", *_INSTEAD):
-        parser.add_argument(f"--{name.replace('_', '-')}")
+        parser.add_argument(flag_of(name))
     return parser
 
 
@@ -391,9 +396,7 @@ def _check_positive(args: argparse.Namespace) -> None:
     for name in _POSITIVE:
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value} is below 1. Remedy: give at least 1."
-            )
+            raise ValueError(f"{flag_of(name)} {value} is below 1. Remedy: give at least 1.")
 
 
 def _check_parallel_sizes(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import argparse
 
 from megatron.training.utils import print_rank_0
 
+from trinity_megatron.config import flag_of
 from trinity_megatron.host import is_cpu_host
 
 # Argument -> why its flag is not followed, and a remedy.
@@ -98,11 +99,11 @@ def refuse_flags(args: argparse.Namespace) -> None:
     for table in tables:
         for name, (why, remedy) in table.items():
             if getattr(args, name):
-                raise ValueError(f"{_flag(name)} {why}. Remedy: {remedy}.")
+                raise ValueError(f"{flag_of(name)} {why}. Remedy: {remedy}.")
     _refuse_patterns(args)
     for name in _WITHOUT_EFFECT:
         if getattr(args, name):
-            print_rank_0(f"> {_flag(name)} has no effect on Trinity's layers")
+            print_rank_0(f"> {flag_of(name)} has no effect on Trinity's layers")
 
 
 def _refuse_patterns(args: argparse.Namespace) -> None:
@@ -115,13 +116,9 @@ def _refuse_patterns(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value != default:
             raise ValueError(
-                f"{_flag(name)} {value} would be overwritten: it follows from {ours}. Remedy: "
+                f"{flag_of(name)} {value} would be overwritten: it follows from {ours}. Remedy: "
                 f"{ours}."
             )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _refuse_cuda_only(args: argparse.Namespace) -> None:

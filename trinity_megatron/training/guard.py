@@ -7,7 +7,7 @@ in between would make the spoilt state the latest one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
@@ -15,18 +15,14 @@ import torch
 from megatron.training import get_args, training
 from torch import Tensor
 
+from trinity_megatron.training.replaced import replaced
+
 _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@contextmanager
-def refuse_spoilt_saves() -> Iterator[None]:
+def refuse_spoilt_saves() -> AbstractContextManager[None]:
     """Look at weights, buffers and the optimizer's state before each of Megatron's saves."""
-    save = training.save_checkpoint
-    training.save_checkpoint = _checked(save)
-    try:
-        yield
-    finally:
-        training.save_checkpoint = save
+    return replaced(training, "save_checkpoint", _checked)
 
 
 def _checked(save: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,6 +19,8 @@ from typing import Any
 
 from megatron.training import get_args, training
 
+from trinity_megatron.training.replaced import replaced
+
 # Source: report section 3.3, an alarm if no step completes within three minutes.
 SECONDS = 180.0
 STACKS_NAME = "stacks"
@@ -92,20 +94,21 @@ class Heartbeat:
 @contextmanager
 def watch_steps() -> Iterator[None]:
     """Watch Megatron's training loop while the block runs."""
-    args, train_step = get_args(), training.train_step
+    args = get_args()
     heart = Heartbeat(args.rank, Path(args.out) / STACKS_NAME if args.out else None)
 
-    def wrapper(*given: Any, **settings: Any) -> Any:
-        step = args.curr_iteration + 1
-        heart.begin(step)
-        result = train_step(*given, **settings)
-        heart.end(step)
-        return result
+    def around(train_step: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*given: Any, **settings: Any) -> Any:
+            step = args.curr_iteration + 1
+            heart.begin(step)
+            result = train_step(*given, **settings)
+            heart.end(step)
+            return result
 
-    wrapped: Callable[..., Any] = wrapper
-    training.train_step = wrapped
+        return wrapper
+
     try:
-        yield
+        with replaced(training, "train_step", around):
+            yield
     finally:
         heart.stop()
-        training.train_step = train_step

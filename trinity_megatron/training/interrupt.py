@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from megatron.training import get_args, training
 from megatron.training.global_vars import get_signal_handler
+
+from trinity_megatron.training.replaced import replaced
 
 # What Ctrl-C was; Megatron's handler knows of its own signal only.
 _interrupts: list[int] = []
@@ -30,25 +32,27 @@ def save_on_signals(args: argparse.Namespace) -> Iterator[None]:
     if not args.exit_signal_handler:
         yield
         return
-    handler, train = signal.getsignal(args.exit_signal), training.train
+    handler = signal.getsignal(args.exit_signal)
 
-    def wrapper(*given: Any, **settings: Any) -> Any:
-        before = signal.getsignal(signal.SIGINT)
-        signal.signal(args.exit_signal, handler)
-        if args.exit_signal != signal.SIGINT:
-            signal.signal(signal.SIGINT, _stop_after_this_step)
-        try:
-            return train(*given, **settings)
-        finally:
-            signal.signal(signal.SIGINT, before)
-            signal.signal(args.exit_signal, signal.SIG_DFL)
+    def around(train: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*given: Any, **settings: Any) -> Any:
+            before = signal.getsignal(signal.SIGINT)
+            signal.signal(args.exit_signal, handler)
+            if args.exit_signal != signal.SIGINT:
+                signal.signal(signal.SIGINT, _stop_after_this_step)
+            try:
+                return train(*given, **settings)
+            finally:
+                signal.signal(signal.SIGINT, before)
+                signal.signal(args.exit_signal, signal.SIG_DFL)
+
+        return wrapper
 
     signal.signal(args.exit_signal, signal.SIG_DFL)
-    training.train = wrapper
     try:
-        yield
+        with replaced(training, "train", around):
+            yield
     finally:
-        training.train = train
         get_signal_handler().release()
 
 

@@ -38,6 +38,7 @@ from trinity_megatron.tracking.moe_metrics import (
 )
 from trinity_megatron.tracking.run_log import BIAS_TAG, LAYER_NUMBERS_TAG, TOKENS_TAG
 from trinity_megatron.tracking.statistics import GRADIENT_GROUPS, STATISTICS
+from trinity_megatron.training.replaced import replaced
 
 
 class StepMetrics:
@@ -64,16 +65,15 @@ class StepMetrics:
         read, gives way to ours: it knows no windows.
         """
         remove = observe_bias_updates(self._observe)
-        train_step, tracker = training.train_step, get_moe_metrics_tracker()
-        count_flops = training.num_floating_point_operations
-        training.train_step = self._around(train_step)
-        training.num_floating_point_operations = self._count_flops
+        tracker = get_moe_metrics_tracker()
         set_moe_metrics_tracker(_LoggingStepTracker())
         try:
-            yield
+            with (
+                replaced(training, "train_step", self._around),
+                replaced(training, "num_floating_point_operations", lambda _: self._count_flops),
+            ):
+                yield
         finally:
-            training.train_step = train_step
-            training.num_floating_point_operations = count_flops
             set_moe_metrics_tracker(tracker)
             remove()
             STATISTICS.is_collecting = False

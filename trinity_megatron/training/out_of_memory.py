@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.training import get_args
 
 from trinity_megatron.memory import training_memory
+from trinity_megatron.optimizer.plan import even_stages
 from trinity_megatron.training.arguments import trinity_config_from_args
 
 # PyTorch has a type of its own for a GPU only.
@@ -35,15 +36,13 @@ def figures(args: argparse.Namespace) -> str:
     """
     stages, tp = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
     stage = parallel_state.get_pipeline_model_parallel_rank() if stages > 1 else 0
-    per_stage = -(-args.num_layers // stages)
-    layers = range(args.num_layers)[stage * per_stage : (stage + 1) * per_stage]
     held = training_memory(
         trinity_config_from_args(args),
         seq_length=args.seq_length // args.context_parallel_size,
         micro_batch_size=args.micro_batch_size,
         weight_bytes=2 if args.bf16 or args.fp16 else 4,
         optimizer="muon" if args.optimizer == "muon" else "adam",
-        layers=layers,
+        layers=even_stages(args.num_layers, stages)[stage],
         expert_parallel=args.expert_model_parallel_size,
     )
     activations = sum(held.activations.values())

@@ -6,8 +6,15 @@ import argparse
 import os
 from pathlib import Path
 
-from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME, STAMP_NAME
-from trinity_megatron.checkpoint.torch_dist import RELEASE, TRACKER_NAME, TorchDistReader
+from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME, STAMP_NAME, read_stamp
+from trinity_megatron.checkpoint.hf_config import plain
+from trinity_megatron.checkpoint.torch_dist import (
+    RELEASE,
+    TRACKER_NAME,
+    TorchDistReader,
+    iteration_name,
+    read_tracker,
+)
 from trinity_megatron.config import ARGUMENT_DEST, MODEL_FIELDS, SHAPE_FIELDS
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.dataset import DataManifest
@@ -45,8 +52,7 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
                 f"{flag} {path} holds no checkpoint (no {TRACKER_NAME}). "
                 "Remedy: name what --save was, or what trinity-megatron convert --to-megatron made."
             )
-    is_ours = args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format
-    if args.rank == 0 and is_ours and found:
+    if args.rank == 0 and _is_torch_dist(args) and found:
         flag = "--load" if "--load" in found else "--pretrained-checkpoint"
         step = args.ckpt_step if flag == "--load" else None
         saved, step = read_saved_args(found[flag], step, flag)
@@ -72,8 +78,7 @@ def mend_tracker(folder: Path) -> None:
     Raises:
         ValueError: The tracker names nothing, and there is no complete checkpoint.
     """
-    tracker = folder / TRACKER_NAME
-    word = tracker.read_text(errors="replace").strip() if tracker.is_file() else None
+    tracker, word = folder / TRACKER_NAME, read_tracker(folder)
     if word is not None and (word.isdigit() or word == RELEASE):
         return
     newest = find_newest(folder)
@@ -90,15 +95,14 @@ def mend_tracker(folder: Path) -> None:
         )
 
 
-def find_newest(folder: Path, *, but: str = "") -> int | None:
+def find_newest(folder: Path) -> int | None:
     """The newest iteration whose ``torch_dist`` checkpoint is complete.
 
     Args:
         folder: What ``--save`` was.
-        but: Name of a subfolder to leave out.
     """
     for path in sorted(folder.glob("iter_*"), reverse=True):
-        if path.name != but and path.name[5:].isdigit():
+        if path.name[5:].isdigit():
             try:
                 return int(TorchDistReader(path).folder.name[5:])
             except ValueError:
@@ -122,16 +126,13 @@ def read_saved_args(
     Raises:
         ValueError: The checkpoint is damaged; names the file and the remedy.
     """
-    named = folder if step is None else folder / f"iter_{step:07d}"
+    named = folder if step is None else folder / iteration_name(step)
     try:
         reader = TorchDistReader(named)
         number = reader.folder.name.removeprefix("iter_")
         return reader.common.get("args"), int(number) if number.isdigit() else None
     except ValueError as error:
-        tracker = folder / TRACKER_NAME
-        word = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
-        broken = f"iter_{int(word if step is None else step):07d}" if word.isdigit() else ""
-        older = find_newest(folder, but=broken)
+        older = find_newest(folder)
         advice = f" Or go on from the complete checkpoint {older}: --ckpt-step {older}."
         raise ValueError(f"{flag}: {error}{advice if older is not None else ''}") from error
 
@@ -152,7 +153,7 @@ def check_model(saved: object, args: argparse.Namespace, *, flag: str) -> None:
     different = {
         name: (before, now)
         for name, (before, now) in pairs.items()
-        if before is not None and _plain(before) != _plain(now)
+        if before is not None and plain(before) != plain(now)
     }
     starts_anew = args.finetune or not flag.startswith("--load ")
     shapes = {ARGUMENT_DEST.get(name, name) for name in SHAPE_FIELDS}
@@ -173,10 +174,6 @@ def check_model(saved: object, args: argparse.Namespace, *, flag: str) -> None:
             f"--optimizer {args.optimizer}: {flag} holds the state of {optimizer}. Remedy: "
             f"--optimizer {optimizer}, or --no-load-optim to begin with an empty state."
         )
-
-
-def _plain(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def check_batch_size(saved: object, step: int | None, args: argparse.Namespace) -> None:
@@ -219,19 +216,21 @@ def resumed_samples(args: argparse.Namespace) -> int:
     Raises:
         ValueError: The checkpoint is damaged.
     """
-    is_ours = args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format
-    if args.step_batch_size_schedule is None or args.finetune or not args.load or not is_ours:
+    if args.step_batch_size_schedule is None or args.finetune or not args.load:
         return 0
     folder = Path(args.load)
-    tracker = folder / TRACKER_NAME
-    word = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
-    if word == RELEASE:
+    word = read_tracker(folder) or ""
+    if word == RELEASE or not _is_torch_dist(args):
         return 0
     # As rank 0 mends it.
     step = args.ckpt_step or (int(word) if word.isdigit() else find_newest(folder))
     if step is None:
         return 0
     return getattr(read_saved_args(folder, step)[0], "consumed_train_samples", 0)
+
+
+def _is_torch_dist(args: argparse.Namespace) -> bool:
+    return args.ckpt_format == "torch_dist" and not args.auto_detect_ckpt_format
 
 
 def check_delayed_scales(saved: object, args: argparse.Namespace, *, flag: str) -> None:
@@ -285,14 +284,10 @@ def check_checkpoint_vocabulary(
     Raises:
         ValueError: Names both vocabularies and the remedy.
     """
-    stamp, tokenizer = load / STAMP_NAME, load / ASSETS_NAME / "tokenizer.json"
-    if stamp.exists():
-        known = stamp.read_text().strip()
-    elif tokenizer.exists():
+    known, tokenizer = read_stamp(load), load / ASSETS_NAME / "tokenizer.json"
+    if known is None and tokenizer.exists():
         known = hash_file(tokenizer)
-    else:
-        return
-    if known != manifest.tokenizer_fingerprint:
+    if known is not None and known != manifest.tokenizer_fingerprint:
         raise ValueError(
             f"{flag} {load}: the checkpoint was trained with the vocabulary {known[:12]}, but "
             f"--data has {manifest.tokenizer_fingerprint[:12]} ({manifest.vocab_size} tokens). "
