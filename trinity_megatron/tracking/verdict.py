@@ -156,7 +156,8 @@ def sampling_noise(mean_tokens: float, num_experts: int) -> float:
         mean_tokens: Tokens per expert.
         num_experts: Experts of the layer.
     """
-    if mean_tokens <= 0:
+    # Of many tokens the noise is below 1e-4 (and the table of their counts would be large).
+    if not 0 < mean_tokens < 1e10:
         return 0.0
     low = max(0, math.floor(mean_tokens - 12 * math.sqrt(mean_tokens)))
     high = math.ceil(mean_tokens + 14 * math.sqrt(mean_tokens) + 40)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.package_info import __version__ as megatron_version
 from megatron.training import global_vars
 from megatron.training.argument_utils import core_transformer_config_from_args
@@ -303,12 +304,12 @@ def _host_arguments() -> dict[str, Any]:
         # Both are extensions of apex, which is optional.
         "gradient_accumulation_fusion": _has_fused_gradients(),
         "no_persist_layer_norm": True,
+        "apply_rope_fusion": _has_fused_rope(),
     }
     if is_cpu_host():
         values.update(
             distributed_backend="gloo",
             masked_softmax_fusion=False,
-            apply_rope_fusion=False,
             # Worker processes would take the two cores from the training.
             num_workers=0,
         )
@@ -322,6 +323,12 @@ def _has_fused_gradients() -> bool:
     """Whether weight gradients can be added to the fp32 buffer by the product that makes them."""
     extension = "fused_weight_gradient_mlp_cuda"  # of apex; Megatron's LM head asks for it
     return not is_cpu_host() and importlib.util.find_spec(extension) is not None
+
+
+def _has_fused_rope() -> bool:
+    """Whether Megatron has a kernel for RoPE: Transformer Engine's, which is optional."""
+    kernels = (rope_utils.fused_apply_rotary_pos_emb, rope_utils.fused_apply_rotary_pos_emb_thd)
+    return not is_cpu_host() and None not in kernels
 
 
 def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:

@@ -40,7 +40,9 @@ class ValidationTokens:
                 args.padded_vocab_size, dtype=torch.int64, device=labels.device
             )
         cls.samples += labels.shape[0]
-        cls.counts += torch.bincount(labels.flatten(), minlength=args.padded_vocab_size)
+        flat = labels.flatten()
+        # Not bincount, which waits for the device to learn the largest label.
+        cls.counts.scatter_add_(0, flat, torch.ones_like(flat))
 
     @classmethod
     def entropy(cls) -> float | None:
