@@ -5,6 +5,7 @@ needs filled in.  A run over several machines is launched by torchrun or srun ov
 ``examples/pretrain_trinity.py``, which takes the same flags.
 """
 
+import ctypes
 import logging
 import os
 import signal
@@ -21,7 +22,7 @@ TRAINING_MODULE = "trinity_megatron.training"
 # Importing the presets imports Megatron, which takes seconds: these are known to be there.
 _RELEASED_PRESETS = ("tiny", "nano", "mini", "large")
 _SHUTDOWN_SECONDS = 20
-_NVIDIA_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
+_CUDA_DRIVER = "libcuda.so.1"
 _CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -209,7 +210,9 @@ def parse_cpu_limit(text: str) -> int | None:
 
 def count_cuda_devices() -> int:
     """Number of visible CUDA devices, without importing torch where there is no driver."""
-    if not any(Path(device).exists() for device in _NVIDIA_DEVICES):
+    try:
+        ctypes.CDLL(_CUDA_DRIVER)
+    except OSError:
         return 0
     import torch
 
