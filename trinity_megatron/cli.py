@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,15 @@ def _add_prepare_data(commands: argparse._SubParsersAction) -> None:
         "prepare-data",
         help="make a tokenizer and training data from text",
         description="Make a tokenizer, training data and validation data from text.  Data that "
-        "are already there, made from the same sources, are kept.",
+        "are already there, made from the same sources, are kept.  What a file holds is decided by "
+        "its content: plain text, JSON (lines, arrays, objects), CSV, parquet, Arrow and saved "
+        "datasets, also inside of gzip, bzip2, xz, zstd and lz4.",
+        epilog="Rule for what is left out: files in a folder that are no UTF-8 text are left out "
+        "and counted.  Those that may hold text all the same (other encodings, archives, PDF, "
+        "files that cannot be read; not pictures and other binary files, hidden files and empty "
+        "ones) may be at most the --max-left-out share of the bytes, else nothing is written and "
+        "the exit code is 2.  Damaged data files and rows without the text field are errors.  "
+        "docs/data.md has the details.",
         allow_abbrev=False,
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
@@ -77,9 +86,10 @@ def _add_prepare_data(commands: argparse._SubParsersAction) -> None:
         type=Path,
         default=(),
         metavar="PATH",
-        help="text and code files, .jsonl, .parquet, or folders of them "
-        "(default: Python's standard library)",
+        help="text and code files, JSON, CSV, parquet, Arrow, compressed or not, or folders of "
+        "them (default: Python's standard library)",
     )
+    _add_reading_flags(parser)
     parser.add_argument(
         "--vocab-size",
         type=int,
@@ -101,6 +111,40 @@ def _add_prepare_data(commands: argparse._SubParsersAction) -> None:
         help="share of the documents held out for validation (%(default)s)",
     )
     parser.set_defaults(command=_prepare_data, takes_further_flags=False)
+
+
+def _add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text-key",
+        default="text",
+        metavar="KEY",
+        help="field or column that holds the text; dots lead into objects: meta.body (%(default)s)",
+    )
+    parser.add_argument(
+        "--split-on",
+        metavar="STRING",
+        help=r"cut text files into documents where this stands, for example '<|endoftext|>' or "
+        r"'\n\n\n' (\n, \t, \r and \\ are understood)",
+    )
+    parser.add_argument(
+        "--plain-text",
+        action="store_true",
+        help="read JSON and CSV files as the text they are, as in a corpus of code",
+    )
+    parser.add_argument(
+        "--skip-bad-rows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N rows that are invalid; one more is an error (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-left-out",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="largest share of left-out bytes that could be text, see below (%(default)s)",
+    )
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -218,8 +262,15 @@ def _prepare_data(args: argparse.Namespace, others: Sequence[str]) -> int:
             f"--vocab-size {args.vocab_size} does not go with --tokenizer {args.tokenizer}, which "
             "has its own vocabulary; leave out --vocab-size, or leave out --tokenizer to train one"
         )
-    from trinity_megatron.data.dataset import prepare_data
+    quiet_megatron()
+    from trinity_megatron.data.dataset import ReadOptions, prepare_data
 
+    options = ReadOptions(
+        text_key=args.text_key,
+        split_on=None if args.split_on is None else _unescape("--split-on", args.split_on),
+        skip_bad_rows=args.skip_bad_rows,
+        plain_text=args.plain_text,
+    )
     vocabulary = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
     manifest = prepare_data(
         args.out,
@@ -227,10 +278,41 @@ def _prepare_data(args: argparse.Namespace, others: Sequence[str]) -> int:
         **vocabulary,
         validation_fraction=args.validation_fraction,
         tokenizer=args.tokenizer,
+        options=options,
+        max_left_out=args.max_left_out,
     )
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
         print(f"{args.out} {name}: {split.documents:,} documents, {split.tokens:,} tokens")
+    _report_short_validation(manifest.validation.tokens)
     return 0
+
+
+def _unescape(flag: str, value: str) -> str:
+    r"""Replace ``\n``, ``\t``, ``\r`` and ``\\`` by what they stand for."""
+    letters = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+    def replace(match: re.Match[str]) -> str:
+        if match[1] not in letters:
+            raise ValueError(
+                f"{flag} {value!r}: {match[0]!r} is not understood; \\n, \\t and \\r are, and "
+                "\\\\ for a backslash"
+            )
+        return letters[match[1]]
+
+    return re.sub(r"\\(.?)", replace, value, flags=re.DOTALL)
+
+
+def _report_short_validation(num_tokens: int) -> None:
+    """Print the presets whose sequences are longer than the whole validation split."""
+    from trinity_megatron.presets import PRESETS
+
+    lengths = {name: preset.training["seq_length"] for name, preset in PRESETS.items()}
+    long = [f"{name} ({length})" for name, length in lengths.items() if length >= num_tokens]
+    if long:
+        print(
+            f"validation has {num_tokens:,} tokens: shorter than a sequence of {', '.join(long)}; "
+            "add documents, or raise --validation-fraction"
+        )
 
 
 def _train(args: argparse.Namespace, others: Sequence[str]) -> int:

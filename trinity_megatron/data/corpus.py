@@ -1,90 +1,42 @@
-"""The documents of a corpus: which files belong to it, in which order, and their text."""
+"""The documents of a corpus: their text, in an order that does not depend on the machine."""
 
 import hashlib
-import json
-import os
-import stat
-import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-TEXT_FIELD = "text"
+from trinity_megatron.data import rows, tables
+from trinity_megatron.data.formats import ReadOptions
+from trinity_megatron.data.sources import (
+    Skipped,
+    SourceFile,
+    describe_not_text,
+    describe_unreadable,
+    find_files,
+    naming,
+)
+from trinity_megatron.data.streams import open_stream, read_whole, split_stream
 
-_ROW_SUFFIXES = (".jsonl", ".parquet")
-# Left out of the standard library: what is not part of it, its tests, which not every Python ships,
-# and pydoc_data, one generated document that would be most of the validation split.
-_STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
+__all__ = [
+    "Document",
+    "ReadOptions",
+    "Skipped",
+    "SourceFile",
+    "find_files",
+    "hash_file",
+    "is_unchanged",
+    "read_documents",
+]
 
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file that belongs to the corpus, as it was found.
-
-    Attributes:
-        name: The folder's (or ``stdlib``) and the relative name; independent of where it lies.
-        path: Where it lies.
-        is_explicit: Whether it was named itself; then it must be readable text.
-        num_bytes: Its size.
-        modified_ns: Its modification time in nanoseconds.
-    """
-
-    name: str
-    path: Path
-    is_explicit: bool
-    num_bytes: int
-    modified_ns: int
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A file, folder or row that is not part of the corpus, and why."""
-
-    name: str
-    reason: str
+_DEFAULTS = ReadOptions()
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document: a text file, or one row of a ``.jsonl`` or ``.parquet`` file."""
+    """One document: a text file or a part of it, or one row."""
 
     name: str
     text: str
-
-
-def find_files(
-    sources: Sequence[Path], *, exclude: Path | None = None
-) -> tuple[list[SourceFile], list[Skipped]]:
-    """Find the files of a corpus, in an order that does not depend on the machine.
-
-    Args:
-        sources: Files and folders; folders are read with everything below them. Without any,
-            the modules of the running Python's standard library.
-        exclude: A folder that is never read: the one that is being written.
-
-    Returns:
-        The files sorted by name, and what was left out of the folders.
-
-    Raises:
-        ValueError: If a source does not exist, is not a file or folder, is given twice, or the
-            sources hold no file.
-    """
-    if not sources:
-        return _standard_library(), []
-    files: list[SourceFile] = []
-    skipped: list[Skipped] = []
-    for source in map(Path, sources):
-        found = list(_find_in_source(source, exclude))
-        files.extend(entry for entry in found if isinstance(entry, SourceFile))
-        skipped.extend(entry for entry in found if isinstance(entry, Skipped))
-    _check_distinct(files)
-    if not files:
-        raise ValueError(
-            f"source {_listed(sources)} holds no readable file ({len(skipped)} left out); "
-            "name text, source code, .jsonl or .parquet files, or folders of them"
-        )
-    return sorted(files, key=lambda file: (file.name, file.path)), skipped
 
 
 def hash_file(path: Path) -> str:
@@ -97,7 +49,7 @@ def hash_file(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise ValueError(_unreadable(path, error)) from error
+        raise ValueError(describe_unreadable(path, error)) from error
 
 
 def is_unchanged(file: SourceFile) -> bool:
@@ -109,200 +61,111 @@ def is_unchanged(file: SourceFile) -> bool:
     return (status.st_size, status.st_mtime_ns) == (file.num_bytes, file.modified_ns)
 
 
-def read_documents(files: Sequence[SourceFile]) -> Iterator[Document | Skipped]:
+def read_documents(
+    files: Sequence[SourceFile], options: ReadOptions = _DEFAULTS
+) -> Iterator[Document | Skipped]:
     """Read the documents of all files in order.
 
     Yields:
-        A document, or an entry for what holds none: an empty file or row, and, for a file found
-        in a folder, one that is not UTF-8 text.
+        A document, or an entry for what holds none: an empty file or row, a bad row as long as
+        ``options.skip_bad_rows`` allows, and, for a file found in a folder, one that is not text.
 
     Raises:
-        ValueError: If a file that was named itself is not UTF-8 text, a file cannot be read, or a
-            ``.jsonl`` or ``.parquet`` file does not hold rows with a ``text``.
+        ValueError: If a file that was named itself is not UTF-8 text, a file is damaged or cannot
+            be read, or more rows are bad than may be.
     """
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    num_bad = 0
     for file in files:
-        reader = readers.get(file.path.suffix.lower(), _read_text)
-        try:
-            for entry in reader(file):
+        with naming(file.path):
+            for entry in _read_file(file, options):
                 if isinstance(entry, Document) and not entry.text:
-                    yield Skipped(entry.name, "empty")
-                else:
-                    yield entry
-        except OSError as error:
-            raise ValueError(_unreadable(file.path, error)) from error
+                    is_row = entry.name != file.name
+                    entry = (
+                        Skipped(entry.name, "empty", file.name)
+                        if is_row
+                        else _skip_file(file, "empty")
+                    )
+                elif isinstance(entry, _BadRow):
+                    num_bad += 1
+                    if num_bad > options.skip_bad_rows:
+                        raise ValueError(_bad_row(file, entry, options.skip_bad_rows))
+                    entry = Skipped(entry.name, f"bad row: {entry.problem}", file.name)
+                yield entry
 
 
-def _standard_library() -> list[SourceFile]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if name not in _STDLIB_EXCLUDED)
-        for path in (Path(folder, name) for name in names if name.endswith(".py")):
-            name = f"stdlib/{path.relative_to(root).as_posix()}"
-            files.append(_source_file(name, path, is_explicit=False))
-    if not files:
-        raise ValueError(
-            f"source: Python's standard library at {root} holds no .py file; name files or folders "
-            "with --source"
-        )
-    return sorted(files, key=lambda file: file.name)
+@dataclass(frozen=True)
+class _BadRow:
+    name: str
+    where: str
+    problem: str
 
 
-def _find_in_source(source: Path, exclude: Path | None) -> Iterator[SourceFile | Skipped]:
-    if source.is_dir():
-        yield from _walk(source, exclude)
-    elif source.is_file():
-        yield _source_file(source.name, source, is_explicit=True)
-    elif source.exists():
-        raise ValueError(f"source {source} is neither a file nor a folder; name one of these")
+def _bad_row(file: SourceFile, row: _BadRow, limit: int) -> str:
+    skipped = f" beyond the {limit} that --skip-bad-rows allows" if limit else ""
+    return (
+        f"source {file.path}, {row.where}: {row.problem}; correct this row{skipped}, leave the "
+        f"file out, or leave bad rows out with --skip-bad-rows {limit + 1} or more"
+    )
+
+
+def describe_unread(file: SourceFile) -> Skipped:
+    """The entry of a file that is not read."""
+    return _skip_file(file, file.format.reason, could_be_text=file.format.could_be_text)
+
+
+def _skip_file(file: SourceFile, reason: str, *, could_be_text: bool = False) -> Skipped:
+    return Skipped(
+        file.name,
+        reason,
+        num_bytes=file.num_bytes,
+        could_be_text=could_be_text,
+        is_source_file=True,
+    )
+
+
+def _read_file(file: SourceFile, options: ReadOptions) -> Iterator[Document | Skipped | _BadRow]:
+    if file.format.kind == "unread":
+        yield describe_unread(file)
+    elif file.format.kind == "text" and options.split_on is None:
+        yield _read_text(file)
     else:
-        raise ValueError(f"source {source} does not exist; name an existing file or folder")
-
-
-def _walk(root: Path, exclude: Path | None) -> Iterator[SourceFile | Skipped]:
-    prefix = root.resolve().name
-    unreadable: list[OSError] = []
-    for folder, subfolders, names in os.walk(root, onerror=unreadable.append):
-        here = Path(folder)
-        label = (Path(prefix) / here.relative_to(root)).as_posix()
-        for name in list(subfolders):
-            reason = _folder_left_out(here / name, exclude)
-            if reason is not None:
-                subfolders.remove(name)
-                yield Skipped(f"{label}/{name}/", reason)
-        for name in names:
-            reason = _file_left_out(here / name)
-            if reason is not None:
-                yield Skipped(f"{label}/{name}", reason)
+        for where, number, text in _read_rows(file, options):
+            name = f"{file.name}:{number}"
+            if isinstance(text, str):
+                yield Document(name, text)
             else:
-                yield _source_file(f"{label}/{name}", here / name, is_explicit=False)
-    for error in unreadable:
-        yield Skipped(str(error.filename), f"unreadable: {error.strerror}")
+                yield _BadRow(name, where, str(text))
 
 
-def _folder_left_out(folder: Path, exclude: Path | None) -> str | None:
-    if folder.name.startswith(".") or folder.name == "__pycache__":
-        return "hidden folder"
-    if folder.is_symlink():
-        return "link to a folder"
-    if exclude is not None and folder.resolve() == exclude.resolve():
-        return "the folder being written"
-    return None
+def _read_rows(file: SourceFile, options: ReadOptions) -> Iterator[rows.Row]:
+    key, found = options.text_key, file.format
+    if found.kind == "parquet":
+        yield from tables.read_parquet(file.path, key)
+    elif found.kind == "arrow_file":
+        yield from tables.read_arrow_file(file.path, key)
+    elif found.kind == "arrow_stream":
+        yield from tables.read_arrow_stream(file.path, key)
+    else:
+        with open_stream(file.path, found.layers, found.encoding) as stream:
+            if found.kind == "json_lines":
+                yield from rows.read_json_lines(stream, key)
+            elif found.kind == "json_values":
+                yield from rows.read_json_values(stream, key)
+            elif found.kind == "csv":
+                yield from rows.read_csv(stream, key, found.delimiter)
+            else:
+                assert options.split_on is not None
+                pieces = split_stream(stream, options.split_on)
+                for number, piece in enumerate(pieces, start=1):
+                    yield f"document {number}", number, rows.decode_text(piece)
 
 
-def _file_left_out(path: Path) -> str | None:
-    if path.name.startswith("."):
-        return "hidden file"
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        return f"unreadable: {error.strerror}"
-    if not stat.S_ISREG(mode):
-        return "not a regular file"
-    return None if os.access(path, os.R_OK) else "unreadable: permission denied"
-
-
-def _source_file(name: str, path: Path, *, is_explicit: bool) -> SourceFile:
-    status = path.stat()
-    return SourceFile(name, path, is_explicit, status.st_size, status.st_mtime_ns)
-
-
-def _check_distinct(files: Sequence[SourceFile]) -> None:
-    seen: set[str] = set()
-    for file in files:
-        path = os.path.abspath(file.path)
-        if path in seen:
-            raise ValueError(
-                f"source: {file.path} is named twice, itself or through a folder that holds it; "
-                "name it once"
-            )
-        seen.add(path)
-
-
-def _read_text(file: SourceFile) -> Iterator[Document | Skipped]:
-    content = file.path.read_bytes()
-    reason = "binary: holds a NUL byte" if b"\0" in content else None
-    if reason is None:
-        try:
-            yield Document(file.name, content.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            reason = f"not UTF-8 text: {error.reason} at byte {error.start}"
-    if reason is None:
-        return
+def _read_text(file: SourceFile) -> Document | Skipped:
+    with open_stream(file.path, file.format.layers, file.format.encoding) as stream:
+        content = read_whole(stream)
+    text = rows.decode_text(content)
+    if isinstance(text, str):
+        return Document(file.name, text)
     if file.is_explicit:
-        raise ValueError(
-            f"source {file.path} is not UTF-8 text ({reason}); unpack it or convert it to "
-            "UTF-8, or leave it out"
-        )
-    yield Skipped(file.name, reason)
-
-
-def _read_jsonl(file: SourceFile) -> Iterator[Document | Skipped]:
-    with file.path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"source {file.path}, line {number}: not a JSON row in UTF-8 ({error}); "
-                    "correct the line, or leave the file out"
-                ) from error
-            if not isinstance(row, dict) or TEXT_FIELD not in row:
-                raise ValueError(
-                    f"source {file.path}, line {number}: no field {TEXT_FIELD!r}; every line must "
-                    f'be an object such as {{"{TEXT_FIELD}": "..."}}'
-                )
-            yield Document(f"{file.name}:{number}", _row_text(file, number, row[TEXT_FIELD]))
-
-
-def _read_parquet(file: SourceFile) -> Iterator[Document | Skipped]:
-    import pyarrow.parquet  # here, for it takes longer than all the rest
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file.path)
-        if TEXT_FIELD not in table.schema_arrow.names:
-            raise ValueError(
-                f"source {file.path} has no column {TEXT_FIELD!r}, only "
-                f"{_listed(table.schema_arrow.names)}; rename the column that holds the text"
-            )
-        number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[TEXT_FIELD]):
-            for value in batch.column(0):
-                number += 1
-                text = _row_text(file, number, value.as_py())
-                yield Document(f"{file.name}:{number}", text)
-    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"source {file.path} is not a parquet file with readable UTF-8 text ({error}); write "
-            "it again, or leave it out"
-        ) from error
-
-
-def _row_text(file: SourceFile, number: int, value: Any) -> str:
-    """The text of a row; empty for a null, which its reader then reports as skipped."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(
-            f"source {file.path}, row {number}: {TEXT_FIELD!r} is {type(value).__name__}, not a "
-            "string; correct the row, or leave the file out"
-        )
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"source {file.path}, row {number}: {TEXT_FIELD!r} holds half of a surrogate pair at "
-            f"character {error.start}; correct the row, or leave the file out"
-        ) from error
-    return value
-
-
-def _unreadable(path: Path, error: OSError) -> str:
-    return f"source {path} cannot be read ({error.strerror}); correct it, or leave it out"
-
-
-def _listed(values: Sequence[object]) -> str:
-    return ", ".join(str(value) for value in values)
+        raise ValueError(describe_not_text(file.path, str(text)))
+    return _skip_file(file, str(text), could_be_text=b"\0" not in content)

@@ -4,13 +4,14 @@ import contextlib
 import errno
 import hashlib
 import logging
+import math
 import os
 import shutil
 import time
 import uuid
-from collections import Counter
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer
 
 from trinity_megatron.data.corpus import (
     Document,
+    ReadOptions,
     Skipped,
     SourceFile,
     find_files,
@@ -28,8 +30,10 @@ from trinity_megatron.data.corpus import (
     is_unchanged,
     read_documents,
 )
+from trinity_megatron.data.left_out import LeftOut, check_formats
 from trinity_megatron.data.manifest import (
     MANIFEST_NAME,
+    READER_VERSION,
     DataInputs,
     DataManifest,
     SplitSummary,
@@ -37,6 +41,11 @@ from trinity_megatron.data.manifest import (
     load_manifest,
     save_manifest,
     sync_file,
+)
+from trinity_megatron.data.split import (
+    MIN_SPLIT_TOKENS,
+    WANTED_VALIDATION_TOKENS,
+    select_validation,
 )
 from trinity_megatron.data.tokenizer import (
     END_OF_TEXT,
@@ -53,6 +62,8 @@ from trinity_megatron.data.tokenizer import (
 
 __all__ = [
     "DataManifest",
+    "MIN_SPLIT_TOKENS",
+    "ReadOptions",
     "load_manifest",
     "prepare_data",
     "select_validation",
@@ -61,13 +72,14 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Fewer tokens than a sequence or two make a validation loss meaningless.
-MIN_SPLIT_TOKENS = 2048
 _SPLITS = ("train", "validation")
 _DATA_FILES = [f"{split}{suffix}" for split in _SPLITS for suffix in (".bin", ".idx")]
 # Everything that may lie in a folder of ours, Megatron's index cache beside the data included.
 _OWN_NAMES = {*_DATA_FILES, "tokenizer", MANIFEST_NAME, f".{MANIFEST_NAME}.tmp", "cache"}
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 4 * 2**20
+
+
+_DEFAULTS = ReadOptions()
 
 
 @dataclass(frozen=True)
@@ -76,19 +88,21 @@ class _Corpus:
 
     Attributes:
         files: The source files.
-        skipped: What was left out, files, folders and rows.
+        left_out: Files, folders and rows that are not read.
+        options: How documents are found in files.
         keys: Hash of every document's text, uint64, ``[num_documents]``.
         sizes: UTF-8 bytes of every document, int64, ``[num_documents]``.
     """
 
     files: list[SourceFile]
-    skipped: list[Skipped]
+    left_out: LeftOut
+    options: ReadOptions
     keys: np.ndarray
     sizes: np.ndarray
 
     def documents(self) -> Iterator[Document]:
         """Read the documents again, in the same order."""
-        entries = read_documents(self.files)
+        entries = read_documents(self.files, self.options)
         return (entry for entry in entries if isinstance(entry, Document))
 
 
@@ -99,6 +113,8 @@ def prepare_data(
     vocab_size: int = 4096,
     validation_fraction: float = 0.05,
     tokenizer: Path | None = None,
+    options: ReadOptions = _DEFAULTS,
+    max_left_out: float = 0.1,
 ) -> DataManifest:
     """Write a corpus as Megatron's indexed data, with a tokenizer trained on it or a given one.
 
@@ -108,17 +124,20 @@ def prepare_data(
     Args:
         out: The folder to write: ``train`` and ``validation`` (``.bin``, ``.idx``),
             ``tokenizer/`` and ``manifest.json``.
-        sources: Text and source code files, ``.jsonl`` and ``.parquet`` files with a ``text``,
-            and folders of them. Without any, Python's standard library.
+        sources: Text and source code; JSON, CSV, parquet and Arrow files whose rows have a text;
+            any of them compressed; and folders of them. Without any, Python's standard library.
         vocab_size: Number of tokens of the tokenizer to train; without effect on a given one.
         validation_fraction: Share of the distinct documents that goes to validation; more if that
-            is fewer than one document or ``MIN_SPLIT_TOKENS`` tokens.
+            is fewer than one document or ``MIN_SPLIT_TOKENS`` tokens, or fewer than
+            ``WANTED_VALIDATION_TOKENS`` tokens and a tenth of the text.
         tokenizer: Folder of a Hugging Face tokenizer to use as it is, such as a released model's.
             Its ``eos_token`` ends every document. Without it a tokenizer is trained.
+        options: How documents are found in files.
+        max_left_out: Largest share, by bytes, of the files that could be text and are not read.
 
     Raises:
-        ValueError: If an argument or a source is unusable, the corpus is too small to split or to
-            fill the vocabulary, or ``out`` holds other data.
+        ValueError: If an argument or a source is unusable, more is left out, the corpus is too
+            small to split or to fill the vocabulary, or ``out`` holds other data.
     """
     if tokenizer is None:
         check_vocab_size(vocab_size)
@@ -126,10 +145,13 @@ def prepare_data(
         raise ValueError(
             f"validation_fraction {validation_fraction} is not between 0 and 1; 0.05 is usual"
         )
+    if not 0 <= max_left_out <= 1:
+        raise ValueError(f"max_left_out {max_left_out} is not between 0 and 1; 0.1 is usual")
     out = Path(out).resolve()
     _check_out(out)
     given = None if tokenizer is None else _load_given(tokenizer, out)
-    files, skipped = find_files(sources, exclude=out)
+    files, skipped = find_files(sources, exclude=out, options=options)
+    check_formats(skipped, files, max_left_out)
     hashes = sorted((file.name, hash_file(file.path)) for file in files)
     inputs = DataInputs(
         vocab_size=int(vocab_size) if given is None else given.vocab_size,
@@ -139,13 +161,23 @@ def prepare_data(
         sources=tuple(hashes),
         tokenizer=None if given is None else given.fingerprint,
         eos_token=None if given is None else given.eos_token,
+        reader=None if all(file.format.is_as_before for file in files) else READER_VERSION,
+        text_key=None if options.text_key == _DEFAULTS.text_key else options.text_key,
+        split_on=options.split_on,
+        skip_bad_rows=options.skip_bad_rows or None,
+        plain_text=options.plain_text or None,
     )
     existing = _find_existing(out, inputs)
     if existing is not None:
         return existing
     with _locked(out):
         # Another process may have finished the same while this one waited.
-        return _find_existing(out, inputs) or _build(out, inputs, files, skipped, given)
+        existing = _find_existing(out, inputs)
+        if existing is not None:
+            return existing
+        _remove_half_written(out)
+        corpus = _scan(files, skipped, options, max_left_out)
+        return _build(out, inputs, corpus, given)
 
 
 def unigram_entropy(counts: Sequence[int] | np.ndarray) -> float:
@@ -164,45 +196,6 @@ def unigram_entropy(counts: Sequence[int] | np.ndarray) -> float:
     return float(max(0.0, -np.sum(shares * np.log(shares))))
 
 
-def select_validation(
-    keys: np.ndarray, sizes: np.ndarray, *, fraction: float, min_bytes: int
-) -> np.ndarray:
-    """Choose the validation documents by their content alone.
-
-    Documents with the lowest hashes go to validation: those below ``fraction`` of the range, and
-    further ones while there are fewer than ``min_bytes`` bytes. Equal documents stay together, and
-    further documents in the corpus do not move one across, unless the minimum binds.
-
-    Args:
-        keys: Hash of every document, uint64, ``[num_documents]``.
-        sizes: Bytes of every document, ``[num_documents]``.
-        fraction: Share of the distinct documents.
-        min_bytes: Fewest bytes of validation text.
-
-    Returns:
-        Whether each document is validation, bool, ``[num_documents]``.
-
-    Raises:
-        ValueError: If no document would be left for training.
-    """
-    distinct, group = np.unique(keys, return_inverse=True)
-    if len(distinct) < 2:
-        raise ValueError(
-            f"sources hold {len(distinct)} distinct documents ({len(keys)} in all), which cannot "
-            "be split into training and validation; add documents, or cut the text into several"
-        )
-    cumulative = np.cumsum(np.bincount(group, weights=sizes))
-    by_share = int(np.sum(distinct.astype(np.float64) < fraction * 2.0**64))
-    by_bytes = int(np.searchsorted(cumulative, min_bytes)) + 1
-    if by_bytes >= len(distinct):
-        raise ValueError(
-            f"sources are too small: {len(distinct)} distinct documents with {int(cumulative[-1])} "
-            f"bytes do not hold {MIN_SPLIT_TOKENS} tokens of validation and leave something to "
-            "train on; add documents, or cut the text into several"
-        )
-    return group < max(by_bytes, min(by_share, len(distinct) - 1))
-
-
 def _load_given(folder: Path, out: Path) -> GivenTokenizer:
     folder = Path(folder).resolve()
     if folder.is_relative_to(out):
@@ -214,19 +207,13 @@ def _load_given(folder: Path, out: Path) -> GivenTokenizer:
 
 
 def _build(
-    out: Path,
-    inputs: DataInputs,
-    files: list[SourceFile],
-    skipped: list[Skipped],
-    given: GivenTokenizer | None,
+    out: Path, inputs: DataInputs, corpus: _Corpus, given: GivenTokenizer | None
 ) -> DataManifest:
-    _remove_half_written(out)
-    corpus = _scan(files, skipped)
     building = out.with_name(f"{_building_prefix(out)}{uuid.uuid4().hex}")
     building.mkdir()
     try:
         manifest = _write(building, inputs, corpus, given)
-        for file in files:
+        for file in corpus.files:
             if not is_unchanged(file):
                 raise ValueError(f"source {file.path} changed while it was read; run again")
         save_manifest(manifest)
@@ -235,48 +222,44 @@ def _build(
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _scan(files: list[SourceFile], skipped: list[Skipped]) -> _Corpus:
-    keys, sizes, left_out = [], [], list(skipped)
-    for entry in read_documents(files):
+def _scan(
+    files: list[SourceFile], skipped: list[Skipped], options: ReadOptions, max_left_out: float
+) -> _Corpus:
+    keys, sizes, left_out = array("Q"), array("q"), LeftOut(skipped)
+    for entry in read_documents(files, options):
         if isinstance(entry, Skipped):
-            left_out.append(entry)
+            left_out.add(entry)
             continue
         content = entry.text.encode("utf-8")
         keys.append(int.from_bytes(hashlib.sha256(content).digest()[:8], "big"))
         sizes.append(len(content))
-    _report_skipped(left_out)
-    return _Corpus(files, left_out, np.array(keys, np.uint64), np.array(sizes, np.int64))
+    left_out.check(files, max_left_out)
+    left_out.report()
+    return _Corpus(files, left_out, options, np.array(keys, np.uint64), np.array(sizes, np.int64))
 
 
-def _report_skipped(skipped: Sequence[Skipped]) -> None:
-    reasons = Counter(entry.reason.partition(":")[0] for entry in skipped)
-    for reason, count in reasons.most_common():
-        first = next(entry.name for entry in skipped if entry.reason.startswith(reason))
-        logger.warning("left out %d: %s (first: %s)", count, reason, first)
+@dataclass(frozen=True)
+class _Written:
+    """The encoded splits of a corpus, and whether validation was enlarged to what is wanted."""
+
+    tokenizer: Tokenizer
+    train: SplitSummary
+    validation: SplitSummary
+    is_enlarged: bool
 
 
 def _write(
     folder: Path, inputs: DataInputs, corpus: _Corpus, given: GivenTokenizer | None
 ) -> DataManifest:
-    """Write tokenizer and splits; validation grows until it holds enough tokens."""
-    min_bytes = MIN_SPLIT_TOKENS  # a token covers a byte or more
-    while True:
-        is_validation = select_validation(
-            corpus.keys, corpus.sizes, fraction=inputs.validation_fraction, min_bytes=min_bytes
-        )
-        tokenizer = given.tokenizer if given else _train(corpus, is_validation, inputs.vocab_size)
-        train, validation = _encode(folder, inputs, tokenizer, corpus, is_validation)
-        if validation.tokens >= MIN_SPLIT_TOKENS:
-            break
-        logger.info("%d validation tokens are too few; holding out more", validation.tokens)
-        min_bytes = 2 * validation.bytes
-    if train.tokens < MIN_SPLIT_TOKENS:
+    """Write tokenizer and splits."""
+    written = _write_splits(folder, inputs, corpus, given)
+    if written.train.tokens < MIN_SPLIT_TOKENS:
         raise ValueError(
-            f"sources leave {train.tokens} tokens for training, fewer than {MIN_SPLIT_TOKENS}; add "
-            "documents, or cut the text into several"
+            f"sources leave {written.train.tokens} tokens for training, fewer than "
+            f"{MIN_SPLIT_TOKENS}; add documents, or cut the text into several"
         )
     if given is None:
-        save_tokenizer(tokenizer, folder / "tokenizer")
+        save_tokenizer(written.tokenizer, folder / "tokenizer")
     else:
         copy_tokenizer(given, folder / "tokenizer")
     tokenizer_files = sorted(path.name for path in (folder / "tokenizer").iterdir())
@@ -285,14 +268,50 @@ def _write(
         sync_file(folder / name)
     return DataManifest(
         path=folder,
-        inputs=inputs,
-        eod_id=get_eod_id(tokenizer, inputs.eos_token or END_OF_TEXT),
+        inputs=_enlarged(inputs) if written.is_enlarged else inputs,
+        eod_id=get_eod_id(written.tokenizer, inputs.eos_token or END_OF_TEXT),
         tokenizer_fingerprint=hash_file(folder / "tokenizer" / "tokenizer.json"),
-        train=train,
-        validation=validation,
-        skipped=tuple(corpus.skipped),
+        train=written.train,
+        validation=written.validation,
+        skipped=corpus.left_out.entries(),
         files={name: (folder / name).stat().st_size for name in names},
     )
+
+
+def _write_splits(
+    folder: Path, inputs: DataInputs, corpus: _Corpus, given: GivenTokenizer | None
+) -> _Written:
+    """Encode; validation grows until it holds enough tokens, or no more may be held out."""
+    min_bytes, wanted_bytes = MIN_SPLIT_TOKENS, 0  # a token covers a byte or more
+    written: _Written | None = None
+    before = np.empty(0, bool)
+    while True:
+        is_validation = select_validation(
+            corpus.keys,
+            corpus.sizes,
+            fraction=inputs.validation_fraction,
+            min_bytes=min_bytes,
+            wanted_bytes=wanted_bytes,
+        )
+        if written is not None and np.array_equal(is_validation, before):
+            return written
+        before = is_validation
+        tokenizer = given.tokenizer if given else _train(corpus, is_validation, inputs.vocab_size)
+        train, validation = _encode(folder, inputs, tokenizer, corpus, is_validation)
+        written = _Written(tokenizer, train, validation, is_enlarged=wanted_bytes > 0)
+        if validation.tokens >= WANTED_VALIDATION_TOKENS:
+            return written
+        if validation.tokens < MIN_SPLIT_TOKENS:
+            min_bytes = 2 * validation.bytes
+        else:
+            wanted = validation.bytes / validation.tokens * WANTED_VALIDATION_TOKENS
+            wanted_bytes = max(math.ceil(1.02 * wanted), wanted_bytes)
+        logger.info("%d validation tokens are few; holding out more", validation.tokens)
+
+
+def _enlarged(inputs: DataInputs) -> DataInputs:
+    """The inputs of a folder whose validation split was enlarged; of others they stay as before."""
+    return replace(inputs, validation_tokens=WANTED_VALIDATION_TOKENS)
 
 
 def _train(corpus: _Corpus, is_validation: np.ndarray, vocab_size: int) -> Tokenizer:
@@ -412,7 +431,7 @@ def _find_existing(out: Path, inputs: DataInputs) -> DataManifest | None:
         raise
     except (FileNotFoundError, ValueError):
         return None
-    if manifest.fingerprint != inputs.fingerprint:
+    if manifest.fingerprint not in (inputs.fingerprint, _enlarged(inputs).fingerprint):
         differences = "; ".join(manifest.inputs.differences(inputs))
         raise ValueError(
             f"out {out} holds data made from other inputs: {differences}; pass another --out, or "

@@ -2,16 +2,20 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from trinity_megatron.data.corpus import Skipped, hash_file
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+# Part of the content address where files are read otherwise than by their suffix, as releases up
+# to 0.1 did: count it up with any change to what is read how.
+READER_VERSION = "content-1"
 
 
 class UnsupportedFormatError(ValueError):
@@ -30,6 +34,12 @@ class DataInputs:
         sources: Name and SHA-256 of every source file, sorted.
         tokenizer: SHA-256 of the ``tokenizer.json`` that was given; None if one was trained.
         eos_token: The token by which the given tokenizer ends a document; None if one was trained.
+        reader: ``READER_VERSION`` if a file's content was read otherwise than its suffix says.
+        text_key: Field of the text, if it is not ``text``.
+        split_on: What separates the documents of a text file, if anything does.
+        skip_bad_rows: How many bad rows may be left out, if any.
+        plain_text: True if JSON and CSV files are read as text.
+        validation_tokens: The number for which the validation split was enlarged, if it was.
     """
 
     vocab_size: int
@@ -39,6 +49,12 @@ class DataInputs:
     sources: tuple[tuple[str, str], ...]
     tokenizer: str | None = None
     eos_token: str | None = None
+    reader: str | None = None
+    text_key: str | None = None
+    split_on: str | None = None
+    skip_bad_rows: int | None = None
+    plain_text: bool | None = None
+    validation_tokens: int | None = None
 
     @property
     def values(self) -> dict[str, Any]:
@@ -56,7 +72,7 @@ class DataInputs:
         mine, theirs = asdict(self), asdict(other)
         in_words = ("sources", "tokenizer", "eos_token")
         lines = [
-            f"{name} {mine[name]} -> {theirs[name]}"
+            f"{name} {_in_words(mine[name])} -> {_in_words(theirs[name])}"
             for name in mine
             if name not in in_words and mine[name] != theirs[name]
         ]
@@ -81,6 +97,11 @@ class DataInputs:
         if not lines and self.sources != other.sources:
             lines.append("how often a source file is given")
         return lines
+
+
+def _in_words(value: Any) -> str:
+    """A value in one line, white space included; None is what earlier releases knew."""
+    return "default" if value is None else str(value).encode("unicode_escape").decode("ascii")
 
 
 @dataclass(frozen=True)
@@ -165,6 +186,8 @@ def load_manifest(path: Path) -> DataManifest:
         raise FileNotFoundError(f"data folder {path} does not exist; {remedy}")
     try:
         values = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it is {type(values).__name__}, not an object")
         _check_version(path, values["format_version"])
         manifest = _from_json(path, values)
     except FileNotFoundError as error:
@@ -173,11 +196,17 @@ def load_manifest(path: Path) -> DataManifest:
         ) from error
     except UnsupportedFormatError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except OSError as error:
+        raise ValueError(
+            f"data folder {path}: {MANIFEST_NAME} cannot be read ({error.strerror or error}); make "
+            f"it readable, or {remedy} again"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"data folder {path}: {MANIFEST_NAME} is corrupt "
             f"({type(error).__name__}: {error}); {remedy} again"
         ) from error
+    _check_names(manifest)
     damage = _find_damage(manifest)
     if damage is not None:
         raise ValueError(f"data folder {path} is damaged: {damage}; {remedy} again")
@@ -191,6 +220,7 @@ def save_manifest(manifest: DataManifest) -> None:
         "fingerprint": manifest.fingerprint,
         **{name: value for name, value in asdict(manifest).items() if name != "path"},
         "inputs": manifest.inputs.values,
+        "skipped": [{"name": entry.name, "reason": entry.reason} for entry in manifest.skipped],
     }
     temporary = manifest.path / f".{MANIFEST_NAME}.tmp"
     temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -205,9 +235,9 @@ def sync_file(path: Path) -> None:
 
 
 def _check_version(path: Path, version: Any) -> None:
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UnsupportedFormatError(
-            f"data folder {path}: format_version is {version}, this release reads "
+            f"data folder {path}: format_version is {version!r}, this release reads "
             f"{FORMAT_VERSION}; remove {path}, or pass another --out, and run "
             "`trinity-megatron prepare-data --out ...`"
         )
@@ -215,20 +245,66 @@ def _check_version(path: Path, version: Any) -> None:
 
 def _from_json(path: Path, values: dict[str, Any]) -> DataManifest:
     given = values["inputs"]
-    sources = tuple((str(name), str(digest)) for name, digest in given["sources"])
+    sources = tuple((_text(name), _text(digest)) for name, digest in given["sources"])
+    files = {name: _count(size, f"files: {name}") for name, size in values["files"].items()}
     manifest = DataManifest(
         path=path,
-        inputs=DataInputs(**{**given, "sources": sources}),
-        eod_id=values["eod_id"],
-        tokenizer_fingerprint=values["tokenizer_fingerprint"],
-        train=SplitSummary(**values["train"]),
-        validation=SplitSummary(**values["validation"]),
-        skipped=tuple(Skipped(**entry) for entry in values["skipped"]),
-        files=dict(values["files"].items()),
+        inputs=_typed(DataInputs(**{**given, "sources": sources})),
+        eod_id=_count(values["eod_id"], "eod_id"),
+        tokenizer_fingerprint=_text(values["tokenizer_fingerprint"]),
+        train=_typed(SplitSummary(**values["train"])),
+        validation=_typed(SplitSummary(**values["validation"])),
+        skipped=tuple(
+            Skipped(_text(entry["name"]), _text(entry["reason"])) for entry in values["skipped"]
+        ),
+        files=files,
     )
     if manifest.fingerprint != values["fingerprint"]:
         raise ValueError("its fingerprint does not match its inputs")
     return manifest
+
+
+def _typed[T: (DataInputs, SplitSummary)](values: T) -> T:
+    """Check that every number and text of a dataclass is of its type."""
+    for name, hint in get_type_hints(type(values)).items():
+        value = getattr(values, name)
+        kinds = tuple(get_args(hint)) or (hint,)
+        if value is None and type(None) in kinds:
+            continue
+        if int in kinds:
+            _count(value, name)
+        elif float in kinds and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise ValueError(f"{name} is {value!r}, not a finite number")
+        elif str in kinds and get_origin(hint) is not tuple:
+            _text(value)
+        elif bool in kinds and type(value) is not bool:
+            raise ValueError(f"{name} is {value!r}, not true or false")
+    return values
+
+
+def _count(value: Any, name: str) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} is {value!r}, not a number of 0 or more")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} where a text should be")
+    return value
+
+
+def _check_names(manifest: DataManifest) -> None:
+    """Refuse a manifest whose files lie outside of its folder."""
+    root = manifest.path.resolve()
+    for name in ["tokenizer/tokenizer.json", *manifest.files]:
+        is_inside = not os.path.isabs(name) and ".." not in Path(name).parts and "\0" not in name
+        if not is_inside or not (root / name).resolve().is_relative_to(root):
+            raise ValueError(
+                f"data folder {manifest.path}: {name!r} of {MANIFEST_NAME} leads out of the "
+                "folder; do not use data from a source that you do not trust, or replace links by "
+                "the files themselves"
+            )
 
 
 # First bytes of an index file.  Source: megatron.core.datasets.indexed_dataset, _INDEX_HEADER.

@@ -261,8 +261,8 @@ def _read(folder: Path, name: str) -> bytes:
         return (folder / name).read_bytes()
     except OSError as error:
         raise ValueError(
-            f"tokenizer {folder}: {name} cannot be read ({error.strerror}); pass --tokenizer with "
-            f"a folder that holds {_TOKENIZER} and {_CONFIG}"
+            f"tokenizer {folder}: {name} cannot be read ({error.strerror or error}); pass "
+            f"--tokenizer with a folder that holds {_TOKENIZER} and {_CONFIG}"
         ) from error
 
 

@@ -347,7 +347,7 @@ def check_folder(folder: Path) -> None:
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise WandbUnavailableError(
-            f"Its folder {folder} cannot be written ({error.strerror}). "
+            f"Its folder {folder} cannot be written ({error.strerror or error}). "
             "Remedy: another --wandb-save-dir."
         ) from None
 

@@ -416,7 +416,7 @@ class _Journal:
         except OSError as error:
             folder = self._path.parent
             raise WandbUnavailableError(
-                f"Its folder {folder} cannot be written any more ({error.strerror})."
+                f"Its folder {folder} cannot be written any more ({error.strerror or error})."
             ) from None
 
     def _write(self, lines: list[str]) -> None:

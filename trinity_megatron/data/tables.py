@@ -1,0 +1,146 @@
+"""Rows of parquet, Arrow and Feather files: their text, found by the name of a column."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trinity_megatron.data.rows import Row, RowError, check_text, shorten
+from trinity_megatron.data.streams import DamagedFileError
+
+ARROW_FILE_MAGIC = b"ARROW1\0\0"
+ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
+PARQUET_MAGIC = b"PAR1"
+_END_OF_STREAM = ARROW_STREAM_MAGIC + bytes(4)
+_BATCH_ROWS = 1024
+
+
+class MissingColumnError(ValueError):
+    """A table without the column that should hold the text."""
+
+
+def read_parquet(path: Path, key: str) -> Iterator[Row]:
+    """The rows of a parquet file, a few pages of one column in memory at a time.
+
+    Raises:
+        MissingColumnError: If there is no such column.
+        DamagedFileError: If the file cannot be read.
+    """
+    import pyarrow.parquet  # here, for it takes longer than all the rest
+
+    with _named_damage("parquet"):
+        # The defaults keep whole row groups in memory, and do not look at checksums.
+        table = pyarrow.parquet.ParquetFile(
+            path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True
+        )
+        with table:
+            column = _find_column(table.schema_arrow, key)
+            name = ".".join(column)
+            batches = table.iter_batches(batch_size=_BATCH_ROWS, columns=[name])
+            yield from _read_batches(batches, column, key)
+
+
+def read_arrow_file(path: Path, key: str) -> Iterator[Row]:
+    """The rows of an Arrow file (Feather version 2).
+
+    Raises:
+        MissingColumnError: If there is no such column.
+        DamagedFileError: If the file cannot be read.
+    """
+    import pyarrow.ipc
+
+    with _named_damage("Arrow"), pyarrow.memory_map(str(path)) as source:
+        reader = pyarrow.ipc.open_file(source)
+        column = _find_column(reader.schema, key)
+        batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        yield from _read_batches(batches, column, key)
+
+
+def read_arrow_stream(path: Path, key: str) -> Iterator[Row]:
+    """The rows of an Arrow stream, as `datasets` writes it.
+
+    Raises:
+        MissingColumnError: If there is no such column.
+        DamagedFileError: If the file cannot be read, or its end is missing.
+    """
+    import pyarrow.ipc
+
+    with path.open("rb") as stream:
+        stream.seek(-min(len(_END_OF_STREAM), path.stat().st_size), 2)
+        if stream.read() != _END_OF_STREAM:
+            raise DamagedFileError("an Arrow stream without its end: it is cut off")
+    with _named_damage("Arrow"), pyarrow.memory_map(str(path)) as source:
+        reader = pyarrow.ipc.open_stream(source)
+        yield from _read_batches(reader, _find_column(reader.schema, key), key)
+
+
+@contextlib.contextmanager
+def _named_damage(kind: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error) or type(error).__name__
+        raise DamagedFileError(f"not a {kind} file that can be read: {reason}") from error
+
+
+def _find_column(schema: Any, key: str) -> list[str]:
+    """The names that lead to a column: that of a field, or of fields inside of structs."""
+    path = _find_path(list(schema), key)
+    if path is None:
+        names = shorten(list(_list_columns(list(schema), "")))
+        raise MissingColumnError(
+            f"has no column {key!r}, only {names or 'none at all'}; name the one that holds the "
+            "text with --text-key"
+        )
+    return path
+
+
+def _find_path(fields: list[Any], key: str) -> list[str] | None:
+    for field in fields:
+        if field.name == key:
+            return [key]
+    for field in fields:
+        if key.startswith(f"{field.name}.") and _is_struct(field):
+            inner = _find_path(list(field.type), key[len(field.name) + 1 :])
+            if inner is not None:
+                return [field.name, *inner]
+    return None
+
+
+def _list_columns(fields: list[Any], prefix: str) -> Iterator[str]:
+    for field in fields:
+        if _is_struct(field) and field.type.num_fields:
+            yield from _list_columns(list(field.type), f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def _is_struct(field: Any) -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_struct(field.type)
+
+
+def _read_batches(batches: Any, path: list[str], key: str) -> Iterator[Row]:
+    from pyarrow import compute
+
+    number = 0
+    for batch in batches:
+        column = batch.column(path[0])
+        for name in path[1:]:
+            column = compute.struct_field(column, name)
+        for value in column:
+            number += 1
+            yield f"row {number}", number, _get_text(value, key)
+
+
+def _get_text(value: Any, key: str) -> str | RowError:
+    try:
+        text = value.as_py()
+        if isinstance(text, bytes):  # a column of strings by a writer that did not say so
+            text = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return RowError(f"{key!r} is not UTF-8 text: {error.reason} at byte {error.start}")
+    return check_text(text, key)
