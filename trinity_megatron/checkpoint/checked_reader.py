@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import _weights_only_unpickler, serialization
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
@@ -252,6 +254,26 @@ def reading_ahead(
                 self.read_ahead = None
 
     return read
+
+
+def load_in_place(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.load`` that makes tensors of what was read ahead where it lies, without a copy.
+
+    Args:
+        load: For everything else.
+    """
+
+    def load_tensor(f: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(f, Window):
+            return load(f, *args, **kwargs)
+        storage = torch.frombuffer(f.data, dtype=torch.uint8).untyped_storage()
+        with serialization._open_zipfile_reader(f) as archive:  # type: ignore[arg-type]
+            # As torch.load does with weights_only and mmap, which takes the name of a file only.
+            return serialization._load(
+                archive, "cpu", _weights_only_unpickler, overall_storage=storage, encoding="utf-8"
+            )
+
+    return load_tensor
 
 
 def slicing_checked(slice_file: Callable[..., Any]) -> Callable[..., Any]:

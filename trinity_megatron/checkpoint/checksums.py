@@ -7,6 +7,7 @@ itself ends in its own checksum, behind the pickle, where other readers do not l
 """
 
 import io
+import os
 import re
 import struct
 import zipfile
@@ -64,37 +65,67 @@ def _shift(num_bytes: int) -> int:
     return power
 
 
-class Window(io.RawIOBase):
-    """A part of a file, or of memory, as a file."""
+class _Part(io.RawIOBase):
+    """A part of something, as a file of its own."""
 
-    def __init__(self, data: memoryview) -> None:
-        self._data, self._at = data, 0
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes, self._at = num_bytes, 0
 
     def readable(self) -> bool:
-        """Always."""
         return True
 
     def seekable(self) -> bool:
-        """Always."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Go to a place."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._num_bytes}[whence]
         self._at = max(base + offset, 0)
         return self._at
 
     def tell(self) -> int:
-        """The place."""
         return self._at
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fill a buffer as far as the data go."""
         target = memoryview(buffer).cast("B")
-        piece = self._data[self._at : self._at + len(target)]
-        target[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
+        count = self._copy(target[: max(self._num_bytes - self._at, 0)], self._at)
+        self._at += count
+        return count
+
+    def _copy(self, target: memoryview, at: int) -> int:
+        raise NotImplementedError
+
+
+class Window(_Part):
+    """Memory as a file.
+
+    Attributes:
+        data: The memory.
+    """
+
+    def __init__(self, data: memoryview) -> None:
+        super().__init__(len(data))
+        self.data = data
+
+    def _copy(self, target: memoryview, at: int) -> int:
+        target[:] = self.data[at : at + len(target)]
+        return len(target)
+
+
+class FilePart(_Part):
+    """Some bytes of a file as a file.
+
+    Args:
+        file: Descriptor of the whole.
+        offset: The first byte.
+        num_bytes: How many.
+    """
+
+    def __init__(self, file: int, offset: int, num_bytes: int) -> None:
+        super().__init__(num_bytes)
+        self._file, self._offset = file, offset
+
+    def _copy(self, target: memoryview, at: int) -> int:
+        return os.preadv(self._file, [target], self._offset + at)
 
 
 def derive_checksum(item: BinaryIO | io.RawIOBase, num_bytes: int) -> int | None:
@@ -185,15 +216,13 @@ def add_checksums(folder: Path, infos: Iterable[_StorageInfo]) -> None:
         folder: Of the checkpoint.
         infos: Their places.
     """
-    from torch.distributed.checkpoint.utils import _create_file_view
-
     by_file: dict[str, list[_StorageInfo]] = {}
     for info in infos:
         by_file.setdefault(info.relative_path, []).append(info)
     for name, places in by_file.items():
         with (folder / name).open("rb") as file:
             for info in places:
-                item: Any = _create_file_view(file, info.offset, info.length)
+                item = FilePart(file.fileno(), info.offset, info.length)
                 set_checksum(info, derive_checksum(item, info.length))
 
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from trinity_megatron.checkpoint.checked_reader import (
     Checks,
     MetadataPickle,
+    load_in_place,
     reading_ahead,
     slicing_checked,
 )
@@ -52,9 +53,12 @@ def guarded_loads(
     def raise_together(load: Callable[..., Any]) -> Callable[..., Any]:
         return raising_together(load, advise)
 
-    reads = (
+    def load(before: Callable[..., Any]) -> Callable[..., Any]:
+        return safe_torch_load(load_in_place(before), verify_checksums=verify_checksums)
+
+    places = (
         (filesystem, "pickle", lambda before: MetadataPickle(checks)),
-        (torch, "load", lambda load: safe_torch_load(load, verify_checksums=verify_checksums)),
+        (torch, "load", load),
         (FileSystemReader, "read_data", lambda read: reading_ahead(read, lambda _: checks)),
         (FileSystemReader, "_slice_file", slicing_checked),
         (FileSystemWriterAsync, "retrieve_write_results", adding_checksums),
@@ -65,7 +69,7 @@ def guarded_loads(
         (serialization, "load_common_state_dict", raise_together),
     )
     with contextlib.ExitStack() as stack:
-        for owner, name, make in reads:
+        for owner, name, make in places:
             stack.enter_context(replaced(owner, name, make))
         try:
             yield

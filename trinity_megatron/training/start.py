@@ -6,8 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
-from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME, STAMP_NAME, read_stamp
 from trinity_megatron.checkpoint.checked_reader import Checks
+from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME, STAMP_NAME, read_stamp
 from trinity_megatron.checkpoint.hf_config import plain
 from trinity_megatron.checkpoint.torch_dist import (
     RELEASE,
