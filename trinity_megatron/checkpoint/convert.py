@@ -586,7 +586,10 @@ def _group[T](items: Iterable[T], num_bytes: Callable[[T], int]) -> list[list[T]
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """CRC-32 would take three quarters of the time of writing."""
+    """Leave out torch's CRC-32 of each record: zlib's of the whole is two and a half times as fast.
+
+    `TorchDistWriter` has that one.
+    """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

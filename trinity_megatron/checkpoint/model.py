@@ -26,7 +26,7 @@ from trinity_megatron.checkpoint.hf_config import (
 )
 from trinity_megatron.checkpoint.hf_weights import HFWeights
 from trinity_megatron.checkpoint.param_mapping import resolve, resolve_momentum
-from trinity_megatron.checkpoint.torch_dist import Part, TorchDistReader
+from trinity_megatron.checkpoint.torch_dist import Part, TorchDistReader, advise_other
 from trinity_megatron.config import TrinityConfig
 from trinity_megatron.host import enter_host
 
@@ -126,10 +126,13 @@ def load_megatron_model(
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint.api import CheckpointException
 
+    from trinity_megatron.checkpoint.guarded_load import guarded_loads
+
     wanted = model.sharded_state_dict()
     names = list(wanted)
     try:
-        state = dist_checkpointing.load(wanted, str(reader.folder))
+        with guarded_loads(advise=advise_other):
+            state = dist_checkpointing.load(wanted, str(reader.folder))
     except CheckpointException as error:
         reason = str(error).splitlines()[-1]
         raise ValueError(f"{reader.folder} does not fit its arguments: {reason}") from error

@@ -7,7 +7,6 @@ conversion has finished is taken up again; after an error nothing is left.
 import fcntl
 import json
 import os
-import pickle
 import shutil
 import signal
 import threading
@@ -124,7 +123,7 @@ class Staging:
 
         Args:
             work: Does a part; gets its index and a function to call with the number of bytes done.
-                When it returns, everything is on the disk.
+                When it returns, everything is on the disk.  What it returns is kept as JSON.
             sizes: Bytes of each part.
             description: Words in front of the bar.
 
@@ -188,8 +187,8 @@ class Staging:
 
 def _write_marker(marker: Path, result: Any) -> None:
     half = marker.with_suffix(".tmp")
-    with half.open("wb") as file:
-        pickle.dump([result], file)
+    with half.open("w") as file:
+        json.dump([result], file)
         file.flush()
         os.fsync(file.fileno())
     half.replace(marker)
@@ -200,9 +199,10 @@ def _read_marker(marker: Path) -> list[Any] | None:
     if not marker.is_file():
         return None
     try:
-        return pickle.loads(marker.read_bytes())
-    except (pickle.UnpicklingError, EOFError):
+        content = json.loads(marker.read_bytes())
+    except ValueError:  # an earlier release wrote it, or it is cut off
         return None
+    return content if isinstance(content, list) and len(content) == 1 else None
 
 
 @contextmanager

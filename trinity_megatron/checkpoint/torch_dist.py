@@ -7,7 +7,10 @@ written again alone if the conversion is interrupted.
 
 import argparse
 import io
+import json
 import os
+import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,16 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.api import CheckpointException
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from torch.distributed.checkpoint import FileSystemWriter, filesystem
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
     create_default_global_save_plan,
 )
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import (
+    FileSystem,
+    _StorageInfo,
+    _StorageWriterTransforms,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -44,12 +50,23 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from trinity_megatron.checkpoint.checked_reader import (
+    CheckedReader,
+    Checks,
+    MetadataPickle,
+    ReadAhead,
+    check_stays_inside,
+)
+from trinity_megatron.checkpoint.checksums import get_checksum, set_checksum
 from trinity_megatron.checkpoint.page_cache import WriteBehind, forget
+from trinity_megatron.checkpoint.safe_pickle import BadCheckpoint, safe_torch_load
 from trinity_megatron.checkpoint.transforms import Shape
+from trinity_megatron.replaced import replaced
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 # Megatron's word for weights without optimizer and iteration.
 RELEASE = "release"
+_PATIENCE_SECONDS = 60
 _COMMON_STATE = "common_state/shard_0_1"
 
 
@@ -118,6 +135,38 @@ def find_checkpoint(folder: Path) -> Path:
     return found
 
 
+def find_whole(folder: Path, *, other_than: Path) -> int | None:
+    """The newest iteration whose checkpoint is complete and has its checksums.
+
+    Not all are compared where that takes more than a minute.
+
+    Args:
+        folder: What ``--save`` was.
+        other_than: Folder of an iteration that is left out.
+    """
+    end = time.monotonic() + _PATIENCE_SECONDS
+    for path in sorted(folder.glob("iter_*"), reverse=True):
+        if path.name[5:].isdigit() and path.resolve() != other_than.resolve():
+            try:
+                TorchDistReader(path, Checks(quiet=True)).check_all(lambda: time.monotonic() > end)
+            except (ValueError, OSError):
+                continue
+            return int(path.name[5:])
+    return None
+
+
+def advise_other(folder: Path) -> str:
+    """Words that name a whole checkpoint beside a damaged one; empty if there is none.
+
+    Args:
+        folder: Of the damaged iteration.
+    """
+    step = find_whole(folder.parent, other_than=folder)
+    return (
+        "" if step is None else f" Or take the whole one, {folder.parent / iteration_name(step)}."
+    )
+
+
 class TorchDistReader:
     """The model tensors of a checkpoint.
 
@@ -125,33 +174,65 @@ class TorchDistReader:
         folder: Folder of one iteration.
         common: What is not a tensor: the arguments of the run, the iteration.
 
+    Args:
+        folder: What ``--save`` was, or the folder of one iteration.
+        checks: Whether checksums are compared.
+
     Raises:
-        ValueError: The checkpoint is damaged, or a file of it is missing or truncated.
+        ValueError: The checkpoint is damaged, or a file of it is missing or truncated, or it names
+            what no checkpoint holds.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, checks: Checks | None = None) -> None:
         self.folder = find_checkpoint(folder)
-        self._reader = FileSystemReader(self.folder)
+        self._checks = checks or Checks()
+        self._reader = CheckedReader(self.folder, self._checks)
         self._reader.fs = _StreamingFileSystem()
-        try:
-            self._metadata: Metadata = self._reader.read_metadata()
-        except Exception as error:  # a damaged pickle raises almost anything
-            raise ValueError(
-                f"{self.folder}/.metadata is damaged ({error}). Remedy: copy it again."
-            ) from error
+        self._metadata: Metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._check_files()
+        _check_format(self.folder)
         self.common: dict[str, Any] = self._read_common_state()
 
     def _read_common_state(self) -> dict[str, Any]:
-        try:
-            return dist_checkpointing.load_common_state_dict(str(self.folder))
-        except (Exception, CheckpointException) as error:  # the latter is a BaseException
-            reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
+        load = safe_torch_load(torch.load, verify_checksums=self._checks.verify_checksums)
+        legacy = self.folder / COMMON_STATE_FNAME
+        if legacy.exists():
+            check_stays_inside(self.folder, COMMON_STATE_FNAME)
+            return load(legacy, map_location="cpu")
+        info = self._metadata.storage_data.get(MetadataIndex(_COMMON_STATE))
+        if info is None:
             raise ValueError(
-                f"{self.folder} is damaged, or no torch_dist checkpoint of Megatron ({reason}). "
-                "Remedy: copy it again, or save it with --ckpt-format torch_dist."
-            ) from error
+                f"{self.folder} is no torch_dist checkpoint of Megatron: it holds no common state. "
+                "Remedy: save it with --ckpt-format torch_dist."
+            )
+        with ReadAhead(self.folder, [info], self._checks) as ahead:
+            item = ahead.take(info)
+            try:
+                return load(item)[0]
+            except BadCheckpoint as error:
+                raise BadCheckpoint(f"{self.folder / info.relative_path}: {error}") from error
+            except Exception as error:  # damaged bytes raise almost anything
+                raise BadCheckpoint(
+                    f"{self.folder / info.relative_path} is damaged: the common state cannot be "
+                    f"read ({error}). Remedy: copy it again."
+                ) from error
+
+    def check_all(self, is_late: Callable[[], bool] = lambda: False) -> None:
+        """Compare all checksums.
+
+        Args:
+            is_late: Says when to stop.
+
+        Raises:
+            BadCheckpoint: Names the first file that is damaged.
+        """
+        infos = list(self._metadata.storage_data.values())
+        with ReadAhead(self.folder, infos, self._checks) as ahead:
+            for info in infos:
+                if is_late():
+                    return
+                ahead.take(info)
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
@@ -160,6 +241,7 @@ class TorchDistReader:
                 ends.get(info.relative_path, 0), info.offset + info.length
             )
         for name, end in ends.items():
+            check_stays_inside(self.folder, name)
             path = self.folder / name
             if not path.is_file():
                 raise ValueError(f"{path} is missing. Remedy: copy the whole checkpoint.")
@@ -236,13 +318,33 @@ class TorchDistReader:
             except OSError:
                 raise
             except Exception as error:  # damaged bytes raise almost anything
-                raise ValueError(
+                raise BadCheckpoint(
                     f"{self.folder}: the shard of {part.key} at {part.start} is damaged ({error})."
+                    f"{advise_other(self.folder)}"
                 ) from error
             info = self._metadata.storage_data[place]
             with (self.folder / info.relative_path).open("rb") as file:
                 forget(file.fileno(), info.offset, info.length)
         return whole
+
+
+def _check_format(folder: Path) -> None:
+    """Check Megatron's own file, which names the format."""
+    path = folder / CONFIG_FNAME
+    try:
+        content = json.loads(path.read_text())
+        known = {"sharded_backend", "sharded_backend_version"}
+        known |= {"common_backend", "common_backend_version"}  # of earlier versions
+        is_whole = content["sharded_backend"] == "torch_dist" and content.keys() <= known
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing. Remedy: copy the whole checkpoint.") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise BadCheckpoint(
+            f"{path} is damaged, or names another format than torch_dist. Remedy: copy it again, "
+            "or save with --ckpt-format torch_dist."
+        )
 
 
 class _ReadInto(DefaultLoadPlanner):
@@ -260,6 +362,8 @@ class _ReadInto(DefaultLoadPlanner):
 
 
 Read = Callable[[Part], torch.Tensor]
+# Where an item was written, as JSON.
+Stored = list[Any]
 
 
 class TorchDistWriter:
@@ -300,7 +404,15 @@ class TorchDistWriter:
         writer.fs = _StreamingFileSystem()
         return writer
 
-    def write(self, file: int, read: Read) -> list[WriteResult]:
+    def _write(self, plan: SavePlan, planner: "_Resolve") -> list[WriteResult]:
+        writer = self._writer()
+        writer.transforms = checksums = _SumWhileWriting()
+        results = writer.write_data(plan, planner).value()
+        for result in results:
+            set_checksum(result.storage_data, checksums.found[result.index])
+        return results
+
+    def write(self, file: int, read: Read) -> list[Stored]:
         """Write one file and wait until it is on the disk.
 
         Args:
@@ -308,11 +420,11 @@ class TorchDistWriter:
             read: Gives the numbers of a part; called once for each.
 
         Returns:
-            What :meth:`finish` wants of every file.
+            What :meth:`finish` wants of every file; can be written as JSON.
         """
-        return self._writer().write_data(self._plans[file], _Resolve(read)).value()
+        return [_to_json(result) for result in self._write(self._plans[file], _Resolve(read))]
 
-    def finish(self, results: Sequence[list[WriteResult]]) -> None:
+    def finish(self, results: Sequence[list[Stored]]) -> None:
         """Write what is not a tensor and, last, the metadata."""
 
         def serialise(item: WriteItem) -> io.BytesIO:
@@ -320,10 +432,59 @@ class TorchDistWriter:
             torch.save([self._objects[item.index.fqn]], stream)
             return stream
 
-        writer = self._writer()
-        objects = writer.write_data(self._plans[-1], _Resolve(objects=serialise)).value()
+        objects = self._write(self._plans[-1], _Resolve(objects=serialise))
         save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
-        writer.finish(self._metadata, [*results, objects])
+        tensors = [[_from_json(stored) for stored in file] for file in results]
+        with replaced(filesystem, "pickle", lambda before: MetadataPickle(Checks())):
+            self._writer().finish(self._metadata, [*tensors, objects])
+
+
+def _to_json(result: WriteResult) -> Stored:
+    index, info = result.index, result.storage_data
+    place = [info.relative_path, info.offset, info.length, get_checksum(info)]
+    return [index.fqn, list(index.offset or ()), index.index, result.size_in_bytes, *place]
+
+
+def _from_json(stored: Stored) -> WriteResult:
+    name, offset, number, size, file, start, length, checksum = stored
+    info = _StorageInfo(file, start, length)
+    set_checksum(info, checksum)
+    return WriteResult(MetadataIndex(name, torch.Size(offset), number), size, info)
+
+
+class _SumWhileWriting(_StorageWriterTransforms):
+    """Adds up the CRC-32 of each item as it is written.
+
+    Attributes:
+        found: The checksums, by item.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[MetadataIndex, int] = {}
+
+    def transform_save_stream(self, write_item: WriteItem, raw_stream: Any) -> tuple[Any, list]:
+        """A stream in front of torch's."""
+        stream, descriptors = super().transform_save_stream(write_item, raw_stream)
+        self.found[write_item.index] = 0
+        return _SummedStream(stream, self.found, write_item.index), descriptors
+
+
+class _SummedStream(io.RawIOBase):
+    def __init__(self, stream: Any, found: dict[MetadataIndex, int], index: MetadataIndex) -> None:
+        self._stream, self._found, self._index = stream, found, index
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        self._found[self._index] = zlib.crc32(data, self._found[self._index])
+        return self._stream.write(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
 
 
 class _StreamingFileSystem(FileSystem):

@@ -149,6 +149,12 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         default=0.0,
         help="Coefficient of the mean squared logsumexp of the LM head's logits; 0: off.",
     )
+    group.add_argument(
+        "--no-verify-checksums",
+        action="store_false",
+        dest="verify_checksums",
+        help="Load a checkpoint without comparing the checksums that it was saved with.",
+    )
     given, _ = _first_parser().parse_known_args()
     defaults = default_arguments(get_preset(given.preset), given.data, given.out)
     if given.optimizer not in (None, "muon"):  # one optimizer, one rate: that of AdamW

@@ -101,6 +101,11 @@ def refuse_flags(args: argparse.Namespace) -> None:
             if getattr(args, name):
                 raise ValueError(f"{flag_of(name)} {why}. Remedy: {remedy}.")
     _refuse_patterns(args)
+    if args.non_persistent_ckpt_type == "local":
+        raise ValueError(
+            "--non-persistent-ckpt-type local stores pickles, which run whatever they name when "
+            "they are loaded. Remedy: --non-persistent-ckpt-type global."
+        )
     for name in _WITHOUT_EFFECT:
         if getattr(args, name):
             print_rank_0(f"> {flag_of(name)} has no effect on Trinity's layers")

@@ -24,6 +24,7 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import get_wandb_writer, pretrain, training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
+from trinity_megatron.checkpoint.guarded_load import guarded_loads  # noqa: E402
 from trinity_megatron.checkpoint.hf_assets import inherit_assets  # noqa: E402
 from trinity_megatron.data.dataset import load_manifest  # noqa: E402
 from trinity_megatron.loss import attach_language_model_loss  # noqa: E402
@@ -37,11 +38,12 @@ from trinity_megatron.training.finish import finish_run  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
 from trinity_megatron.training.guard import refuse_spoilt_saves  # noqa: E402
 from trinity_megatron.training.heartbeat import watch_steps  # noqa: E402
+from trinity_megatron.training.index_cache import plain_index_cache  # noqa: E402
 from trinity_megatron.training.interrupt import save_on_signals, signal_of_end  # noqa: E402
 from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
 from trinity_megatron.training.out_of_memory import explain, is_out_of_memory  # noqa: E402
-from trinity_megatron.training.start import stamp_vocabulary  # noqa: E402
+from trinity_megatron.training.start import advise_other_step, stamp_vocabulary  # noqa: E402
 
 # A run that was stopped may still be ending.
 _PATIENCE_SECONDS = 20
@@ -80,7 +82,13 @@ def _train(args: argparse.Namespace) -> None:
     config.post_wrap_hooks.append(keep)
     writer = get_wandb_writer()
     with writer.kept_open() if writer else contextlib.nullcontext():
-        with StepMetrics(config.transformer).installed(), refuse_spoilt_saves(), watch_steps():
+        with (
+            guarded_loads(verify_checksums=args.verify_checksums, advise=advise_other_step),
+            plain_index_cache(),
+            StepMetrics(config.transformer).installed(),
+            refuse_spoilt_saves(),
+            watch_steps(),
+        ):
             pretrain(
                 pretrain_cfg_container_from_args(args, config),
                 train_valid_test_datasets_provider,

@@ -6,12 +6,14 @@ import argparse
 import os
 from pathlib import Path
 
+from trinity_megatron.checkpoint.checked_reader import Checks
 from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME, STAMP_NAME, read_stamp
 from trinity_megatron.checkpoint.hf_config import plain
 from trinity_megatron.checkpoint.torch_dist import (
     RELEASE,
     TRACKER_NAME,
     TorchDistReader,
+    find_whole,
     iteration_name,
     read_tracker,
 )
@@ -55,7 +57,9 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
     if args.rank == 0 and _is_torch_dist(args) and found:
         flag = "--load" if "--load" in found else "--pretrained-checkpoint"
         step = args.ckpt_step if flag == "--load" else None
-        saved, step = read_saved_args(found[flag], step, flag)
+        saved, step = read_saved_args(
+            found[flag], step, flag, verify_checksums=args.verify_checksums
+        )
         if args.transformer_impl == "transformer_engine":
             check_delayed_scales(saved, args, flag=f"{flag} {found[flag]}")
         check_model(saved, args, flag=f"{flag} {found[flag]}")
@@ -104,14 +108,18 @@ def find_newest(folder: Path) -> int | None:
     for path in sorted(folder.glob("iter_*"), reverse=True):
         if path.name[5:].isdigit():
             try:
-                return int(TorchDistReader(path).folder.name[5:])
+                return int(TorchDistReader(path, Checks(quiet=True)).folder.name[5:])
             except ValueError:
                 continue
     return None
 
 
 def read_saved_args(
-    folder: Path, step: int | None = None, flag: str = "--load"
+    folder: Path,
+    step: int | None = None,
+    flag: str = "--load",
+    *,
+    verify_checksums: bool = True,
 ) -> tuple[object, int | None]:
     """The arguments of the run that saved a checkpoint, all of whose files are there.
 
@@ -119,6 +127,7 @@ def read_saved_args(
         folder: What ``--save`` was.
         step: Iteration; None for the latest.
         flag: That named the folder.
+        verify_checksums: Compare those of what is read.
 
     Returns:
         Their namespace, None where there is none; and the iteration, None for a release.
@@ -128,13 +137,26 @@ def read_saved_args(
     """
     named = folder if step is None else folder / iteration_name(step)
     try:
-        reader = TorchDistReader(named)
+        # What has no checksums is said when it is loaded.
+        reader = TorchDistReader(named, Checks(verify_checksums, quiet=True))
         number = reader.folder.name.removeprefix("iter_")
         return reader.common.get("args"), int(number) if number.isdigit() else None
     except ValueError as error:
-        older = find_newest(folder)
-        advice = f" Or go on from the complete checkpoint {older}: --ckpt-step {older}."
-        raise ValueError(f"{flag}: {error}{advice if older is not None else ''}") from error
+        word = read_tracker(folder) or "" if step is None else str(step)
+        damaged = folder / iteration_name(int(word)) if word.isdigit() else named
+        raise ValueError(f"{flag}: {error}{advise_other_step(damaged)}") from error
+
+
+def advise_other_step(folder: Path) -> str:
+    """Words that name a whole checkpoint beside a damaged one; empty if there is none.
+
+    Args:
+        folder: Of the damaged iteration.
+    """
+    step = find_whole(folder.parent, other_than=folder)
+    return (
+        "" if step is None else f" Or go on from the whole checkpoint {step}: --ckpt-step {step}."
+    )
 
 
 def check_model(saved: object, args: argparse.Namespace, *, flag: str) -> None:
@@ -226,7 +248,8 @@ def resumed_samples(args: argparse.Namespace) -> int:
     step = args.ckpt_step or (int(word) if word.isdigit() else find_newest(folder))
     if step is None:
         return 0
-    return getattr(read_saved_args(folder, step)[0], "consumed_train_samples", 0)
+    saved, _ = read_saved_args(folder, step, verify_checksums=args.verify_checksums)
+    return getattr(saved, "consumed_train_samples", 0)
 
 
 def _is_torch_dist(args: argparse.Namespace) -> bool:
