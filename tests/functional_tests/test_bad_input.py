@@ -151,11 +151,12 @@ def test_no_data(parse: Parse, tmp_path: Path) -> None:
 
 
 def test_other_vocabulary_than_the_checkpoint(parse: Parse, data: Path, tmp_path: Path) -> None:
+    from trinity_megatron.checkpoint.hf_assets import keep_tokenizer
     from trinity_megatron.data.dataset import load_manifest
-    from trinity_megatron.training.start import check_checkpoint_vocabulary, stamp_vocabulary
+    from trinity_megatron.training.start import check_checkpoint_vocabulary
 
     manifest, checkpoints = load_manifest(data), tmp_path / "out" / "checkpoints"
-    stamp_vocabulary(str(checkpoints), manifest)
+    keep_tokenizer(manifest.tokenizer_path, checkpoints)
     check_checkpoint_vocabulary(checkpoints, manifest)
     (checkpoints / "tokenizer.sha256").write_text("0123456789abcdef" * 4)
     with pytest.raises(ValueError, match="--load .*0123456789ab.*512 tokens.*Remedy: "):

@@ -101,6 +101,12 @@ def refuse_flags(args: argparse.Namespace) -> None:
             if getattr(args, name):
                 raise ValueError(f"{flag_of(name)} {why}. Remedy: {remedy}.")
     _refuse_patterns(args)
+    if args.dataloader_type in ("cyclic", "external"):
+        raise ValueError(
+            f"--dataloader-type {args.dataloader_type} is not supported: the order of cyclic depends "
+            "on the length of the run and the number of ranks, and external is for scripts with a "
+            "loader of their own. Remedy: drop the flag; every epoch is shuffled without it."
+        )
     for name in _WITHOUT_EFFECT:
         if getattr(args, name):
             print_rank_0(f"> {flag_of(name)} has no effect on Trinity's layers")
