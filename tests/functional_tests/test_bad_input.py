@@ -56,6 +56,8 @@ def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         ("--tensor-model-parallel-size 2", 2, ("--sequence-parallel",)),
         ("--pipeline-model-parallel-size 2", 1, ("--pipeline-model-parallel-size 2", "--nproc 2")),
         ("--num-dense-layers 9", 1, ("--num-dense-layers 9", "--num-layers 4")),
+        ("--dataloader-type cyclic", 1, ("--dataloader-type cyclic", "length of the run")),
+        ("--dataloader-type external", 1, ("--dataloader-type external", "drop the flag")),
         ("--full-validation", 1, ("--full-validation", "not supported", "--eval-iters")),
         ("--multiple-validation-sets", 1, ("--multiple-validation-sets", "--eval-iters")),
         ("--freeze-all-layers", 1, ("--freeze-all-layers", "would be trained", "--skip-train")),

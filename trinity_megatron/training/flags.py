@@ -103,8 +103,8 @@ def refuse_flags(args: argparse.Namespace) -> None:
     _refuse_patterns(args)
     if args.dataloader_type in ("cyclic", "external"):
         raise ValueError(
-            f"--dataloader-type {args.dataloader_type} is not supported: the order of cyclic depends "
-            "on the length of the run and the number of ranks, and external is for scripts with a "
+            f"--dataloader-type {args.dataloader_type} is not supported: cyclic has another order "
+            "for each length of the run and number of ranks, and external is for scripts with a "
             "loader of their own. Remedy: drop the flag; every epoch is shuffled without it."
         )
     for name in _WITHOUT_EFFECT:
