@@ -56,6 +56,8 @@ def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         ("--tensor-model-parallel-size 2", 2, ("--sequence-parallel",)),
         ("--pipeline-model-parallel-size 2", 1, ("--pipeline-model-parallel-size 2", "--nproc 2")),
         ("--num-dense-layers 9", 1, ("--num-dense-layers 9", "--num-layers 4")),
+        ("--dataloader-type cyclic", 1, ("--dataloader-type cyclic", "length of the run")),
+        ("--dataloader-type external", 1, ("--dataloader-type external", "drop the flag")),
         ("--full-validation", 1, ("--full-validation", "not supported", "--eval-iters")),
         ("--multiple-validation-sets", 1, ("--multiple-validation-sets", "--eval-iters")),
         ("--freeze-all-layers", 1, ("--freeze-all-layers", "would be trained", "--skip-train")),
@@ -151,11 +153,12 @@ def test_no_data(parse: Parse, tmp_path: Path) -> None:
 
 
 def test_other_vocabulary_than_the_checkpoint(parse: Parse, data: Path, tmp_path: Path) -> None:
+    from trinity_megatron.checkpoint.hf_assets import keep_tokenizer
     from trinity_megatron.data.dataset import load_manifest
-    from trinity_megatron.training.start import check_checkpoint_vocabulary, stamp_vocabulary
+    from trinity_megatron.training.start import check_checkpoint_vocabulary
 
     manifest, checkpoints = load_manifest(data), tmp_path / "out" / "checkpoints"
-    stamp_vocabulary(str(checkpoints), manifest)
+    keep_tokenizer(manifest.tokenizer_path, checkpoints)
     check_checkpoint_vocabulary(checkpoints, manifest)
     (checkpoints / "tokenizer.sha256").write_text("0123456789abcdef" * 4)
     with pytest.raises(ValueError, match="--load .*0123456789ab.*512 tokens.*Remedy: "):

@@ -23,6 +23,7 @@ from trinity_megatron.checkpoint.hf_assets import (
     Assets,
     check_tokenizer,
     find_assets,
+    find_tokenizer,
     save_assets,
     write_generation_config,
     write_tokenizer,
@@ -197,7 +198,7 @@ def megatron_to_hf(
     config = config_from_args(source.args)
     assets = find_assets(megatron)
     if tokenizer is None and assets is None:
-        tokenizer = get_tokenizer_of_run(source.args)
+        tokenizer = find_tokenizer(source.folder, source.args)
     if tokenizer is not None:
         check_tokenizer(megatron, tokenizer)
     fingerprint = ["megatron", __version__, fingerprint_folder(source.folder), max_shard_size]
@@ -552,23 +553,6 @@ def _write_side_files(
         (folder / INDEX_NAME).unlink(missing_ok=True)
         if list(headers) != [SINGLE_NAME]:
             (folder / INDEX_NAME).write_text(build_index(headers), encoding="utf-8")
-
-
-def get_tokenizer_of_run(args: argparse.Namespace) -> Path | None:
-    """The tokenizer that a run was trained with.
-
-    Raises:
-        ValueError: It is not there any more.
-    """
-    named = getattr(args, "tokenizer_model", None)
-    if not named or getattr(args, "tokenizer_type", None) != "HuggingFaceTokenizer":
-        return None
-    if not Path(named).is_dir():
-        raise ValueError(
-            f"The tokenizer that the run was trained with, {named}, is not there. Remedy: "
-            "--tokenizer DIR."
-        )
-    return Path(named)
 
 
 def _group[T](items: Iterable[T], num_bytes: Callable[[T], int]) -> list[list[T]]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from trinity_megatron.checkpoint.convert import config_from_args, get_tokenizer_of_run
-from trinity_megatron.checkpoint.hf_assets import check_tokenizer, find_assets
+from trinity_megatron.checkpoint.convert import config_from_args
+from trinity_megatron.checkpoint.hf_assets import check_tokenizer, find_assets, find_tokenizer
 from trinity_megatron.checkpoint.model import load_transformers_model
 from trinity_megatron.checkpoint.torch_dist import TorchDistReader
 
@@ -48,7 +48,7 @@ def generate(
         raise ValueError(f"--max-new-tokens {max_new_tokens} is below 1. Remedy: give at least 1.")
     source = TorchDistReader(load)
     assets = find_assets(load)
-    folder = tokenizer or (assets.folder if assets else get_tokenizer_of_run(source.args))
+    folder = tokenizer or find_tokenizer(source.folder, source.args)
     if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
         raise ValueError(f"--tokenizer {tokenizer} holds no tokenizer.json. Remedy: its folder.")
     if folder is None or not (folder / "tokenizer.json").is_file():

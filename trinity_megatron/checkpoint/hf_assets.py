@@ -4,6 +4,7 @@ Config, tokenizer, chat template, licence and the headers of the weight files wa
 the iterations, so that an export has them again, in the same files.
 """
 
+import argparse
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,8 +17,11 @@ from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.tokenizer import get_special_token, is_tokenizer_file
 
 ASSETS_NAME = "hf"
-# Beside the iterations of a run: SHA-256 of the tokenizer.json that it was trained with.
+# Beside the iterations of a run: SHA-256 of the tokenizer.json that it was trained with, and a copy
+# of the tokenizer.
 STAMP_NAME = "tokenizer.sha256"
+_TOKENIZER_NAME = "tokenizer"
+_TOKENIZER_FILE = "tokenizer.json"
 _HEADERS_NAME = "safetensors_headers.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 _GENERATION_CONFIG = "generation_config.json"
@@ -89,26 +93,79 @@ def read_stamp(folder: Path) -> str | None:
     return stamp.read_text().strip() if stamp.is_file() else None
 
 
-def check_tokenizer(checkpoint: Path, tokenizer: Path) -> None:
+def check_tokenizer(checkpoint: Path, tokenizer: Path, *, flag: str = "--tokenizer") -> None:
     """Refuse a tokenizer that the model was not trained with, where that is known.
 
     Args:
         checkpoint: What ``--save`` was, or the folder of one iteration.
         tokenizer: Folder with a ``tokenizer.json``.
+        flag: That names the tokenizer.
 
     Raises:
         ValueError: It is another one.
     """
     known = read_stamp(checkpoint) or read_stamp(checkpoint.absolute().parent)
-    if known is None or not (tokenizer / "tokenizer.json").is_file():
+    if known is None or not (tokenizer / _TOKENIZER_FILE).is_file():
         return
-    found = hash_file(tokenizer / "tokenizer.json")
+    found = hash_file(tokenizer / _TOKENIZER_FILE)
     if known != found:
         raise ValueError(
             f"{checkpoint} was trained with the tokenizer {known[:12]}, but {tokenizer} is "
-            f"{found[:12]}. Remedy: --tokenizer DIR with that of the run (the folder "
-            "tokenizer of its --data), or prepare the data again from the same text."
+            f"{found[:12]}. Remedy: {flag} DIR with that of the run (the folder tokenizer beside "
+            "its checkpoints, or of its --data)."
         )
+
+
+def keep_tokenizer(tokenizer: Path, save: Path) -> None:
+    """Stamp a run with its tokenizer, and copy that beside the checkpoints, which may be moved.
+
+    Nothing is copied where the tokenizer came with the Hugging Face checkpoint of the run.
+
+    Args:
+        tokenizer: Folder with a ``tokenizer.json``.
+        save: What ``--save`` is.
+    """
+    save.mkdir(parents=True, exist_ok=True)
+    fingerprint, stamp = hash_file(tokenizer / _TOKENIZER_FILE), save / STAMP_NAME
+    if not stamp.exists():
+        stamp.write_text(fingerprint + "\n")
+    for name in (ASSETS_NAME, _TOKENIZER_NAME):
+        known = save / name / _TOKENIZER_FILE
+        if known.is_file() and hash_file(known) == fingerprint:
+            return
+    half = save / f"{_TOKENIZER_NAME}.incomplete"
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir()
+    for path in tokenizer.iterdir():
+        if is_tokenizer_file(path):
+            shutil.copyfile(path, half / path.name)
+    shutil.rmtree(save / _TOKENIZER_NAME, ignore_errors=True)  # damaged
+    half.rename(save / _TOKENIZER_NAME)
+
+
+def find_tokenizer(checkpoint: Path, args: argparse.Namespace) -> Path | None:
+    """The tokenizer that a run was trained with; None if it had none of Hugging Face.
+
+    Args:
+        checkpoint: Folder of one iteration.
+        args: Of the run that saved it.
+
+    Raises:
+        ValueError: It is not there any more.
+    """
+    for parent in (checkpoint, checkpoint.absolute().parent):
+        for folder in (parent / ASSETS_NAME, parent / _TOKENIZER_NAME):
+            if (folder / _TOKENIZER_FILE).is_file():
+                return folder
+    named = getattr(args, "tokenizer_model", None)  # runs of earlier releases
+    if not named or getattr(args, "tokenizer_type", None) != "HuggingFaceTokenizer":
+        return None
+    if not Path(named).is_dir():
+        raise ValueError(
+            f"The tokenizer that the run was trained with, {named}, is not there. Remedy: "
+            "--tokenizer DIR."
+        )
+    return Path(named)
 
 
 def inherit_assets(load: Path, save: Path) -> None:
@@ -136,7 +193,7 @@ def write_tokenizer(tokenizer: Path, target: Path) -> dict[str, int]:
     """
     from tokenizers import Tokenizer
 
-    if not (tokenizer / "tokenizer.json").is_file():
+    if not (tokenizer / _TOKENIZER_FILE).is_file():
         raise ValueError(
             f"{tokenizer} holds no tokenizer.json. Remedy: --tokenizer DIR with the tokenizer that "
             "the model was trained with."
@@ -147,7 +204,7 @@ def write_tokenizer(tokenizer: Path, target: Path) -> dict[str, int]:
     names = {}
     if (tokenizer / "tokenizer_config.json").is_file():
         names = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
-    vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    vocabulary = Tokenizer.from_file(str(tokenizer / _TOKENIZER_FILE))
     ids: dict[str, int] = {}
     for kind in ("bos", "eos", "pad"):
         token = get_special_token(names, kind)

@@ -39,6 +39,7 @@ from trinity_megatron.optimizer.builder import (
 )
 from trinity_megatron.presets import PRESETS, Preset, get_preset
 from trinity_megatron.tracking.wandb_run import open_writer
+from trinity_megatron.training.data_identity import read_identity
 from trinity_megatron.training.flags import refuse_flags
 from trinity_megatron.training.schedule import fit_schedule
 from trinity_megatron.training.start import check_start, resumed_samples
@@ -127,6 +128,11 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     )
     group.add_argument("--data", help="Folder made by trinity-megatron prepare-data.")
     group.add_argument("--out", help="Folder of the run: checkpoints, logs, pictures.")
+    group.add_argument(
+        "--allow-data-change",
+        action="store_true",
+        help="Resume with other training data than those of the checkpoint.",
+    )
     group.add_argument(
         "--num-dense-layers", type=int, help="Leading layers with a dense MLP instead of experts."
     )
@@ -358,6 +364,8 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
         args.gradient_accumulation_fusion = False  # on where apex is there; needs Megatron's DDP
     if args.optimizer == "muon":
         validate_muon_arguments(args)
+    if args.rank == 0:  # the others get it with the datasets
+        args.data_identity = read_identity(args)
     check_start(args, manifest)
     if args.preset not in PRESETS and args.padded_vocab_size is None:
         args.padded_vocab_size = _vocabulary_of_checkpoint(args, manifest)

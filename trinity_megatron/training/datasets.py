@@ -5,18 +5,26 @@ from typing import Any
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import (
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
 )
 
+from trinity_megatron.training.data_identity import share_identity
+from trinity_megatron.training.epoch_order import (
+    EpochOrderConfig,
+    EpochOrderGPTDataset,
+    EpochOrderMockGPTDataset,
+    check_is_long_enough,
+)
 
-def gpt_dataset_config_from_args(args: Any) -> GPTDatasetConfig:
-    """Megatron's dataset config from Megatron's arguments."""
+
+def gpt_dataset_config_from_args(args: Any) -> EpochOrderConfig:
+    """Megatron's dataset config from Megatron's arguments; call it on all ranks."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
+    return EpochOrderConfig(
+        fingerprints=share_identity(args),
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -60,9 +68,11 @@ def train_valid_test_datasets_provider(
     """
     args = get_args()
     config = gpt_dataset_config_from_args(args)
-    dataset_type = MockGPTDataset if args.mock_data else GPTDataset
+    dataset_type = EpochOrderMockGPTDataset if args.mock_data else EpochOrderGPTDataset
     is_built = partial(_is_built_on_rank, vp_stage, args.dataloader_inter_document_masking)
-    return BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config).build()
+    made = BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config).build()
+    check_is_long_enough(made[0], num_samples[0])
+    return made
 
 
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]

@@ -106,6 +106,12 @@ def refuse_flags(args: argparse.Namespace) -> None:
             "--non-persistent-ckpt-type local stores pickles, which run whatever they name when "
             "they are loaded. Remedy: --non-persistent-ckpt-type global."
         )
+    if args.dataloader_type in ("cyclic", "external"):
+        raise ValueError(
+            f"--dataloader-type {args.dataloader_type} is not supported: cyclic has another order "
+            "for each length of the run and number of ranks, and external is for scripts with a "
+            "loader of their own. Remedy: drop the flag; every epoch is shuffled without it."
+        )
     for name in _WITHOUT_EFFECT:
         if getattr(args, name):
             print_rank_0(f"> {flag_of(name)} has no effect on Trinity's layers")

@@ -25,8 +25,7 @@ from megatron.training import get_wandb_writer, pretrain, training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
 from trinity_megatron.checkpoint.guarded_load import guarded_loads  # noqa: E402
-from trinity_megatron.checkpoint.hf_assets import inherit_assets  # noqa: E402
-from trinity_megatron.data.dataset import load_manifest  # noqa: E402
+from trinity_megatron.checkpoint.hf_assets import inherit_assets, keep_tokenizer  # noqa: E402
 from trinity_megatron.loss import attach_language_model_loss  # noqa: E402
 from trinity_megatron.moe.finalize import set_step_source  # noqa: E402
 from trinity_megatron.optimizer.builder import register_muon  # noqa: E402
@@ -43,7 +42,7 @@ from trinity_megatron.training.interrupt import save_on_signals, signal_of_end  
 from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
 from trinity_megatron.training.out_of_memory import explain, is_out_of_memory  # noqa: E402
-from trinity_megatron.training.start import advise_other_step, stamp_vocabulary  # noqa: E402
+from trinity_megatron.training.start import advise_other_step, get_tokenizer_folder  # noqa: E402
 
 # A run that was stopped may still be ending.
 _PATIENCE_SECONDS = 20
@@ -62,12 +61,12 @@ def main() -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    if args.data and args.save and args.rank == 0:
-        stamp_vocabulary(args.save, load_manifest(args.data))
     if args.save and args.rank == 0:
         for start in (args.load, args.pretrained_checkpoint):
             if start and start != args.save:
                 inherit_assets(Path(start), Path(args.save))
+        if tokenizer := get_tokenizer_folder(args):
+            keep_tokenizer(tokenizer, Path(args.save))
     set_step_source(lambda: args.curr_iteration + 1)
     config = model_config_from_args(args)
     config.pre_wrap_hooks += [label_gradient_groups, attach_language_model_loss]

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from trinity_megatron.checkpoint.checked_reader import Checks
-from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME, STAMP_NAME, read_stamp
+from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME, check_tokenizer, read_stamp
 from trinity_megatron.checkpoint.hf_config import plain
 from trinity_megatron.checkpoint.torch_dist import (
     RELEASE,
@@ -20,6 +20,7 @@ from trinity_megatron.checkpoint.torch_dist import (
 from trinity_megatron.config import ARGUMENT_DEST, MODEL_FIELDS, SHAPE_FIELDS
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.dataset import DataManifest
+from trinity_megatron.training.data_identity import check_data
 from trinity_megatron.training.schedule import BatchSizes
 
 # Transformer Engine's variable.
@@ -65,9 +66,13 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
         check_model(saved, args, flag=f"{flag} {found[flag]}")
         if flag == "--load" and not (args.finetune or args.skip_train):
             check_batch_size(saved, step, args)
+            check_data(saved, step, args)
     if manifest is not None:
         for flag, path in folders.items():
             check_checkpoint_vocabulary(path, manifest, flag=flag)
+    elif args.rank == 0 and (tokenizer := get_tokenizer_folder(args)):
+        for path in folders.values():
+            check_tokenizer(path, tokenizer, flag="--tokenizer-model")
 
 
 def mend_tracker(folder: Path) -> None:
@@ -319,9 +324,16 @@ def check_checkpoint_vocabulary(
         )
 
 
-def stamp_vocabulary(save: str, manifest: DataManifest) -> None:
-    """Remember beside the checkpoints which vocabulary they speak."""
-    Path(save).mkdir(parents=True, exist_ok=True)
-    stamp = Path(save) / STAMP_NAME
-    if not stamp.exists():
-        stamp.write_text(manifest.tokenizer_fingerprint + "\n")
+def get_tokenizer_folder(args: argparse.Namespace) -> Path | None:
+    """The tokenizer that made the run's data; None where it is not a folder of Hugging Face's.
+
+    Args:
+        args: Of the run.
+    """
+    if getattr(args, "data", None):
+        return Path(args.data) / "tokenizer"
+    named = getattr(args, "tokenizer_model", None)
+    is_of_hf = getattr(args, "tokenizer_type", None) in (None, "HuggingFaceTokenizer")
+    if not named or not is_of_hf or not (Path(named) / "tokenizer.json").is_file():
+        return None
+    return Path(named)

@@ -1,0 +1,64 @@
+"""The folder of a run is moved, its data are moved, lost, or replaced by others."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.functional_tests.launch import SMALL, environment
+from trinity_megatron.checkpoint.convert import megatron_to_hf
+from trinity_megatron.checkpoint.generate import generate
+from trinity_megatron.data.dataset import prepare_data
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def run(folder: Path, ranks: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trinity_megatron.cli", "train", "--nproc", str(ranks)]
+    return subprocess.run(
+        [*command, *SMALL, "--data", "data", "--out", "run", *flags],
+        env=environment(),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_run_that_moves(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    shutil.copytree(data, here / "data")
+    first = run(here, 1, "--train-iters", "2")
+    assert first.returncode == 0, first.stdout + first.stderr
+
+    # The run alone, without its data.
+    there.mkdir()
+    (here / "run").rename(there / "run")
+    shutil.rmtree(here / "data")
+    monkeypatch.chdir(there)
+    checkpoints = Path("run/checkpoints")
+    assert generate(checkpoints, "import ", max_new_tokens=2)
+    megatron_to_hf(checkpoints, Path("hf"))
+    made = (there / "hf" / "tokenizer.json").read_bytes()
+    assert made == (data / "tokenizer" / "tokenizer.json").read_bytes()
+
+    # Other data in the place of the old ones: refused on both ranks, and said once.
+    sources = [*data.parent.glob("*.txt")]
+    text = tmp_path / "other.txt"
+    text.write_text("".join(f"line {number} of another text\n" for number in range(20_000)))
+    prepare_data(there / "data", [text, *sources], tokenizer=data / "tokenizer")
+    other = run(there, 2, "--train-iters", "4")
+    assert other.returncode != 0
+    assert other.stderr.count("error: --load run/checkpoints was trained on other data") == 1
+    assert "Traceback" not in other.stdout + other.stderr
+
+    # The data are back, though from elsewhere: the index is not made again.
+    index = {path.name for path in (there / "run" / "data_cache").glob("*.npy")}
+    shutil.move(there / "data", there / "other")
+    shutil.copytree(data, there / "data")
+    last = run(there, 2, "--train-iters", "2", "--exit-interval", "4")
+    assert last.returncode == 0, last.stdout + last.stderr
+    assert {path.name for path in (there / "run" / "data_cache").glob("*.npy")} == index
