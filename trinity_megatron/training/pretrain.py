@@ -16,8 +16,10 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from trinity_megatron.host import enter_host
 from trinity_megatron.process import quiet_import_warnings
+from trinity_megatron.screen import make_screen_safe
 
 quiet_import_warnings()
+make_screen_safe()  # before loggers keep the standard error
 ON_CPU = enter_host()  # before anything of Megatron is imported
 
 from megatron.core.enums import ModelType  # noqa: E402
