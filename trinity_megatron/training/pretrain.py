@@ -49,6 +49,7 @@ from trinity_megatron.training.out_of_memory import explain, is_out_of_memory  #
 from trinity_megatron.training.preflight import check_folders, check_space  # noqa: E402
 from trinity_megatron.training.replaced import replaced  # noqa: E402
 from trinity_megatron.training.save_errors import named_save_errors  # noqa: E402
+from trinity_megatron.training.splits import check_splits  # noqa: E402
 from trinity_megatron.training.start import stamp_vocabulary  # noqa: E402
 
 # A run that was stopped may still be ending.
@@ -72,6 +73,8 @@ def main() -> None:
 
         args = parse_trinity_args(begin)
         check_space(args)
+        if args.rank == 0:
+            check_splits(args)
         held.enter_context(save_on_signals(args))
         _train(args)
 
@@ -97,20 +100,35 @@ def _train(args: argparse.Namespace) -> None:
     config.post_wrap_hooks.append(keep)
     writer = get_wandb_writer()
     with writer.kept_open() if writer else contextlib.nullcontext():
+        end: SystemExit | None = None
         with (
             StepMetrics(config.transformer).installed(),
             named_save_errors(),
             refuse_spoilt_saves(),
             watch_steps(),
         ):
-            pretrain(
-                pretrain_cfg_container_from_args(args, config),
-                train_valid_test_datasets_provider,
-                ModelType.encoder_or_decoder,
-                forward_step,
-            )
+            try:
+                pretrain(
+                    pretrain_cfg_container_from_args(args, config),
+                    train_valid_test_datasets_provider,
+                    ModelType.encoder_or_decoder,
+                    forward_step,
+                )
+            except SystemExit as early:  # --exit-interval and the like
+                if early.code or signal_of_end():
+                    raise
+                end = early
         if args.out:
-            finish_run(trained)
+            finish_run(trained, _last_step(args, end is not None), is_complete=end is None)
+        if end is not None:
+            raise end
+
+
+def _last_step(args: argparse.Namespace, has_ended_early: bool) -> int:
+    """The last step of the run so far."""
+    if args.skip_train:
+        return args.iteration
+    return max(args.iteration, args.curr_iteration + 1 if has_ended_early else args.train_iters)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import get_args, training
+from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trinity_megatron.checkpoint.save_worker import write_or_say
@@ -70,6 +71,10 @@ class _Saves:
     def around_save(self, save: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(iteration: int, *given: Any, **settings: Any) -> Any:
             args = get_args()
+            is_loaded = iteration == args.iteration and not args.finetune
+            if is_loaded and args.load and Path(args.load).resolve() == Path(args.save).resolve():
+                print_rank_0(f"> step {iteration} is saved already")
+                return None
             if not args.async_save:
                 self._begun.clear()
             is_passing = settings.get("non_persistent_ckpt", False)
