@@ -97,7 +97,8 @@ def split_sources(args: argparse.Namespace) -> tuple[list[Source], list[Source],
     Raises:
         ValueError: A blend cannot be read.
     """
-    flag, file = "--data-path", args.data_args_path or args.per_split_data_args_path
+    flag = "--data-path" if args.data_path else ", ".join(_SPLIT_FLAGS)
+    file = args.data_args_path or args.per_split_data_args_path
     if file is not None:
         flag = "--data-args-path" if args.data_args_path else "--per-split-data-args-path"
         flag = f"{flag} {file}"
