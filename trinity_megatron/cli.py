@@ -11,6 +11,8 @@ from pathlib import Path
 from trinity_megatron import __version__
 from trinity_megatron.checkpoint.verify_flags import add_verify_flags
 from trinity_megatron.process import quiet_megatron
+from trinity_megatron.screen import make_screen_safe, screen_failure
+from trinity_megatron.temporary import use_short_temporary_folder
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
@@ -25,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 2 if the input is at fault, 130 if interrupted, or that of the run.
     """
+    make_screen_safe()
     parser = build_parser()
     # Abbreviations are off: --data-parallel... must reach Megatron and not be taken for --data.
     args, others = parser.parse_known_args(argv)
@@ -33,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trinity_megatron").setLevel(logging.INFO)
     try:
+        use_short_temporary_folder()
         return args.command(args, others)
     except (ValueError, OSError) as error:
         if os.environ.get("TRINITY_DEBUG") == "1":
@@ -365,14 +369,23 @@ def _generate(args: argparse.Namespace, others: Sequence[str]) -> int:
     quiet_megatron()
     from trinity_megatron.checkpoint.generate import generate
 
+    prompt = args.prompt
+    if not prompt.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in prompt):
+        # A locale that is not UTF-8, and a text that is.
+        prompt = os.fsencode(prompt).decode(errors="replace")
     text = generate(
         args.load,
-        args.prompt,
+        prompt,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         tokenizer=args.tokenizer,
     )
-    print(args.prompt + text)
+    print(prompt + text)
+    if failure := screen_failure():
+        raise ValueError(
+            f"the text is not written to the standard output: {failure.strerror}. Remedy: another "
+            "place for it."
+        )
     return 0
 
 

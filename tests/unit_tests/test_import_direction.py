@@ -21,6 +21,8 @@ LEVELS = {
     "cpu_memory": 0,
     "version": 0,
     "process": 0,
+    "screen": 0,
+    "temporary": 0,
     "fp8": 0,
     "flex_attention": 0,
     "moe/expert_bias": 0,

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 
 from trinity_megatron.process import quiet_megatron
+from trinity_megatron.screen import make_screen_safe
 
 quiet_megatron()  # before anything of Megatron is imported
+make_screen_safe()
 
 from trinity_megatron.checkpoint.hf_config import read_hf_config  # noqa: E402
 from trinity_megatron.checkpoint.hf_weights import HFWeights  # noqa: E402

@@ -166,6 +166,9 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     if given.optimizer not in (None, "muon"):  # one optimizer, one rate: that of AdamW
         for name in ("lr", "min_lr"):
             defaults[name] = defaults.pop(f"decoupled_{name}")
+    if any(getattr(given, name) is not None for name in _OTHER_DATA):
+        defaults.pop("train_data_path", None)
+        defaults.pop("valid_data_path", None)
     # Megatron takes one of each pair only, and a default for a wish.
     for name, other in _INSTEAD.items():
         if getattr(given, name) is not None:
@@ -233,11 +236,15 @@ def _add_balance_args(group: Any) -> None:
 _INSTEAD = {"step_batch_size_schedule": "global_batch_size", "train_samples": "train_iters"}
 
 
+# What names training and validation data in another way than ``--data``, whose tokenizer stays.
+_OTHER_DATA = ("data_path", "data_args_path", "per_split_data_args_path")
+
+
 def _first_parser() -> argparse.ArgumentParser:
     """Of the flags that decide on defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default="tiny")
-    for name in ("data", "out", "optimizer", *_INSTEAD):
+    for name in ("data", "out", "optimizer", *_INSTEAD, *_OTHER_DATA):
         parser.add_argument(flag_of(name))
     return parser
 

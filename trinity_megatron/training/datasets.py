@@ -1,5 +1,6 @@
 """Megatron's GPT datasets from the arguments."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from trinity_megatron.training.epoch_order import (
     EpochOrderMockGPTDataset,
     check_is_long_enough,
 )
+from trinity_megatron.training.splits import check_unweighted, needed_splits
 
 
 def gpt_dataset_config_from_args(args: Any) -> EpochOrderConfig:
@@ -57,6 +59,39 @@ def _is_built_on_rank(vp_stage: int | None, is_packed: bool) -> bool:
     return is_packed or is_first_or_last_pipeline_stage(vp_stage)
 
 
+def _leave_out(config: EpochOrderConfig, needed: Sequence[bool]) -> None:
+    """Build no set that the run does not read: it may be too short for one sequence."""
+    for splits in (config.split_matrix, config.blend_per_split):
+        if splits is None or config.mock:
+            continue
+        for index, is_needed in enumerate(needed):
+            if not is_needed:
+                splits[index] = None
+
+
+def samples_to_build(args: Any, num_samples: list[int]) -> list[int]:
+    """What Megatron asks for, and what a resume has behind it and still reads.
+
+    A resume counts on from the samples that are consumed.  They are more than Megatron thinks if
+    the run has evaluated more often before, or is complete.
+
+    Args:
+        args: Of the run, with the checkpoint's state.
+        num_samples: Samples of train, validation and test.
+    """
+    train, valid, test = num_samples
+    if args.skip_train or args.phase_transition_iterations:
+        return [train, valid, test]
+    if args.consumed_train_samples >= train:
+        train = args.consumed_train_samples + 1
+    if valid and args.train_iters:
+        passed = args.iteration // args.eval_interval
+        ahead = max(0, args.train_iters // args.eval_interval - passed) + 1
+        batch = args.eval_global_batch_size or args.global_batch_size
+        valid = max(valid, args.consumed_valid_samples + ahead * args.eval_iters * batch)
+    return [train, valid, test]
+
+
 def train_valid_test_datasets_provider(
     num_samples: list[int], vp_stage: int | None = None
 ) -> tuple[Any, Any, Any]:
@@ -68,6 +103,10 @@ def train_valid_test_datasets_provider(
     """
     args = get_args()
     config = gpt_dataset_config_from_args(args)
+    _leave_out(config, needed_splits(args))
+    if not config.mock and args.rank == 0:
+        check_unweighted(args, num_samples)
+    num_samples = samples_to_build(args, num_samples)
     dataset_type = EpochOrderMockGPTDataset if args.mock_data else EpochOrderGPTDataset
     is_built = partial(_is_built_on_rank, vp_stage, args.dataloader_inter_document_masking)
     made = BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config).build()

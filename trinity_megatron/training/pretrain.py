@@ -16,13 +16,17 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from trinity_megatron.host import enter_host
 from trinity_megatron.process import quiet_import_warnings
+from trinity_megatron.screen import make_screen_safe
+from trinity_megatron.temporary import use_short_temporary_folder
 
 quiet_import_warnings()
+make_screen_safe()  # before loggers keep the standard error
 ON_CPU = enter_host()  # before anything of Megatron is imported
 
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import get_wandb_writer, pretrain, training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+from tensorboard.summary.writer import event_file_writer  # noqa: E402
 
 from trinity_megatron.checkpoint.guarded_load import guarded_loads  # noqa: E402
 from trinity_megatron.checkpoint.hf_assets import inherit_assets, keep_tokenizer  # noqa: E402
@@ -31,6 +35,7 @@ from trinity_megatron.moe.finalize import set_step_source  # noqa: E402
 from trinity_megatron.optimizer.builder import register_muon  # noqa: E402
 from trinity_megatron.optimizer.layout import separate_muon_buffers  # noqa: E402
 from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
+from trinity_megatron.tracking.event_files import ForgivingRecordWriter  # noqa: E402
 from trinity_megatron.training.arguments import parse_trinity_args  # noqa: E402
 from trinity_megatron.training.datasets import train_valid_test_datasets_provider  # noqa: E402
 from trinity_megatron.training.finish import finish_run  # noqa: E402
@@ -42,6 +47,10 @@ from trinity_megatron.training.interrupt import save_on_signals, signal_of_end  
 from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
 from trinity_megatron.training.out_of_memory import explain, is_out_of_memory  # noqa: E402
+from trinity_megatron.training.preflight import check_folders, check_space  # noqa: E402
+from trinity_megatron.training.replaced import replaced  # noqa: E402
+from trinity_megatron.training.save_errors import named_save_errors  # noqa: E402
+from trinity_megatron.training.splits import check_splits  # noqa: E402
 from trinity_megatron.training.start import advise_other_step, get_tokenizer_folder  # noqa: E402
 
 # A run that was stopped may still be ending.
@@ -55,7 +64,18 @@ def main() -> None:
         training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
     register_muon()
     with contextlib.ExitStack() as held:
-        args = parse_trinity_args(lambda args: held.enter_context(_alone_in(args)))
+        held.enter_context(
+            replaced(event_file_writer, "RecordWriter", lambda _: ForgivingRecordWriter)
+        )
+
+        def begin(args: argparse.Namespace) -> None:
+            check_folders(args)
+            held.enter_context(_alone_in(args))
+
+        args = parse_trinity_args(begin)
+        check_space(args)
+        if args.rank == 0:
+            check_splits(args)
         held.enter_context(save_on_signals(args))
         _train(args)
 
@@ -81,21 +101,37 @@ def _train(args: argparse.Namespace) -> None:
     config.post_wrap_hooks.append(keep)
     writer = get_wandb_writer()
     with writer.kept_open() if writer else contextlib.nullcontext():
+        end: SystemExit | None = None
         with (
             guarded_loads(verify_checksums=args.verify_checksums, advise=advise_other_step),
             plain_index_cache(),
             StepMetrics(config.transformer).installed(),
+            named_save_errors(),
             refuse_spoilt_saves(),
             watch_steps(),
         ):
-            pretrain(
-                pretrain_cfg_container_from_args(args, config),
-                train_valid_test_datasets_provider,
-                ModelType.encoder_or_decoder,
-                forward_step,
-            )
+            try:
+                pretrain(
+                    pretrain_cfg_container_from_args(args, config),
+                    train_valid_test_datasets_provider,
+                    ModelType.encoder_or_decoder,
+                    forward_step,
+                )
+            except SystemExit as early:  # --exit-interval and the like
+                if early.code or signal_of_end():
+                    raise
+                end = early
         if args.out:
-            finish_run(trained)
+            finish_run(trained, _last_step(args, end is not None), is_complete=end is None)
+        if end is not None:
+            raise end
+
+
+def _last_step(args: argparse.Namespace, has_ended_early: bool) -> int:
+    """The last step of the run so far."""
+    if args.skip_train:
+        return args.iteration
+    return max(args.iteration, args.curr_iteration + 1 if has_ended_early else args.train_iters)
 
 
 @contextlib.contextmanager
@@ -143,6 +179,7 @@ def _say_once(message: str) -> None:
 def run() -> None:
     """Run :func:`main`; say what is wrong with the input in one paragraph instead of a trace."""
     try:
+        use_short_temporary_folder()
         main()
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("TRINITY_DEBUG") == "1":
