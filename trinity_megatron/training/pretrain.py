@@ -20,6 +20,7 @@ from trinity_megatron.process import quiet_import_warnings
 quiet_import_warnings()
 ON_CPU = enter_host()  # before anything of Megatron is imported
 
+import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import get_wandb_writer, pretrain, training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
@@ -37,7 +38,11 @@ from trinity_megatron.training.finish import finish_run  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
 from trinity_megatron.training.guard import refuse_spoilt_saves  # noqa: E402
 from trinity_megatron.training.heartbeat import watch_steps  # noqa: E402
-from trinity_megatron.training.interrupt import save_on_signals, signal_of_end  # noqa: E402
+from trinity_megatron.training.interrupt import (  # noqa: E402
+    EndedBySignal,
+    check_exit_signal,
+    save_on_signals,
+)
 from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
 from trinity_megatron.training.out_of_memory import explain, is_out_of_memory  # noqa: E402
@@ -54,9 +59,12 @@ def main() -> None:
         training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
     register_muon()
     with contextlib.ExitStack() as held:
-        args = parse_trinity_args(lambda args: held.enter_context(_alone_in(args)))
-        held.enter_context(save_on_signals(args))
-        _train(args)
+
+        def begin(args: argparse.Namespace) -> None:
+            check_exit_signal(args)
+            held.enter_context(_alone_in(args))
+
+        _train(parse_trinity_args(begin))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -80,7 +88,12 @@ def _train(args: argparse.Namespace) -> None:
     config.post_wrap_hooks.append(keep)
     writer = get_wandb_writer()
     with writer.kept_open() if writer else contextlib.nullcontext():
-        with StepMetrics(config.transformer).installed(), refuse_spoilt_saves(), watch_steps():
+        with (
+            StepMetrics(config.transformer).installed(),
+            refuse_spoilt_saves(),
+            watch_steps(),
+            save_on_signals(args),
+        ):
             pretrain(
                 pretrain_cfg_container_from_args(args, config),
                 train_valid_test_datasets_provider,
@@ -149,8 +162,13 @@ def run() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except SystemExit as end:
-        # Megatron's is 0, as if the run had come to its end.
-        if not end.code and (signum := signal_of_end()):
-            sys.exit(128 + signum)
-        raise
+    except EndedBySignal as end:
+        _wait_for_all_ranks()
+        sys.exit(128 + end.signum)
+
+
+def _wait_for_all_ranks() -> None:
+    """Let all ranks end what they do: the first that ends with a code makes torchrun stop them."""
+    if torch.distributed.is_initialized():
+        with contextlib.suppress(RuntimeError):  # a rank has died meanwhile
+            torch.distributed.barrier()
