@@ -5,9 +5,9 @@ torchrun --nproc-per-node 8 examples/pretrain_trinity.py --preset nano --data D 
 
 if __name__ == "__main__":
     # Inside the guard: the helper processes of a checkpoint save import this file again.
-    from trinity_megatron.process import die_with_parent
+    from trinity_megatron.process import enter_rank
 
-    die_with_parent()  # before the imports, which take seconds
+    enter_rank()  # before the imports, which take seconds
     from trinity_megatron.training.pretrain import run
 
     run()

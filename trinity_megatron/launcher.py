@@ -5,25 +5,29 @@ needs filled in.  A run over several machines is launched by torchrun or srun ov
 ``examples/pretrain_trinity.py``, which takes the same flags.
 """
 
-import ctypes
+import argparse
 import logging
 import os
 import signal
-import socket
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trinity_megatron.process import LAUNCHER_PID_VARIABLE
+from trinity_megatron.environment import build_environment, count_cores, count_cuda_devices
+from trinity_megatron.process import LAUNCHER_PID_VARIABLE, hang_up_with_shell
+from trinity_megatron.training.replaced import replaced
+from trinity_megatron.world import refuse_worlds_in_tasks, single_rank_environment
 
 TRAINING_MODULE = "trinity_megatron.training"
 # Importing the presets imports Megatron, which takes seconds: these are known to be there.
 _RELEASED_PRESETS = ("tiny", "nano", "mini", "large")
-_SHUTDOWN_SECONDS = 20
-_CUDA_DRIVER = "libcuda.so.1"
-_CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+# A save takes as long as it takes; supervisors send SIGKILL when their patience is over.
+_SHUTDOWN_SECONDS = 24 * 3600
+# A second Ctrl-C sooner than that is the same one, handed on by another process.
+_SECONDS_BETWEEN_INTERRUPTS = 1.0
+_FORWARDED = ("SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
 def train(
@@ -125,12 +129,17 @@ def launch(
     """Run ``python -m module arguments`` on ``num_ranks`` ranks of this machine until they end.
 
     One rank takes the place of this process.  Several are children of torchrun, which runs in this
-    process: it stops them on SIGINT, SIGTERM, SIGHUP and SIGQUIT, kills what is left after 20 s,
-    and they end with it if it is killed itself.
+    process: it hands signals on to them and waits for their end, however long they save.  A second
+    Ctrl-C ends them at once, and so does the end of this process.
 
     Returns:
         0, the exit code of the rank that failed first, or 128 plus the number of a signal.
+
+    Raises:
+        ValueError: This process is one of several tasks of srun or mpirun.
     """
+    refuse_worlds_in_tasks(os.environ, num_ranks)
+    hang_up_with_shell()
     environment = build_environment(
         os.environ, num_ranks=num_ranks, num_cores=count_cores(), cuda=cuda
     )
@@ -141,129 +150,114 @@ def launch(
         os.execve(sys.executable, command, {**environment, **single_rank_environment()})
     os.environ.update(environment)
     os.environ[LAUNCHER_PID_VARIABLE] = str(os.getpid())
-    with tempfile.TemporaryDirectory(prefix="trinity_megatron_") as folder:
-        torchrun_arguments = build_torchrun_arguments(
-            arguments, num_ranks=num_ranks, module=module, log_folder=folder
-        )
-        return _run_torchrun(torchrun_arguments)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
+    torchrun_arguments = build_torchrun_arguments(arguments, num_ranks=num_ranks, module=module)
+    return _run_torchrun(torchrun_arguments, forwarded_signals(arguments))
 
 
-def build_environment(
-    base: Mapping[str, str], *, num_ranks: int, num_cores: int, cuda: bool
-) -> dict[str, str]:
-    """Environment of the ranks: ``base`` and what it does not set yet.
-
-    Args:
-        base: The user's environment, which takes precedence.
-        num_ranks: Ranks on this machine.
-        num_cores: Cores that this process may use.
-        cuda: Whether the ranks use CUDA devices.
-    """
-    threads = str(max(num_cores // num_ranks, 1))
-    defaults = {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
-    }
-    if loopback := _loopback_interface():
-        # All ranks are here; gloo would otherwise look up the host's name, which may not resolve.
-        defaults["GLOO_SOCKET_IFNAME"] = loopback
-    if not cuda:
-        defaults["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes 18 s before the first CPU step
-        defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron demands it for tensor parallelism
-    return {**defaults, **base}
-
-
-def build_torchrun_arguments(
-    arguments: Sequence[str], *, num_ranks: int, module: str, log_folder: str
-) -> list[str]:
+def build_torchrun_arguments(arguments: Sequence[str], *, num_ranks: int, module: str) -> list[str]:
     """What torchrun is called with.  It chooses a free port itself."""
     return [
         "--standalone",
         f"--nproc-per-node={num_ranks}",
         "--local-addr=127.0.0.1",
-        f"--log-dir={log_folder}",
-        # Not SIGINT: see _run_torchrun.
-        "--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT",
+        f"--log-dir={os.devnull}",  # or it makes a folder, which nothing would be written to
+        "--signals-to-handle=SIGQUIT",  # the others are handled here
         "-m",
         module,
         *arguments,
     ]
 
 
-def count_cores() -> int:
-    """Cores that this process may use: its affinity, and the CPU limit of its container."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    if _CGROUP_CPU_LIMIT.is_file():
-        cores = min(cores, parse_cpu_limit(_CGROUP_CPU_LIMIT.read_text()) or cores)
-    return cores
+def forwarded_signals(arguments: Sequence[str]) -> tuple[signal.Signals, ...]:
+    """Signals that the ranks are to get: what supervisors send, and that of ``--exit-signal``.
+
+    What this process was started to ignore (SIGHUP under nohup) stays ignored.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--exit-signal", default="SIGTERM")
+    name = parser.parse_known_args(list(arguments))[0].exit_signal
+    names = {*_FORWARDED, name} - {"SIGINT", "SIGKILL", "SIGSTOP"}
+    known = [signal.Signals[name] for name in sorted(names) if name in signal.Signals.__members__]
+    return tuple(signum for signum in known if signal.getsignal(signum) != signal.SIG_IGN)
 
 
-def parse_cpu_limit(text: str) -> int | None:
-    """Whole cores that a cgroup ``cpu.max`` grants, at least one; None if it sets no limit."""
-    quota, period = text.split()
-    return None if quota == "max" else max(int(quota) // int(period), 1)
+class _SignalForwarder:
+    """Lets torchrun hand the first signal on to the ranks and wait for their end.
+
+    Attributes:
+        received: The first signal; None so far.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._last = 0.0
+
+    def install(self, signals: Sequence[signal.Signals]) -> None:
+        """Handle these signals, and SIGINT, from now on."""
+        for signum in (*signals, signal.SIGINT):
+            signal.signal(signum, self._handle)
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+
+        before, self._last = self._last, time.monotonic()
+        if self.received is None:
+            self.received = signal.Signals(signum)
+            # On SIGTERM they can save and end; SIGINT would be a traceback from each.
+            passed = signal.SIGTERM if signum == signal.SIGINT else self.received
+            raise SignalException(f"{self.received.name} for the ranks", passed)
+        if signum == signal.SIGINT and self._last - before > _SECONDS_BETWEEN_INTERRUPTS:
+            raise SignalException("the ranks end with this process", signal.SIGKILL)
 
 
-def count_cuda_devices() -> int:
-    """Number of visible CUDA devices, without importing torch where there is no driver."""
-    try:
-        ctypes.CDLL(_CUDA_DRIVER)
-    except OSError:
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _loopback_interface() -> str | None:
-    names = [name for _, name in socket.if_nameindex()]
-    return next((name for name in ("lo", "lo0") if name in names), None)
-
-
-def single_rank_environment() -> dict[str, str]:
-    """What torchrun would set for a world of one rank."""
-    # The only member of a process group both serves and uses its store, so any free port will do.
-    return {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-
-
-def _run_torchrun(torchrun_arguments: Sequence[str]) -> int:
+def _run_torchrun(torchrun_arguments: Sequence[str], signals: Sequence[signal.Signals]) -> int:
     from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    interrupted = False
-
-    def stop(signum: int, frame: Any) -> None:
-        # Ranks get SIGTERM, on which they can save and end; SIGINT would be a traceback from each.
-        nonlocal interrupted
-        interrupted = True
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGINT, stop)
+    forwarder = _SignalForwarder()
+    forwarder.install(signals)
     if os.environ.get("TRINITY_DEBUG") != "1":
         logging.disable(logging.ERROR)  # torchrun's reports; the ranks have written their own
+    exit_codes: list[int] = []
+
+    def noting_exit_codes(close: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(context: Any, *given: Any, **settings: Any) -> None:
+            close(context, *given, **settings)
+            handlers = context.subprocess_handlers.values()
+            exit_codes[:] = [handler.proc.returncode or 0 for handler in handlers]
+
+        return wrapper
+
     try:
-        run.run(run.parse_args(list(torchrun_arguments)))
+        with replaced(PContext, "close", noting_exit_codes):
+            run.run(run.parse_args(list(torchrun_arguments)))
     except ChildFailedError as error:
         return _report_failure(error)
     except SignalException as error:
-        return 128 + (signal.SIGINT if interrupted else error.sigval)
+        return _code_after_signal(forwarder.received or error.sigval, exit_codes)
     return 0
+
+
+def _code_after_signal(received: int, exit_codes: Sequence[int]) -> int:
+    """128 plus the signal, or the code of a rank that ended in another way: it could not save."""
+    codes = (128 + received, 128 + signal.SIGTERM)  # SIGINT reaches them as SIGTERM
+    failed = [code for code in map(_as_shell, exit_codes) if code not in (0, *codes)]
+    return failed[0] if failed else 128 + received
+
+
+def _as_shell(exit_code: int) -> int:
+    return exit_code if exit_code >= 0 else 128 - exit_code
 
 
 def _report_failure(error: Any) -> int:
     rank, failure = error.get_first_failure()
+    code = _as_shell(failure.exitcode)
+    if failure.exitcode - 128 in signal.valid_signals():
+        name = signal.Signals(failure.exitcode - 128).name
+        sys.stderr.write(f"trinity-megatron: all ranks have ended after {name} to one of them.\n")
+        return code
     if failure.exitcode >= 0:
         reason = f"ended with exit code {failure.exitcode}; its message is above"
     else:
@@ -271,4 +265,4 @@ def _report_failure(error: Any) -> int:
     if failure.exitcode == -signal.SIGKILL:
         reason += ", as happens when memory runs out. Remedy: lower --micro-batch-size or --nproc"
     sys.stderr.write(f"trinity-megatron: rank {rank} {reason}. All other ranks were stopped.\n")
-    return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+    return code

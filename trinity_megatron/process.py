@@ -1,5 +1,6 @@
-"""A process of ours: it ends with its launcher, and keeps quiet about optional packages."""
+"""A process of ours: how it begins and ends, and that it keeps quiet about optional packages."""
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -8,34 +9,87 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 LAUNCHER_PID_VARIABLE = "TRINITY_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
+_USER_ERROR = 2
+# They wait for a command that is not in the background, so they end before it only if killed.
+_FOREGROUND_PARENTS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "busybox", "make", "timeout")
+
+
+def enter_rank() -> None:
+    """Begin a rank: a training entry calls this before its slow imports.
+
+    The rank ends with its launcher, and what it starts ends with it, however that ends.  It finds
+    its place in the world in the variables of torchrun, srun or mpirun, has a temporary folder of
+    its own, and as many threads as its share of the cores.  Ends the process with a message if the
+    variables contradict each other.
+    """
+    from trinity_megatron.helpers import FOLDER_BYTES, own_helpers
+    from trinity_megatron.temporary import use_short_temporary_folder
+    from trinity_megatron.world import join_world
+
+    die_with_parent()
+    try:
+        use_short_temporary_folder(FOLDER_BYTES)
+        own_helpers()
+        join_world()
+    except ValueError as error:
+        if os.environ.get("TRINITY_DEBUG") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(_USER_ERROR)
 
 
 def die_with_parent() -> None:
     """End this rank the moment its launcher ends, even if that was killed by SIGKILL.
 
-    A training entry calls this before its slow imports.  Does nothing outside torchrun: there the
-    parent may be anything, for example a thread that ends early by design.
+    Does nothing where srun ended the rank itself, or where there is no launcher: there the parent
+    may be anything, for example a thread that ends early by design.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # The parent may have ended already.  Children of this rank are not ranks: popped.
+        launcher = int(os.environ.pop(LAUNCHER_PID_VARIABLE, os.getppid()))
+        if sys.platform == "linux":
+            _signal_at_end_of_parent(signal.SIGKILL)
+        else:
+            _watch_parent(launcher)
+        if os.getppid() != launcher:
+            os.kill(os.getpid(), signal.SIGKILL)
+    elif "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ:
+        _watch_parent(os.getppid())  # mpirun may have forked it in a thread
     else:
-        threading.Thread(target=_poll_parent, args=(parent,), daemon=True).start()
-    # The parent may have ended before the line above.  Children of this rank are not ranks: popped.
-    launcher = os.environ.pop(LAUNCHER_PID_VARIABLE, str(parent))
-    if os.getppid() != int(launcher):
+        hang_up_with_shell()
+
+
+def hang_up_with_shell() -> None:
+    """Take the end of the shell that waits for this process as that of a terminal: SIGHUP.
+
+    Only a shell (or make, or timeout) without job control that runs this process in the foreground
+    waits so, a script's for example; the end of any other parent means nothing.  Not under nohup.
+    """
+    if sys.platform != "linux" or os.getpgid(0) != os.getpgid(os.getppid()):
+        return
+    is_in_background = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if is_in_background or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        return
+    with contextlib.suppress(OSError):
+        if Path(f"/proc/{os.getppid()}/comm").read_text().strip() in _FOREGROUND_PARENTS:
+            _signal_at_end_of_parent(signal.SIGHUP)
+
+
+def _signal_at_end_of_parent(signum: signal.Signals) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
+
+
+def _watch_parent(parent: int) -> None:
+    def poll() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
 
-
-def _poll_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=poll, daemon=True).start()
 
 
 def quiet_import_warnings() -> None:

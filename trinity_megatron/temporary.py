@@ -13,11 +13,14 @@ _SOCKET_FOLDER, _SOCKET = "pymp-", "listener-12345678"
 _MESSAGE = b"x" * 4096
 
 
-def use_short_temporary_folder() -> None:
+def use_short_temporary_folder(room: int = 0) -> None:
     """Let ``TMPDIR`` name a folder in which sockets can be made, for this process and its children.
 
     A checkpoint is saved through sockets of multiprocessing, and the path of a socket has at most
     107 bytes.  A folder that will do stays; costs a millisecond.
+
+    Args:
+        room: Bytes that the name of a folder in it adds to the path.
 
     Raises:
         ValueError: No folder will do.
@@ -26,7 +29,7 @@ def use_short_temporary_folder() -> None:
     name, given = next(((n, v) for n in names if (v := os.environ.get(n))), ("TMPDIR", ""))
     reasons: dict[str, str] = {}
     for folder in dict.fromkeys((given, *_OTHERS)):
-        if folder and (reason := why_unusable(folder)):
+        if folder and (reason := why_unusable(folder, room)):
             reasons[folder] = reason
         elif folder:
             break
@@ -44,12 +47,17 @@ def use_short_temporary_folder() -> None:
         print(f"> {name} {given} {reasons[given]}; {folder} is used", file=sys.stderr, flush=True)
 
 
-def why_unusable(folder: str) -> str | None:
-    """What stands against a temporary folder; None if sockets and files can be made in it."""
+def why_unusable(folder: str, room: int = 0) -> str | None:
+    """What stands against a temporary folder; None if sockets and files can be made in it.
+
+    Args:
+        folder: To look at.
+        room: See :func:`use_short_temporary_folder`.
+    """
     if not Path(folder).is_dir():
         return "is not there"
     try:
-        with tempfile.TemporaryDirectory(prefix=_SOCKET_FOLDER, dir=folder) as path:
+        with tempfile.TemporaryDirectory(prefix=_SOCKET_FOLDER + "x" * room, dir=folder) as path:
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(os.path.join(path, _SOCKET))
             Path(path, "file").write_bytes(_MESSAGE)

@@ -51,9 +51,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from trinity_megatron.process import die_with_parent
+    from trinity_megatron.process import enter_rank
 
-    die_with_parent()  # before the imports, which take seconds
+    enter_rank()  # before the imports, which take seconds
     import trinity_megatron.training.pretrain  # noqa: F401  enters the host before Megatron
 
     main()

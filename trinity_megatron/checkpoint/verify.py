@@ -4,6 +4,11 @@ Runs on one rank, or on several in a parallel layout, which holds the model toge
 would.
 """
 
+if __name__ == "__main__":
+    from trinity_megatron.process import enter_rank
+
+    enter_rank()  # before the imports, which take seconds
+
 import argparse
 import json
 import sys

@@ -2,9 +2,9 @@
 
 if __name__ == "__main__":
     # Inside the guard: the helper processes of a checkpoint save import this module again.
-    from trinity_megatron.process import die_with_parent
+    from trinity_megatron.process import enter_rank
 
-    die_with_parent()  # before the imports, which take seconds
+    enter_rank()  # before the imports, which take seconds
     from trinity_megatron.training.pretrain import run
 
     run()

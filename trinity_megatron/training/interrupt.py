@@ -1,75 +1,198 @@
-"""Ctrl-C and SIGTERM: the run saves and ends after its step.
+"""Signals that ask a run to end: it saves after its step, says so, and ends.
 
-Megatron's handler of ``--exit-signal`` only notes the signal, for the training loop to look at.
-Before the loop and after it nobody looks: there the handler is off, and the signal ends the run.
+SIGTERM, SIGHUP, Ctrl-C and the signal of ``--exit-signal`` do the same, on one rank or on all.
+Megatron looks after every step whether one has come; before its loop there is nothing to save, and
+a signal ends the run.  A save after the loop is completed first.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron.training import get_args, training
+import torch
+from megatron.training import training
+from megatron.training.dist_signal_handler import DistributedSignalHandler, all_gather_item
 from megatron.training.global_vars import get_signal_handler
 
 from trinity_megatron.training.replaced import replaced
 
-# What Ctrl-C was; Megatron's handler knows of its own signal only.
-_interrupts: list[int] = []
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+# A second Ctrl-C sooner than that is the same one, handed on by another process.
+_SECONDS_BETWEEN_INTERRUPTS = 1.0
+
+
+class EndedBySignal(SystemExit):
+    """The run has saved what there was to save, and ends because of a signal.
+
+    Args:
+        signum: The signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(0)
+        self.signum = signum
+
+
+class SignalNotes(DistributedSignalHandler):
+    """Megatron's handler, for several signals: notes the first that comes to this rank.
+
+    Args:
+        args: Of the run, after Megatron has set its globals.
+
+    Attributes:
+        agreed: The signal that all ranks know of; 0 for none.
+
+    Raises:
+        EndedBySignal: One has come already.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args.exit_signal)
+        self._signal_received: int = 0
+        self.agreed = 0
+        self._rank, self._last = args.rank, 0.0
+        megatrons = get_signal_handler()
+        megatrons.release()  # before the loop and after it nobody would look
+        if megatrons._signal_received:
+            raise EndedBySignal(args.exit_signal)
+        # What was ignored at the start stays so, as under nohup; but a script's background jobs
+        # ignore SIGINT, and whoever sends one to such a job means it.
+        self._signals = [
+            signum
+            for signum in dict.fromkeys((*_SIGNALS, args.exit_signal))
+            if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN
+        ]
+        self._before: dict[int, Any] = {}
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether signals are noted instead of ending the process."""
+        return bool(self._before)
+
+    def listen(self) -> None:
+        """Note signals from now on."""
+        for signum in self._signals:
+            self._before[signum] = signal.signal(signum, self._note)
+
+    def finish(self) -> None:
+        """Let signals end the process again; call it on all ranks.
+
+        Raises:
+            EndedBySignal: One has come to some rank.
+        """
+        if not self.is_listening:
+            return
+        self.signals_received()
+        self.release()
+        if self.agreed:
+            raise EndedBySignal(self.agreed)
+
+    def release(self) -> None:
+        """Let signals end the process again."""
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def signals_received(self) -> list[int]:
+        """What has come to each rank, 0 for nothing; Megatron asks on all ranks after a step."""
+        received = all_gather_item(self._signal_received, dtype=torch.int32)
+        self.agreed = max(received)
+        return received
+
+    def _note(self, signum: int, frame: Any) -> None:
+        now, last = time.monotonic(), self._last
+        self._last = now
+        if self._signal_received:
+            if signum == signal.SIGINT and now - last > _SECONDS_BETWEEN_INTERRUPTS:
+                raise KeyboardInterrupt
+            return
+        self._signal_received = signum
+        if self._rank == 0:
+            name = signal.Signals(signum).name
+            message = f"\n> {name}: ends after this step and saves; Ctrl-C then ends at once\n"
+            with contextlib.suppress(OSError):
+                os.write(1, message.encode())  # print() may be what the signal has interrupted
+
+
+def check_exit_signal(args: argparse.Namespace) -> None:
+    """Refuse an ``--exit-signal`` that would not save.
+
+    Raises:
+        ValueError: It cannot be handled, or nothing would look for it.
+    """
+    name = signal.Signals(args.exit_signal).name
+    if args.exit_signal in (signal.SIGKILL, signal.SIGSTOP):
+        raise ValueError(
+            f"--exit-signal {name} cannot be handled by any process. Remedy: SIGUSR1, SIGUSR2, "
+            "SIGHUP or SIGTERM."
+        )
+    if args.exit_signal != signal.SIGTERM and not args.exit_signal_handler:
+        raise ValueError(
+            f"--exit-signal {name} without --exit-signal-handler would end the run without a save. "
+            "Remedy: add --exit-signal-handler."
+        )
 
 
 @contextmanager
 def save_on_signals(args: argparse.Namespace) -> Iterator[None]:
-    """Handle signals while Megatron's training loop runs, and there only.
+    """Note signals from the start of Megatron's training loop to the end of its last save.
 
     Args:
         args: Of the run, after Megatron has set its globals.
+
+    Raises:
+        EndedBySignal: A signal has come, and what there was to save is saved.
     """
     if not args.exit_signal_handler:
         yield
         return
-    handler = signal.getsignal(args.exit_signal)
+    notes = SignalNotes(args)
+    try:
+        with _noting(notes, args.async_save):
+            yield
+            notes.finish()
+    except SystemExit as end:
+        # Megatron's is 0, as if the run had come to its end.
+        if notes.agreed and not end.code:
+            raise EndedBySignal(notes.agreed) from None
+        raise
+    finally:
+        notes.release()
 
-    def around(train: Callable[..., Any]) -> Callable[..., Any]:
+
+@contextmanager
+def _noting(notes: SignalNotes, saves_until_end: bool) -> Iterator[None]:
+    is_in_loop = False
+
+    def around_train(train: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*given: Any, **settings: Any) -> Any:
-            before = signal.getsignal(signal.SIGINT)
-            signal.signal(args.exit_signal, handler)
-            if args.exit_signal != signal.SIGINT:
-                signal.signal(signal.SIGINT, _stop_after_this_step)
-            try:
-                return train(*given, **settings)
-            finally:
-                signal.signal(signal.SIGINT, before)
-                signal.signal(args.exit_signal, signal.SIG_DFL)
+            nonlocal is_in_loop
+            notes.listen()
+            is_in_loop = True
+            result = train(*given, **settings)
+            is_in_loop = False
+            return result
 
         return wrapper
 
-    signal.signal(args.exit_signal, signal.SIG_DFL)
-    try:
-        with replaced(training, "train", around):
-            yield
-    finally:
-        get_signal_handler().release()
+    def before_evaluation(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*given: Any, **settings: Any) -> Any:
+            # The save after the loop is done, unless it goes on in the background.
+            if not is_in_loop and not saves_until_end:
+                notes.finish()
+            return evaluate(*given, **settings)
 
+        return wrapper
 
-def _stop_after_this_step(signum: int, frame: Any) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    _interrupts.append(signum)
-    args = get_args()
-    if args.rank == 0:
-        print("\n> ends after this step and saves; Ctrl-C again ends at once", flush=True)
-    os.kill(os.getpid(), args.exit_signal)
-
-
-def signal_of_end() -> int | None:
-    """The signal that ended the training, if one did."""
-    if _interrupts:
-        return _interrupts[0]
-    try:
-        return get_args().exit_signal if get_signal_handler()._signal_received else None
-    except AssertionError:  # there are no arguments yet, or no handler
-        return None
+    with (
+        replaced(training, "get_signal_handler", lambda _: lambda: notes),
+        replaced(training, "train", around_train),
+        replaced(training, "evaluate_and_print_results", before_evaluation),
+    ):
+        yield

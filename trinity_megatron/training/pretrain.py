@@ -23,6 +23,7 @@ quiet_import_warnings()
 make_screen_safe()  # before loggers keep the standard error
 ON_CPU = enter_host()  # before anything of Megatron is imported
 
+import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import get_wandb_writer, pretrain, training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
@@ -43,7 +44,11 @@ from trinity_megatron.training.forward_step import forward_step  # noqa: E402
 from trinity_megatron.training.guard import refuse_spoilt_saves  # noqa: E402
 from trinity_megatron.training.heartbeat import watch_steps  # noqa: E402
 from trinity_megatron.training.index_cache import plain_index_cache  # noqa: E402
-from trinity_megatron.training.interrupt import save_on_signals, signal_of_end  # noqa: E402
+from trinity_megatron.training.interrupt import (  # noqa: E402
+    EndedBySignal,
+    check_exit_signal,
+    save_on_signals,
+)
 from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
 from trinity_megatron.training.out_of_memory import explain, is_out_of_memory  # noqa: E402
@@ -69,6 +74,7 @@ def main() -> None:
         )
 
         def begin(args: argparse.Namespace) -> None:
+            check_exit_signal(args)
             check_folders(args)
             held.enter_context(_alone_in(args))
 
@@ -76,7 +82,6 @@ def main() -> None:
         check_space(args)
         if args.rank == 0:
             check_splits(args)
-        held.enter_context(save_on_signals(args))
         _train(args)
 
 
@@ -102,25 +107,28 @@ def _train(args: argparse.Namespace) -> None:
     writer = get_wandb_writer()
     with writer.kept_open() if writer else contextlib.nullcontext():
         end: SystemExit | None = None
-        with (
-            guarded_loads(verify_checksums=args.verify_checksums, advise=advise_other_step),
-            plain_index_cache(),
-            StepMetrics(config.transformer).installed(),
-            named_save_errors(),
-            refuse_spoilt_saves(),
-            watch_steps(),
-        ):
-            try:
+        try:
+            with (
+                guarded_loads(verify_checksums=args.verify_checksums, advise=advise_other_step),
+                plain_index_cache(),
+                StepMetrics(config.transformer).installed(),
+                named_save_errors(),
+                refuse_spoilt_saves(),
+                watch_steps(),
+                save_on_signals(args),
+            ):
                 pretrain(
                     pretrain_cfg_container_from_args(args, config),
                     train_valid_test_datasets_provider,
                     ModelType.encoder_or_decoder,
                     forward_step,
                 )
-            except SystemExit as early:  # --exit-interval and the like
-                if early.code or signal_of_end():
-                    raise
-                end = early
+        except EndedBySignal:
+            raise
+        except SystemExit as early:  # --exit-interval and the like
+            if early.code:
+                raise
+            end = early
         if args.out:
             finish_run(trained, _last_step(args, end is not None), is_complete=end is None)
         if end is not None:
@@ -193,8 +201,13 @@ def run() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except SystemExit as end:
-        # Megatron's is 0, as if the run had come to its end.
-        if not end.code and (signum := signal_of_end()):
-            sys.exit(128 + signum)
-        raise
+    except EndedBySignal as end:
+        _wait_for_all_ranks()
+        sys.exit(128 + end.signum)
+
+
+def _wait_for_all_ranks() -> None:
+    """Let all ranks end what they do: the first that ends with a code makes torchrun stop them."""
+    if torch.distributed.is_initialized():
+        with contextlib.suppress(RuntimeError):  # a rank has died meanwhile
+            torch.distributed.barrier()
