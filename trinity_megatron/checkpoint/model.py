@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from trinity_megatron.checkpoint.convert import (
     check_finite,
     check_hf_tensors,
     config_from_args,
+    find_vocab_size,
     get_vocabulary_rows,
     match_tensors,
     write_hf,
@@ -21,6 +24,7 @@ from trinity_megatron.checkpoint.convert import (
 from trinity_megatron.checkpoint.hf_assets import Assets
 from trinity_megatron.checkpoint.hf_config import (
     hf_config_from_trinity,
+    plain_rope,
     read_hf_config,
     trinity_config_from_hf,
 )
@@ -48,8 +52,9 @@ def load_hf_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> GP
     Raises:
         ValueError: The model is not supported, or the checkpoint is not complete or damaged.
     """
-    weights = HFWeights(Path(path))
     config = trinity_config_from_hf(read_hf_config(Path(path)), **_precision(dtype))
+    weights = HFWeights(Path(path))
+    config.tokenizer_vocab_size = config.vocab_size
     entries = resolve(config, stacked_experts=weights.has_stacked_experts)
     check_hf_tensors(weights, entries)
     model = build_model(config)
@@ -79,7 +84,8 @@ def save_hf_model(
     """Write a model that lies whole in this process as a Hugging Face checkpoint.
 
     Args:
-        model: Megatron's model, as :func:`load_hf_model` returns it.
+        model: Megatron's model, as :func:`load_hf_model` returns it.  Rows of the embedding beyond
+            its ``config.tokenizer_vocab_size`` are left out.
         path: Folder to make.
         tokenizer: Folder of its tokenizer, to copy.
 
@@ -90,7 +96,7 @@ def save_hf_model(
     from megatron.core.utils import unwrap_model
 
     whole = unwrap_model(model)
-    config = whole.config
+    config = copy.copy(whole.config)
     for size in ("tensor", "pipeline", "expert"):
         name = f"{size}_model_parallel_size"
         if getattr(config, name) > 1:
@@ -99,6 +105,10 @@ def save_hf_model(
                 "save a torch_dist checkpoint, then trinity-megatron convert --from-megatron."
             )
     folder = Path(tokenizer) if tokenizer is not None else None
+    state = argparse.Namespace(
+        tokenizer_vocab_size=config.tokenizer_vocab_size, padded_vocab_size=config.vocab_size
+    )
+    config.tokenizer_vocab_size = find_vocab_size(state, folder)
     write_hf(LiveModel(whole), config, Path(path), name="the model", tokenizer=folder)
 
 
@@ -167,7 +177,8 @@ def load_transformers_model(
     entries = match_tensors(found, config, assets=assets, name=name, stacked_experts=True)
     dtype = found["output_layer.weight"][0]
     fields = assets.config if assets else hf_config_from_trinity(config, dtype=dtype)
-    hf_config = AfmoeConfig(**{**fields, "dtype": dtype})
+    rope = {"rope_parameters": plain_rope(fields), "rope_scaling": None}
+    hf_config = AfmoeConfig(**{**fields, **rope, "dtype": dtype})
     with no_init_weights():
         model = AfmoeForCausalLM._from_config(hf_config, dtype=dtype)
     if (config.hidden_size * dtype.itemsize) % 16 or (

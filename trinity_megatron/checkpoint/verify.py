@@ -20,7 +20,11 @@ from trinity_megatron.process import quiet_megatron
 
 quiet_megatron()  # before anything of Megatron is imported
 
-from trinity_megatron.checkpoint.hf_config import read_hf_config  # noqa: E402
+from trinity_megatron.checkpoint.hf_config import (  # noqa: E402
+    plain_rope,
+    read_hf_config,
+    trinity_config_from_hf,
+)
 from trinity_megatron.checkpoint.hf_weights import HFWeights  # noqa: E402
 from trinity_megatron.checkpoint.model import load_megatron_model  # noqa: E402
 from trinity_megatron.checkpoint.verify_flags import add_verify_flags  # noqa: E402
@@ -240,7 +244,8 @@ def run(args: argparse.Namespace) -> int:
         0, or 1 beyond the tolerance.
     """
     enter_host()
-    vocab_size = read_hf_config(args.hf)["vocab_size"]
+    fields = read_hf_config(args.hf)
+    vocab_size = trinity_config_from_hf(fields).vocab_size
     HFWeights(args.hf)  # whole, before anything is built
     if args.seq_length < 1:
         raise ValueError(f"--seq-length {args.seq_length} is below 1. Remedy: give at least 1.")
@@ -272,7 +277,11 @@ def run(args: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()
     # The plain loop over experts: the definition, for every size.
     twin = AfmoeForCausalLM.from_pretrained(
-        args.hf, dtype=torch.float32, experts_implementation="eager"
+        args.hf,
+        dtype=torch.float32,
+        experts_implementation="eager",
+        rope_parameters=plain_rope(fields),
+        rope_scaling=None,
     ).eval()
     result = compare(ours, trace_transformers(twin, tokens))
     print(format_comparison(result))

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 from megatron.core.package_info import __version__ as megatron_version
+from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 from megatron.training import global_vars
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
@@ -86,8 +88,37 @@ def parse_trinity_args(
             raise ValueError(_explain(error)) from error
     finish_muon_arguments(args)
     global_vars._set_wandb_writer = _set_wandb_writer
+    rows = args.padded_vocab_size
     global_vars.set_global_variables(args)
+    _set_vocab_size(args, manifest, rows)
     return args
+
+
+def _set_vocab_size(
+    args: argparse.Namespace, manifest: DataManifest | None, rows: int | None
+) -> None:
+    """Have a row for every token, and remember how many rows a token has.
+
+    Megatron pads the number of tokens, but an id may be beyond it where the vocabulary has gaps.
+
+    Args:
+        args: Of the run; its tokenizer is built.
+        manifest: Of ``--data``.
+        rows: ``--padded-vocab-size``; None if Megatron chose it.
+
+    Raises:
+        ValueError: There are more tokens than rows.
+    """
+    in_data = manifest.vocab_size if manifest is not None else 0
+    args.tokenizer_vocab_size = max(global_vars.get_tokenizer().vocab_size, in_data)
+    if args.tokenizer_vocab_size <= (args.padded_vocab_size or math.inf):
+        return
+    if rows is not None:
+        raise ValueError(
+            f"--padded-vocab-size {rows} has no row for each of the {args.tokenizer_vocab_size} "
+            "tokens of the tokenizer. Remedy: drop the flag."
+        )
+    args.padded_vocab_size = vocab_size_with_padding(args.tokenizer_vocab_size, args)
 
 
 def _explain(error: AssertionError) -> str:

@@ -145,7 +145,8 @@ def continue_text(model: list[torch.nn.Module]) -> tuple[str, ...]:
         padded = torch.nn.functional.pad(sequence, (0, length - len(sequence))).unsqueeze(0)
         positions = torch.arange(length, device=padded.device).unsqueeze(0)
         logits = gather_from_tensor_model_parallel_region(module(padded, positions, None))
-        sequence = torch.cat([sequence, logits[0, position - 1].argmax().view(1)])
+        likeliest = logits[0, position - 1, : args.tokenizer_vocab_size].argmax()
+        sequence = torch.cat([sequence, likeliest.view(1)])
     tokenizer = get_tokenizer()
     prompt, continuation = sequence[:PROMPT_TOKENS], sequence[PROMPT_TOKENS:]
     texts = (tokenizer.detokenize(part.tolist()) for part in (prompt, continuation))
