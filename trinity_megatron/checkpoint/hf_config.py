@@ -295,7 +295,8 @@ def _refuse_scaled_rope(rope: Any, field: str, whole: Mapping[str, Any]) -> None
     kind = rope.get("rope_type", rope.get("type"))
     share = rope.get("partial_rotary_factor")
     nested = any(isinstance(value, dict) for value in rope.values())
-    if nested or kind not in ("default", None) or share not in (1, None) or rope.get("factor"):
+    scaled = kind is None and rope.get("factor")  # "default" does not look at it
+    if nested or kind not in ("default", None) or share not in (1, None) or scaled:
         raise ValueError(
             f"{CONFIG_NAME}: {field}={whole!r} is not supported by the Trinity layers; they "
             "implement rope_type='default' over the whole head."

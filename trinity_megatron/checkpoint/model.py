@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from trinity_megatron.host import enter_host
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.models.gpt import GPTModel
+    from transformers import AfmoeConfig
 
 
 def load_hf_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> GPTModel:
@@ -170,15 +171,14 @@ def load_transformers_model(
     Returns:
         transformers' ``AfmoeForCausalLM``.
     """
-    from transformers import AfmoeConfig, AfmoeForCausalLM
+    from transformers import AfmoeForCausalLM
     from transformers.initialization import no_init_weights
 
     found = source.model_tensors()
     entries = match_tensors(found, config, assets=assets, name=name, stacked_experts=True)
     dtype = found["output_layer.weight"][0]
     fields = assets.config if assets else hf_config_from_trinity(config, dtype=dtype)
-    rope = {"rope_parameters": plain_rope(fields), "rope_scaling": None}
-    hf_config = AfmoeConfig(**{**fields, **rope, "dtype": dtype})
+    hf_config = transformers_config({**fields, "dtype": dtype})
     with no_init_weights():
         model = AfmoeForCausalLM._from_config(hf_config, dtype=dtype)
     if (config.hidden_size * dtype.itemsize) % 16 or (
@@ -197,6 +197,14 @@ def load_transformers_model(
                     target = block.hf_view(tensors[block.hf_name])
                     target.copy_(block.megatron_view(whole, start))
     return model.eval()
+
+
+def transformers_config(fields: Mapping[str, Any]) -> AfmoeConfig:
+    """transformers' configuration of a ``config.json``, in whichever words it states the RoPE."""
+    from transformers import AfmoeConfig
+
+    others = {n: value for n, value in fields.items() if n not in ("rope_scaling", "rope_theta")}
+    return AfmoeConfig(**{**others, "rope_parameters": plain_rope(fields)})
 
 
 def build_model(config: TrinityConfig) -> GPTModel:

@@ -21,12 +21,14 @@ from trinity_megatron.process import quiet_megatron
 quiet_megatron()  # before anything of Megatron is imported
 
 from trinity_megatron.checkpoint.hf_config import (  # noqa: E402
-    plain_rope,
     read_hf_config,
     trinity_config_from_hf,
 )
 from trinity_megatron.checkpoint.hf_weights import HFWeights  # noqa: E402
-from trinity_megatron.checkpoint.model import load_megatron_model  # noqa: E402
+from trinity_megatron.checkpoint.model import (  # noqa: E402
+    load_megatron_model,
+    transformers_config,
+)
 from trinity_megatron.checkpoint.verify_flags import add_verify_flags  # noqa: E402
 from trinity_megatron.host import enter_host  # noqa: E402
 
@@ -278,10 +280,9 @@ def run(args: argparse.Namespace) -> int:
     # The plain loop over experts: the definition, for every size.
     twin = AfmoeForCausalLM.from_pretrained(
         args.hf,
+        config=transformers_config(fields),
         dtype=torch.float32,
         experts_implementation="eager",
-        rope_parameters=plain_rope(fields),
-        rope_scaling=None,
     ).eval()
     result = compare(ours, trace_transformers(twin, tokens))
     print(format_comparison(result))

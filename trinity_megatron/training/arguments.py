@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import io
 import logging
 import math
 import os
@@ -40,7 +41,9 @@ from trinity_megatron.optimizer.builder import (
 )
 from trinity_megatron.presets import PRESETS, Preset, get_preset
 from trinity_megatron.tracking.wandb_run import open_writer
+from trinity_megatron.training.event_files import run_writer
 from trinity_megatron.training.flags import refuse_flags
+from trinity_megatron.training.retention import check_keep_last
 from trinity_megatron.training.schedule import fit_schedule
 from trinity_megatron.training.start import check_start, resumed_samples
 
@@ -89,7 +92,8 @@ def parse_trinity_args(
     finish_muon_arguments(args)
     global_vars._set_wandb_writer = _set_wandb_writer
     rows = args.padded_vocab_size
-    global_vars.set_global_variables(args)
+    with run_writer():
+        global_vars.set_global_variables(args)
     _set_vocab_size(args, manifest, rows)
     return args
 
@@ -129,7 +133,7 @@ def _explain(error: AssertionError) -> str:
 
 
 def _set_wandb_writer(args: argparse.Namespace) -> None:
-    """In the place of Megatron's, which starts W&B in the foreground and lets it fail."""
+    """In the place of Megatron's, which starts W&B here, in the foreground, and lets it fail."""
     global_vars._GLOBAL_WANDB_WRITER = open_writer(args)
 
 
@@ -139,10 +143,11 @@ def _argument_dump(args: argparse.Namespace) -> Iterator[None]:
     if not args.out or args.rank != 0:
         yield
         return
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        yield  # a refusal leaves the list of the run as it is
     path = Path(args.out) / "arguments.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file, contextlib.redirect_stdout(file):
-        yield
+    path.write_text(text.getvalue(), encoding="utf-8")
 
 
 def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -171,6 +176,13 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         action="store_false",
         dest="scale_embeddings",
         help="Do not multiply the embedding by the square root of the hidden size.",
+    )
+    group.add_argument(
+        "--keep-last",
+        type=int,
+        metavar="N",
+        help="Keep the newest N complete checkpoints in --save and delete older ones after each "
+        "save; multiples of --save-retain-interval are kept too.  Default: keep all.",
     )
     _add_balance_args(group)
     group.add_argument(
@@ -367,6 +379,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
             "(or Megatron's own --data-path and --tokenizer-type)."
         )
     refuse_flags(args)
+    check_keep_last(args)
     _check_positive(args)
     _check_parallel_sizes(args)
     fit_schedule(args, resumed_samples(args))

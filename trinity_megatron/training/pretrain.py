@@ -33,6 +33,7 @@ from trinity_megatron.optimizer.layout import separate_muon_buffers  # noqa: E40
 from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
 from trinity_megatron.training.arguments import parse_trinity_args  # noqa: E402
 from trinity_megatron.training.datasets import train_valid_test_datasets_provider  # noqa: E402
+from trinity_megatron.training.event_files import recorded  # noqa: E402
 from trinity_megatron.training.finish import finish_run  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
 from trinity_megatron.training.guard import refuse_spoilt_saves  # noqa: E402
@@ -41,6 +42,7 @@ from trinity_megatron.training.interrupt import save_on_signals, signal_of_end  
 from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
 from trinity_megatron.training.out_of_memory import explain, is_out_of_memory  # noqa: E402
+from trinity_megatron.training.retention import old_checkpoints_deleted  # noqa: E402
 from trinity_megatron.training.start import stamp_vocabulary  # noqa: E402
 
 # A run that was stopped may still be ending.
@@ -80,7 +82,13 @@ def _train(args: argparse.Namespace) -> None:
     config.post_wrap_hooks.append(keep)
     writer = get_wandb_writer()
     with writer.kept_open() if writer else contextlib.nullcontext():
-        with StepMetrics(config.transformer).installed(), refuse_spoilt_saves(), watch_steps():
+        with (
+            recorded(),
+            StepMetrics(config.transformer).installed(),
+            refuse_spoilt_saves(),
+            old_checkpoints_deleted(args),
+            watch_steps(),
+        ):
             pretrain(
                 pretrain_cfg_container_from_args(args, config),
                 train_valid_test_datasets_provider,
