@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trinity_megatron.process import quiet_megatron
+from trinity_megatron.process import describe_error, quiet_megatron
 
 quiet_megatron()  # before anything of Megatron is imported
 
@@ -304,7 +304,8 @@ def main(argv: Sequence[str]) -> int:
         code = run(args)
     except (ValueError, OSError) as error:
         if torch.distributed.get_rank() == 0:
-            print(f"trinity-megatron: error: {error}", file=sys.stderr, flush=True)
+            message = f"trinity-megatron: error: {describe_error(error)}"
+            print(message, file=sys.stderr, flush=True)
         return _USER_ERROR
     torch.distributed.destroy_process_group()
     return code

@@ -82,14 +82,16 @@ class RunWriter(SummaryWriter):
                 self._write(tag, value, step)
 
     def end(self) -> None:
-        """Write what is held and flush; without a beginning, remove the file."""
-        if self._has_begun:
-            self.release()
-            self.flush()
-            return
-        self.close()
-        for file in self._files:
-            file.unlink(missing_ok=True)
+        """Write what is held and flush."""
+        self.release()
+        self.flush()
+
+    def discard(self) -> None:
+        """Remove the file of a start that has not begun."""
+        if not self._has_begun:
+            self.close()
+            for file in self._files:
+                file.unlink(missing_ok=True)
 
     def flush(self) -> None:
         """Write to the disk what was added."""
@@ -129,11 +131,17 @@ def recorded() -> Iterator[None]:
 
     A run that is refused before leaves no trace in either.
     """
+    writer = get_tensorboard_writer()
+    is_ours = isinstance(writer, RunWriter)  # on the last rank
     try:
         with replaced(training, "train", _begun):
             yield
+    except Exception:
+        if is_ours:
+            writer.discard()
+        raise
     finally:
-        if isinstance(writer := get_tensorboard_writer(), RunWriter):
+        if is_ours:
             writer.end()
 
 

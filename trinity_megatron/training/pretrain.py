@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 examples/pretrain_trinity.py --preset tiny --data D 
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock, Timeout
 
 from trinity_megatron.host import enter_host
-from trinity_megatron.process import quiet_import_warnings
+from trinity_megatron.process import USER_ERRORS, describe_error, quiet_import_warnings
 
 quiet_import_warnings()
 ON_CPU = enter_host()  # before anything of Megatron is imported
@@ -110,6 +111,7 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
         yield
         return
     lock = FileLock(Path(args.out) / ".lock")
+    is_new = not Path(args.out).exists()
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=_PATIENCE_SECONDS)
@@ -124,6 +126,10 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
         pass  # a filesystem without locks
     try:
         yield
+    except USER_ERRORS:
+        if is_new and not hasattr(args, "curr_iteration"):  # refused before its first step
+            shutil.rmtree(args.out, ignore_errors=True)
+        raise
     finally:
         lock.release()
 
@@ -145,10 +151,10 @@ def run() -> None:
     """Run :func:`main`; say what is wrong with the input in one paragraph instead of a trace."""
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except USER_ERRORS as error:
         if os.environ.get("TRINITY_DEBUG") == "1":
             raise
-        _say_once(f"error: {error}")
+        _say_once(f"error: {describe_error(error)}")
         sys.exit(2)
     except RuntimeError as error:
         if not is_out_of_memory(error) or os.environ.get("TRINITY_DEBUG") == "1":

@@ -67,8 +67,10 @@ def old_checkpoints_deleted(args: argparse.Namespace) -> Iterator[None]:
         )
         if args.rank == 0:
             retention = stack.enter_context(Retention(args))
-            for name in ("save_checkpoint", "maybe_finalize_async_save"):
-                stack.enter_context(replaced(training, name, retention.after))
+            stack.enter_context(replaced(training, "save_checkpoint", retention.after_save))
+            stack.enter_context(
+                replaced(training, "maybe_finalize_async_save", retention.after_finalize)
+            )
         yield
 
 
@@ -96,21 +98,31 @@ class Retention:
     def __exit__(self, *error: object) -> None:
         self._worker.shutdown()
 
-    def after(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Look for a new checkpoint after each call of a function that may finish one."""
+    def after_save(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        """Stand around Megatron's ``save_checkpoint``."""
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
-            if function.__name__ != "maybe_finalize_async_save":
-                self._is_saving = True
-            if self._is_saving and is_empty_async_queue():
-                self._is_saving = False
-                self._submit()
+            result = save(*args, **kwargs)
+            self._is_saving = True
+            self._look()
             return result
 
         return wrapper
 
-    def _submit(self) -> None:
+    def after_finalize(self, finalize: Callable[..., Any]) -> Callable[..., Any]:
+        """Stand around Megatron's ``maybe_finalize_async_save``, which every step calls."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            result = finalize(*args, **kwargs)
+            self._look()
+            return result
+
+        return wrapper
+
+    def _look(self) -> None:
+        if not self._is_saving or not is_empty_async_queue():
+            return
+        self._is_saving = False
         latest = read_tracker(self._folder)
         if latest != self._latest:
             self._latest = latest
