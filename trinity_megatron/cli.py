@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trinity_megatron import __version__
 from trinity_megatron.checkpoint.verify_flags import add_verify_flags
-from trinity_megatron.process import quiet_megatron
+from trinity_megatron.process import describe_error, quiet_megatron
 from trinity_megatron.screen import make_screen_safe, screen_failure
 from trinity_megatron.temporary import use_short_temporary_folder
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("TRINITY_DEBUG") == "1":
             raise
-        print(f"trinity-megatron: error: {error}", file=sys.stderr)
+        print(f"trinity-megatron: error: {describe_error(error)}", file=sys.stderr)
         return _USER_ERROR
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -157,7 +157,8 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         help="train on this machine",
         description="Train on this machine, with one rank per GPU, or one on a CPU.  Every other "
         "flag is passed to Megatron, for example --train-iters 200 --lr 5e-3 "
-        "--tensor-model-parallel-size 2 --sequence-parallel; it takes precedence over the preset.",
+        "--keep-last 3 (checkpoints) --tensor-model-parallel-size 2 --sequence-parallel; it takes "
+        "precedence over the preset.",
         epilog="Several machines: torchrun or srun over examples/pretrain_trinity.py.",
         allow_abbrev=False,
     )

@@ -67,6 +67,10 @@ class TrinityConfig(TransformerConfig):
     vocab_size: int = 200192
     """Rows of the embedding and of the LM head, padding included."""
 
+    tokenizer_vocab_size: int | None = None
+    """Rows that a token can have: ids below it.  The others are Megatron's padding; None where it
+    is not known."""
+
     num_dense_layers: int = 0
     """Leading layers with a dense MLP; the others are MoE layers."""
 

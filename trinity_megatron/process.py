@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import signal
@@ -11,6 +12,27 @@ import time
 import warnings
 from pathlib import Path
 
+# What a wrong path or value ends in, before or in a training.
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+_REMEDIES = {
+    errno.ENOENT: "name what is there",
+    errno.ENOTDIR: "name a folder",
+    errno.EISDIR: "name a file",
+    errno.EEXIST: "remove it, or name another one",
+    errno.EACCES: "let this user read it (write, for a target), or name another one",
+    errno.EPERM: "let this user read it (write, for a target), or name another one",
+    errno.EROFS: "name a folder on a disk that can be written",
+    errno.ENOSPC: "make room, or name a folder on another disk",
+    errno.EDQUOT: "make room, or name a folder on another disk",
+    errno.ELOOP: "mend the link",
+    errno.ENAMETOOLONG: "name a shorter path",
+}
 LAUNCHER_PID_VARIABLE = "TRINITY_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 _USER_ERROR = 2
@@ -40,6 +62,15 @@ def enter_rank() -> None:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(_USER_ERROR)
+
+
+def describe_error(error: BaseException) -> str:
+    """An error for users: the message, or what the system says of which path, and a remedy."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return str(error) or type(error).__name__
+    path = os.fsdecode(error.filename) if not isinstance(error.filename, int) else error.filename
+    remedy = _REMEDIES.get(error.errno)
+    return f"{path}: {error.strerror}.{f' Remedy: {remedy}.' if remedy else ''}"
 
 
 def die_with_parent() -> None:

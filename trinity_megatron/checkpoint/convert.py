@@ -67,6 +67,7 @@ from trinity_megatron.config import (
     TrinityConfig,
     count_dense_layers,
 )
+from trinity_megatron.data.tokenizer import read_vocab_size
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +106,8 @@ def hf_to_megatron(hf: Path, megatron: Path) -> None:
         OSError: The target cannot be written.
     """
     begin = time.monotonic()
-    weights = HFWeights(hf)
     config = trinity_config_from_hf(read_hf_config(hf))
+    weights = HFWeights(hf)
     entries = resolve(config, stacked_experts=weights.has_stacked_experts)
     check_hf_tensors(weights, entries)
     tensors = {entry.megatron: (_dtype(entry, weights), entry.shape) for entry in entries}
@@ -201,6 +202,7 @@ def megatron_to_hf(
         tokenizer = find_tokenizer(source.folder, source.args)
     if tokenizer is not None:
         check_tokenizer(megatron, tokenizer)
+    config.tokenizer_vocab_size = find_vocab_size(source.args, tokenizer)
     fingerprint = ["megatron", __version__, fingerprint_folder(source.folder), max_shard_size]
     num_bytes = write_hf(
         source,
@@ -243,6 +245,8 @@ def write_hf(
     """
     found = source.model_tensors()
     entries = match_tensors(found, config, assets=assets, name=name)
+    if tokenizer is not None:
+        _check_all_tokens_have_rows(tokenizer, config.vocab_size, name)
     tensors: Tensors = {
         hf_name: (torch.float32 if entry.keep_fp32 else found[entry.megatron][0], shape)
         for entry in entries
@@ -315,6 +319,7 @@ def config_from_args(args: argparse.Namespace, **overrides: Any) -> TrinityConfi
 _SAVED_FIELDS = (
     *MODEL_FIELDS,
     *"max_position_embeddings moe_router_bias_update_rule moe_router_bias_update_rate".split(),
+    "tokenizer_vocab_size",
 )
 
 
@@ -484,6 +489,7 @@ def _set_vocabulary(
     rows = get_vocabulary_rows(found)
     config.vocab_size = rows
     if assets is None:
+        _leave_out_padding(config, rows, name)
         return
     original = trinity_config_from_hf(assets.config)
     if different := compare_models(config, original):
@@ -497,13 +503,64 @@ def _set_vocabulary(
             f"{name} has {rows} rows of embeddings, fewer than vocab_size={original.vocab_size} in "
             f"{assets.folder / CONFIG_NAME}."
         )
-    if original.vocab_size < rows:
+    config.tokenizer_vocab_size = original.vocab_size
+    _leave_out_padding(config, rows, name)
+
+
+def _leave_out_padding(config: TrinityConfig, rows: int, name: str) -> None:
+    known = config.tokenizer_vocab_size
+    if known is None:
+        logger.warning(
+            "%s does not say how many of its %d rows of embeddings belong to a token: all of them "
+            "are kept, Megatron's padding included.",
+            name,
+            rows,
+        )
+        return
+    if known > rows:
+        raise ValueError(
+            f"{name} has {rows} rows of embeddings, fewer than the {known} tokens that it says it "
+            "was trained with."
+        )
+    if known < rows:
         logger.info(
             "%d rows of embeddings beyond vocab_size=%d are Megatron's padding and left out.",
-            rows - original.vocab_size,
-            original.vocab_size,
+            rows - known,
+            known,
         )
-    config.vocab_size = original.vocab_size
+    config.vocab_size = known
+
+
+def find_vocab_size(args: argparse.Namespace, tokenizer: Path | None) -> int | None:
+    """How many rows of the embedding belong to a token.
+
+    A run writes it into its checkpoints; those of other scripts and of earlier releases lack it.
+    There a tokenizer says it, if Megatron's padding of its size gives the rows that there are.
+
+    Args:
+        args: Arguments in a checkpoint.
+        tokenizer: Folder of the tokenizer of the run.
+
+    Returns:
+        None where it is not known.
+    """
+    saved = getattr(args, "tokenizer_vocab_size", None)
+    if saved is not None or tokenizer is None or not (tokenizer / "tokenizer.json").is_file():
+        return saved
+    size = read_vocab_size(tokenizer)
+    multiple = getattr(args, "make_vocab_size_divisible_by", 128)
+    multiple *= getattr(args, "tensor_model_parallel_size", 1)
+    padded = -(-size // multiple) * multiple
+    return size if padded == getattr(args, "padded_vocab_size", None) else None
+
+
+def _check_all_tokens_have_rows(tokenizer: Path, rows: int, name: str) -> None:
+    size = read_vocab_size(tokenizer)
+    if size > rows:
+        raise ValueError(
+            f"{tokenizer} has {size} tokens, but {name} has {rows} rows of embeddings. Remedy: "
+            "--tokenizer DIR with the tokenizer that the model was trained with."
+        )
 
 
 def _headers(tensors: Tensors, assets: Assets | None, max_shard_size: str) -> dict[str, str]:

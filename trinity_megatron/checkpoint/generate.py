@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trinity_megatron.checkpoint.convert import config_from_args
+from trinity_megatron.checkpoint.convert import config_from_args, find_vocab_size
 from trinity_megatron.checkpoint.hf_assets import check_tokenizer, find_assets, find_tokenizer
 from trinity_megatron.checkpoint.model import load_transformers_model
 from trinity_megatron.checkpoint.torch_dist import TorchDistReader
@@ -59,6 +59,7 @@ def generate(
     if not tokens.numel():
         raise ValueError(f"--prompt {prompt!r} has no tokens. Remedy: give some text.")
     config = config_from_args(source.args)
+    config.tokenizer_vocab_size = find_vocab_size(source.args, folder)
     model = load_transformers_model(source, config, assets=assets, name=str(source.folder))
     if torch.cuda.is_available():
         model = model.cuda()

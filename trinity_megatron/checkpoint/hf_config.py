@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trinity_megatron.checkpoint.hf_folder import explain_folder, refuse_quantised_config
 from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
 
 CONFIG_NAME = "config.json"
@@ -61,9 +62,7 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "attention_dropout": (0, 0.0, None),
-    "rope_scaling": (None,),
     "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
     "num_nextn_predict_layers": (0, None),
 }
 
@@ -93,10 +92,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ValueError(
-            f"{path} is missing. Remedy: give the folder of a Hugging Face checkpoint, with its "
-            "config.json beside the .safetensors files."
-        )
+        raise ValueError(explain_folder(folder, CONFIG_NAME))
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
@@ -183,16 +179,8 @@ def refuse_other_models(hf: Mapping[str, Any]) -> None:
             )
     if "model_type" not in hf:
         raise ValueError(f"{CONFIG_NAME} has no model_type. Remedy: it must be 'afmoe'.")
-    rope = hf.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{CONFIG_NAME}: rope_parameters={rope!r} is not an object.")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    nested = any(isinstance(value, dict) for value in rope.values())
-    if nested or kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"{CONFIG_NAME}: rope_parameters={rope!r} is not supported by the Trinity layers; they "
-            "implement rope_type='default' over the whole head."
-        )
+    refuse_quantised_config(hf, CONFIG_NAME)
+    _rope_theta(hf)
     every = hf.get("global_attn_every_n_layers") or _DEFAULTS["global_attn_every_n_layers"]
     pattern = get_layer_types(hf.get("num_hidden_layers") or 0, every)
     if hf.get("layer_types") not in (None, pattern) and "num_hidden_layers" in hf:
@@ -262,9 +250,54 @@ def plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
+def plain_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` in the one form that every release of transformers reads.
+
+    Raises:
+        ValueError: See :func:`trinity_config_from_hf`.
+    """
+    return {"rope_type": "default", "rope_theta": _rope_theta(hf)}
+
+
 def _rope_theta(hf: Mapping[str, Any]) -> float | int:
-    rope = hf.get("rope_parameters") or {}
-    theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000
-    if not isinstance(theta, int | float):
-        raise ValueError(f"{CONFIG_NAME}: rope_theta={theta!r} is not a number.")
+    """The base of the rotary embedding, wherever a release of transformers writes it.
+
+    ``rope_theta``, ``rope_scaling`` (transformers 4) or ``rope_parameters`` (5), there also once
+    for each type of layer; Trinity's global layers have no RoPE.
+    """
+    stated = {"rope_theta": hf.get("rope_theta")}
+    for field in ("rope_scaling", "rope_parameters"):
+        rope = {} if hf.get(field) is None else hf[field]
+        if not isinstance(rope, dict):
+            raise ValueError(f"{CONFIG_NAME}: {field}={rope!r} is not an object.")
+        nested = {kind: value for kind, value in rope.items() if kind in _LAYER_TYPES}
+        for part in (value or {} for value in nested.values()) if nested else (rope,):
+            _refuse_scaled_rope(part, field, rope)
+        local = (nested.get("sliding_attention") or {}) if nested else rope
+        stated[f"{field}.rope_theta"] = local.get("rope_theta")
+    stated = {name: value for name, value in stated.items() if value is not None}
+    for name, value in stated.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{CONFIG_NAME}: {name}={value!r} is not a positive number.")
+    if len(set(stated.values())) > 1:
+        all_stated = ", ".join(f"{name}={value!r}" for name, value in stated.items())
+        raise ValueError(f"{CONFIG_NAME}: {all_stated} contradict each other. Remedy: state one.")
+    theta = next(iter(stated.values()), 10000)
     return int(theta) if float(theta).is_integer() else float(theta)
+
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def _refuse_scaled_rope(rope: Any, field: str, whole: Mapping[str, Any]) -> None:
+    if not isinstance(rope, dict):
+        raise ValueError(f"{CONFIG_NAME}: {field}={whole!r} is not an object of objects.")
+    kind = rope.get("rope_type", rope.get("type"))
+    share = rope.get("partial_rotary_factor")
+    nested = any(isinstance(value, dict) for value in rope.values())
+    scaled = kind is None and rope.get("factor")  # "default" does not look at it
+    if nested or kind not in ("default", None) or share not in (1, None) or scaled:
+        raise ValueError(
+            f"{CONFIG_NAME}: {field}={whole!r} is not supported by the Trinity layers; they "
+            "implement rope_type='default' over the whole head."
+        )

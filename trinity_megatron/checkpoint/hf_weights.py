@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
+from trinity_megatron.checkpoint.hf_folder import explain_folder, refuse_quantised_weights
 from trinity_megatron.checkpoint.page_cache import WriteBehind
 from trinity_megatron.checkpoint.transforms import Block, Shape
 
@@ -103,6 +104,7 @@ class HFWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.headers = {name: read_header(folder / name) for name in self._find_files()}
+        refuse_quantised_weights(folder, self.headers.values())
         self.tensors: dict[str, TensorInfo] = {}
         for file, header in self.headers.items():
             for name, info in parse_header(file, header).items():
@@ -117,7 +119,8 @@ class HFWeights:
         index = self.folder / INDEX_NAME
         if index.is_file():
             try:
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                weight_map = json.loads(index.read_text())["weight_map"]
+                files = sorted({str(name) for name in weight_map.values()})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index} is damaged. Remedy: download it again.") from error
         else:
@@ -128,10 +131,7 @@ class HFWeights:
                 "Remedy: download it."
             )
         if not files:
-            raise ValueError(
-                f"{self.folder} holds no .safetensors file. Remedy: give the folder of a Hugging "
-                "Face checkpoint (older .bin checkpoints: save them with transformers first)."
-            )
+            raise ValueError(explain_folder(self.folder, ".safetensors file"))
         return files
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import argparse
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from trinity_megatron.checkpoint.convert import (
     check_finite,
     check_hf_tensors,
     config_from_args,
+    find_vocab_size,
     get_vocabulary_rows,
     match_tensors,
     write_hf,
@@ -21,6 +24,7 @@ from trinity_megatron.checkpoint.convert import (
 from trinity_megatron.checkpoint.hf_assets import Assets
 from trinity_megatron.checkpoint.hf_config import (
     hf_config_from_trinity,
+    plain_rope,
     read_hf_config,
     trinity_config_from_hf,
 )
@@ -33,6 +37,7 @@ from trinity_megatron.host import enter_host
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.models.gpt import GPTModel
+    from transformers import AfmoeConfig
 
 
 def load_hf_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> GPTModel:
@@ -48,8 +53,9 @@ def load_hf_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> GP
     Raises:
         ValueError: The model is not supported, or the checkpoint is not complete or damaged.
     """
-    weights = HFWeights(Path(path))
     config = trinity_config_from_hf(read_hf_config(Path(path)), **_precision(dtype))
+    weights = HFWeights(Path(path))
+    config.tokenizer_vocab_size = config.vocab_size
     entries = resolve(config, stacked_experts=weights.has_stacked_experts)
     check_hf_tensors(weights, entries)
     model = build_model(config)
@@ -79,7 +85,8 @@ def save_hf_model(
     """Write a model that lies whole in this process as a Hugging Face checkpoint.
 
     Args:
-        model: Megatron's model, as :func:`load_hf_model` returns it.
+        model: Megatron's model, as :func:`load_hf_model` returns it.  Rows of the embedding beyond
+            its ``config.tokenizer_vocab_size`` are left out.
         path: Folder to make.
         tokenizer: Folder of its tokenizer, to copy.
 
@@ -90,7 +97,7 @@ def save_hf_model(
     from megatron.core.utils import unwrap_model
 
     whole = unwrap_model(model)
-    config = whole.config
+    config = copy.copy(whole.config)
     for size in ("tensor", "pipeline", "expert"):
         name = f"{size}_model_parallel_size"
         if getattr(config, name) > 1:
@@ -99,6 +106,10 @@ def save_hf_model(
                 "save a torch_dist checkpoint, then trinity-megatron convert --from-megatron."
             )
     folder = Path(tokenizer) if tokenizer is not None else None
+    state = argparse.Namespace(
+        tokenizer_vocab_size=config.tokenizer_vocab_size, padded_vocab_size=config.vocab_size
+    )
+    config.tokenizer_vocab_size = find_vocab_size(state, folder)
     write_hf(LiveModel(whole), config, Path(path), name="the model", tokenizer=folder)
 
 
@@ -163,14 +174,14 @@ def load_transformers_model(
     Returns:
         transformers' ``AfmoeForCausalLM``.
     """
-    from transformers import AfmoeConfig, AfmoeForCausalLM
+    from transformers import AfmoeForCausalLM
     from transformers.initialization import no_init_weights
 
     found = source.model_tensors()
     entries = match_tensors(found, config, assets=assets, name=name, stacked_experts=True)
     dtype = found["output_layer.weight"][0]
     fields = assets.config if assets else hf_config_from_trinity(config, dtype=dtype)
-    hf_config = AfmoeConfig(**{**fields, "dtype": dtype})
+    hf_config = transformers_config({**fields, "dtype": dtype})
     with no_init_weights():
         model = AfmoeForCausalLM._from_config(hf_config, dtype=dtype)
     if (config.hidden_size * dtype.itemsize) % 16 or (
@@ -189,6 +200,14 @@ def load_transformers_model(
                     target = block.hf_view(tensors[block.hf_name])
                     target.copy_(block.megatron_view(whole, start))
     return model.eval()
+
+
+def transformers_config(fields: Mapping[str, Any]) -> AfmoeConfig:
+    """transformers' configuration of a ``config.json``, in whichever words it states the RoPE."""
+    from transformers import AfmoeConfig
+
+    others = {n: value for n, value in fields.items() if n not in ("rope_scaling", "rope_theta")}
+    return AfmoeConfig(**{**others, "rope_parameters": plain_rope(fields)})
 
 
 def build_model(config: TrinityConfig) -> GPTModel:

@@ -21,15 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from trinity_megatron.process import quiet_megatron
+from trinity_megatron.process import describe_error, quiet_megatron
 from trinity_megatron.screen import make_screen_safe
 
 quiet_megatron()  # before anything of Megatron is imported
 make_screen_safe()
 
-from trinity_megatron.checkpoint.hf_config import read_hf_config  # noqa: E402
+from trinity_megatron.checkpoint.hf_config import (  # noqa: E402
+    read_hf_config,
+    trinity_config_from_hf,
+)
 from trinity_megatron.checkpoint.hf_weights import HFWeights  # noqa: E402
-from trinity_megatron.checkpoint.model import load_megatron_model  # noqa: E402
+from trinity_megatron.checkpoint.model import (  # noqa: E402
+    load_megatron_model,
+    transformers_config,
+)
 from trinity_megatron.checkpoint.verify_flags import add_verify_flags  # noqa: E402
 from trinity_megatron.host import enter_host  # noqa: E402
 
@@ -247,7 +253,8 @@ def run(args: argparse.Namespace) -> int:
         0, or 1 beyond the tolerance.
     """
     enter_host()
-    vocab_size = read_hf_config(args.hf)["vocab_size"]
+    fields = read_hf_config(args.hf)
+    vocab_size = trinity_config_from_hf(fields).vocab_size
     HFWeights(args.hf)  # whole, before anything is built
     if args.seq_length < 1:
         raise ValueError(f"--seq-length {args.seq_length} is below 1. Remedy: give at least 1.")
@@ -279,7 +286,10 @@ def run(args: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()
     # The plain loop over experts: the definition, for every size.
     twin = AfmoeForCausalLM.from_pretrained(
-        args.hf, dtype=torch.float32, experts_implementation="eager"
+        args.hf,
+        config=transformers_config(fields),
+        dtype=torch.float32,
+        experts_implementation="eager",
     ).eval()
     result = compare(ours, trace_transformers(twin, tokens))
     print(format_comparison(result))
@@ -301,7 +311,8 @@ def main(argv: Sequence[str]) -> int:
         code = run(args)
     except (ValueError, OSError) as error:
         if torch.distributed.get_rank() == 0:
-            print(f"trinity-megatron: error: {error}", file=sys.stderr, flush=True)
+            message = f"trinity-megatron: error: {describe_error(error)}"
+            print(message, file=sys.stderr, flush=True)
         return _USER_ERROR
     torch.distributed.destroy_process_group()
     return code

@@ -84,8 +84,13 @@ class GivenTokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of tokens, the added ones and unused ids below the highest included."""
-        highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        return max(self.tokenizer.get_vocab_size(with_added_tokens=True), highest + 1)
+        return count_tokens(self.tokenizer)
+
+
+def count_tokens(tokenizer: Tokenizer) -> int:
+    """Number of tokens, the added ones and unused ids below the highest included."""
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    return max(tokenizer.get_vocab_size(with_added_tokens=True), highest + 1)
 
 
 def get_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
@@ -163,13 +168,7 @@ def load_tokenizer(folder: Path) -> GivenTokenizer:
             f"holds {_TOKENIZER} and {_CONFIG}, such as that of a downloaded model"
         )
     content = _read(folder, _TOKENIZER)
-    try:
-        tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing more specific
-        raise ValueError(
-            f"tokenizer {folder}: {_TOKENIZER} cannot be loaded ({error}); copy or download it "
-            "again, or save it with a release of `tokenizers` not newer than the installed one"
-        ) from error
+    tokenizer = _parse(folder, content)
     eos_token = _read_eos_token(folder)
     if tokenizer.token_to_id(eos_token) is None:
         raise ValueError(
@@ -189,6 +188,15 @@ def load_tokenizer(folder: Path) -> GivenTokenizer:
     )
     _check_end_is_kept_apart(given)
     return given
+
+
+def read_vocab_size(folder: Path) -> int:
+    """Number of tokens of a folder's ``tokenizer.json``, see :func:`count_tokens`.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
+    return count_tokens(_parse(folder, _read(folder, _TOKENIZER)))
 
 
 def copy_tokenizer(given: GivenTokenizer, folder: Path) -> None:
@@ -263,6 +271,16 @@ def _read(folder: Path, name: str) -> bytes:
         raise ValueError(
             f"tokenizer {folder}: {name} cannot be read ({error.strerror or error}); pass "
             f"--tokenizer with a folder that holds {_TOKENIZER} and {_CONFIG}"
+        ) from error
+
+
+def _parse(folder: Path, content: bytes) -> Tokenizer:
+    try:
+        return Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(
+            f"tokenizer {folder}: {_TOKENIZER} cannot be loaded ({error}); copy or download it "
+            "again, or save it with a release of `tokenizers` not newer than the installed one"
         ) from error
 
 

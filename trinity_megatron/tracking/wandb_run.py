@@ -57,7 +57,7 @@ _SETTINGS: dict[str, Any] = {
 
 
 def open_writer(args: argparse.Namespace) -> WandbWriter | None:
-    """Megatron's W&B writer: its flags, guarded, and started in the background.
+    """Megatron's W&B writer: its flags, guarded; its ``start()`` starts the run.
 
     Args:
         args: Megatron's arguments, and ``out``.

@@ -157,15 +157,21 @@ class WandbWriter:
         self._last_step = -1
         self._has_begun = False
         self._pid = os.getpid()
-        self._thread = threading.Thread(target=self._work, name="wandb-writer", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     # What the training calls: none of it waits for W&B, but finish().
+
+    def start(self) -> None:
+        """Start the run, in the background; until then nothing of it is to be seen."""
+        if self._thread is None and not self._is_closed:
+            self._thread = threading.Thread(target=self._work, name="wandb-writer", daemon=True)
+            self._thread.start()
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
         """Take the values of a step, the current one if None; later values of a name win."""
         if not self._is_on or self._is_closed:
             return
+        self.start()
         self._step = self._step if step is None else int(step)
         self._put(self._step, {name: _plain(value) for name, value in values.items()})
 
@@ -239,6 +245,8 @@ class WandbWriter:
         self._is_closed, self._exit_code = True, exit_code
         self._wake.set()
         atexit.unregister(self._at_exit)
+        if self._thread is None:
+            return
         seconds = self._backend.close_seconds if seconds is None else seconds
         self._thread.join(seconds)
         if self._thread.is_alive():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import io
 import logging
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.package_info import __version__ as megatron_version
+from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 from megatron.training import global_vars
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import parse_args, validate_args
@@ -40,7 +43,9 @@ from trinity_megatron.optimizer.builder import (
 from trinity_megatron.presets import PRESETS, Preset, get_preset
 from trinity_megatron.tracking.wandb_run import open_writer
 from trinity_megatron.training.data_identity import read_identity
+from trinity_megatron.training.event_files import run_writer
 from trinity_megatron.training.flags import refuse_flags
+from trinity_megatron.training.retention import check_keep_last
 from trinity_megatron.training.schedule import fit_schedule
 from trinity_megatron.training.start import check_start, resumed_samples
 
@@ -88,8 +93,38 @@ def parse_trinity_args(
             raise ValueError(_explain(error)) from error
     finish_muon_arguments(args)
     global_vars._set_wandb_writer = _set_wandb_writer
-    global_vars.set_global_variables(args)
+    rows = args.padded_vocab_size
+    with run_writer():
+        global_vars.set_global_variables(args)
+    _set_vocab_size(args, manifest, rows)
     return args
+
+
+def _set_vocab_size(
+    args: argparse.Namespace, manifest: DataManifest | None, rows: int | None
+) -> None:
+    """Have a row for every token, and remember how many rows a token has.
+
+    Megatron pads the number of tokens, but an id may be beyond it where the vocabulary has gaps.
+
+    Args:
+        args: Of the run; its tokenizer is built.
+        manifest: Of ``--data``.
+        rows: ``--padded-vocab-size``; None if Megatron chose it.
+
+    Raises:
+        ValueError: There are more tokens than rows.
+    """
+    in_data = manifest.vocab_size if manifest is not None else 0
+    args.tokenizer_vocab_size = max(global_vars.get_tokenizer().vocab_size, in_data)
+    if args.tokenizer_vocab_size <= (args.padded_vocab_size or math.inf):
+        return
+    if rows is not None:
+        raise ValueError(
+            f"--padded-vocab-size {rows} has no row for each of the {args.tokenizer_vocab_size} "
+            "tokens of the tokenizer. Remedy: drop the flag."
+        )
+    args.padded_vocab_size = vocab_size_with_padding(args.tokenizer_vocab_size, args)
 
 
 def _explain(error: AssertionError) -> str:
@@ -100,7 +135,7 @@ def _explain(error: AssertionError) -> str:
 
 
 def _set_wandb_writer(args: argparse.Namespace) -> None:
-    """In the place of Megatron's, which starts W&B in the foreground and lets it fail."""
+    """In the place of Megatron's, which starts W&B here, in the foreground, and lets it fail."""
     global_vars._GLOBAL_WANDB_WRITER = open_writer(args)
 
 
@@ -110,10 +145,11 @@ def _argument_dump(args: argparse.Namespace) -> Iterator[None]:
     if not args.out or args.rank != 0:
         yield
         return
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        yield  # a refusal leaves the list of the run as it is
     path = Path(args.out) / "arguments.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file, contextlib.redirect_stdout(file):
-        yield
+    path.write_text(text.getvalue(), encoding="utf-8")
 
 
 def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -147,6 +183,13 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         action="store_false",
         dest="scale_embeddings",
         help="Do not multiply the embedding by the square root of the hidden size.",
+    )
+    group.add_argument(
+        "--keep-last",
+        type=int,
+        metavar="N",
+        help="Keep the newest N complete checkpoints in --save and delete older ones after each "
+        "save; multiples of --save-retain-interval are kept too.  Default: keep all.",
     )
     _add_balance_args(group)
     group.add_argument(
@@ -362,6 +405,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
             "(or Megatron's own --data-path and --tokenizer-type)."
         )
     refuse_flags(args)
+    check_keep_last(args)
     _check_positive(args)
     _check_parallel_sizes(args)
     fit_schedule(args, resumed_samples(args))

@@ -262,7 +262,8 @@ def _continue(
         padded = torch.nn.functional.pad(sequence, (0, length - len(sequence))).unsqueeze(0)
         positions = torch.arange(length, device=padded.device).unsqueeze(0)
         logits = gather_from_tensor_model_parallel_region(module(padded, positions, None))
-        sequence = torch.cat([sequence, logits[0, position - 1].argmax().view(1)])
+        likeliest = logits[0, position - 1, : get_args().tokenizer_vocab_size].argmax()
+        sequence = torch.cat([sequence, likeliest.view(1)])
     return sequence[: len(prompt)], sequence[len(prompt) :]
 
 

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 examples/pretrain_trinity.py --preset tiny --data D 
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock, Timeout
 
 from trinity_megatron.host import enter_host
-from trinity_megatron.process import quiet_import_warnings
+from trinity_megatron.process import USER_ERRORS, describe_error, quiet_import_warnings
 from trinity_megatron.screen import make_screen_safe
 from trinity_megatron.temporary import use_short_temporary_folder
 
@@ -39,6 +40,7 @@ from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noq
 from trinity_megatron.tracking.event_files import ForgivingRecordWriter  # noqa: E402
 from trinity_megatron.training.arguments import parse_trinity_args  # noqa: E402
 from trinity_megatron.training.datasets import train_valid_test_datasets_provider  # noqa: E402
+from trinity_megatron.training.event_files import recorded  # noqa: E402
 from trinity_megatron.training.finish import finish_run  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
 from trinity_megatron.training.guard import refuse_spoilt_saves  # noqa: E402
@@ -54,6 +56,7 @@ from trinity_megatron.training.model_builder import model_config_from_args  # no
 from trinity_megatron.training.out_of_memory import explain, is_out_of_memory  # noqa: E402
 from trinity_megatron.training.preflight import check_folders, check_space  # noqa: E402
 from trinity_megatron.training.replaced import replaced  # noqa: E402
+from trinity_megatron.training.retention import old_checkpoints_deleted  # noqa: E402
 from trinity_megatron.training.save_errors import named_save_errors  # noqa: E402
 from trinity_megatron.training.splits import check_splits  # noqa: E402
 from trinity_megatron.training.start import advise_other_step, get_tokenizer_folder  # noqa: E402
@@ -111,9 +114,11 @@ def _train(args: argparse.Namespace) -> None:
             with (
                 guarded_loads(verify_checksums=args.verify_checksums, advise=advise_other_step),
                 plain_index_cache(),
+                recorded(),
                 StepMetrics(config.transformer).installed(),
                 named_save_errors(),
                 refuse_spoilt_saves(),
+                old_checkpoints_deleted(args),
                 watch_steps(),
                 save_on_signals(args),
             ):
@@ -153,6 +158,7 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
         yield
         return
     lock = FileLock(Path(args.out) / ".lock")
+    is_new = not Path(args.out).exists()
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=_PATIENCE_SECONDS)
@@ -167,6 +173,10 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
         pass  # a filesystem without locks
     try:
         yield
+    except USER_ERRORS:
+        if is_new and not hasattr(args, "curr_iteration"):  # refused before its first step
+            shutil.rmtree(args.out, ignore_errors=True)
+        raise
     finally:
         lock.release()
 
@@ -189,10 +199,10 @@ def run() -> None:
     try:
         use_short_temporary_folder()
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except USER_ERRORS as error:
         if os.environ.get("TRINITY_DEBUG") == "1":
             raise
-        _say_once(f"error: {error}")
+        _say_once(f"error: {describe_error(error)}")
         sys.exit(2)
     except RuntimeError as error:
         if not is_out_of_memory(error) or os.environ.get("TRINITY_DEBUG") == "1":

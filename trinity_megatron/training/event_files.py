@@ -1,0 +1,157 @@
+"""The TensorBoard files of a run that is stopped and resumed: every step is in them once.
+
+TensorBoard forgets what it has read of later steps where it meets the start of a session, so every
+start of a run writes one before its first step.  Megatron's scalars over the consumed samples,
+whose numbers are no steps, have a folder of their own for that: ``by_samples``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from torch.utils import tensorboard
+from torch.utils.tensorboard import SummaryWriter
+
+from trinity_megatron.tracking.run_log import EVENT_FILES, RunLog
+from trinity_megatron.training.replaced import replaced
+
+BY_SAMPLES = "by_samples"
+_SAMPLES_SUFFIX = " vs samples"
+_VALIDATION = " validation"
+
+
+class RunWriter(SummaryWriter):
+    """Megatron's TensorBoard writer, for a run that has several starts.
+
+    Args:
+        log_dir: ``--tensorboard-dir``.
+        **options: Of ``SummaryWriter``.
+    """
+
+    def __init__(self, log_dir: str, **options: Any) -> None:
+        folder = Path(log_dir)
+        before = set(folder.glob(EVENT_FILES))
+        super().__init__(log_dir, **options)
+        self._files = set(folder.glob(EVENT_FILES)) - before
+        self._options = options
+        self._by_samples: SummaryWriter | None = None
+        self._samples = 0
+        self._has_begun = self._has_trained = False
+        # Validation of the latest step: Megatron evaluates after the last one twice.
+        self._held: dict[str, tuple[Any, int]] = {}
+
+    def begin(self, step: int, samples: int) -> None:
+        """Have TensorBoard forget what earlier starts wrote of the steps to come.
+
+        Args:
+            step: The last step that is done.
+            samples: Samples consumed by it.
+        """
+        self._has_begun, self._samples = True, samples
+        _write_session_start(self, step + 1)
+
+    def add_scalar(
+        self, tag: str, scalar_value: Any, global_step: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Write a scalar; that of a validation with the next training step or at the end."""
+        if _VALIDATION in tag:
+            self._held[tag] = (scalar_value, global_step)
+            return
+        self._has_trained = True
+        self.release()
+        self._write(tag, scalar_value, global_step, *args, **kwargs)
+
+    def add_text(self, tag: str, text_string: str, global_step: Any = None, *args: Any) -> None:
+        """Write a text.
+
+        Megatron writes the arguments under the last step of the start before; they are those of the
+        next one.
+        """
+        super().add_text(tag, text_string, (global_step or 0) + 1, *args)
+
+    def release(self) -> None:
+        """Write the latest validation, unless an earlier start has it of the same step."""
+        held, self._held = self._held, {}
+        for tag, (value, step) in held.items():
+            if self._has_trained or step not in RunLog(self._folder(tag)).scalars(tag):
+                self._write(tag, value, step)
+
+    def end(self) -> None:
+        """Write what is held and flush."""
+        self.release()
+        self.flush()
+
+    def discard(self) -> None:
+        """Remove the file of a start that has not begun."""
+        if not self._has_begun:
+            self.close()
+            for file in self._files:
+                file.unlink(missing_ok=True)
+
+    def flush(self) -> None:
+        """Write to the disk what was added."""
+        super().flush()
+        if self._by_samples is not None:
+            self._by_samples.flush()
+
+    def _folder(self, tag: str) -> Path:
+        return Path(self.log_dir, BY_SAMPLES if tag.endswith(_SAMPLES_SUFFIX) else "")
+
+    def _write(self, tag: str, *values: Any, **kwargs: Any) -> None:
+        if not tag.endswith(_SAMPLES_SUFFIX):
+            super().add_scalar(tag, *values, **kwargs)
+            return
+        if self._by_samples is None:
+            self._by_samples = SummaryWriter(str(self._folder(tag)), **self._options)
+            _write_session_start(self._by_samples, self._samples + 1)
+        self._by_samples.add_scalar(tag, *values, **kwargs)
+
+
+def _write_session_start(writer: SummaryWriter, step: int) -> None:
+    """What ``SummaryWriter(purge_step=step)`` writes, once the step is known."""
+    start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+    # TensorBoard takes the first one of a folder for the beginning; earlier releases wrote none.
+    for _ in range(2):
+        writer._get_file_writer().add_event(start, step)
+
+
+def run_writer() -> AbstractContextManager[None]:
+    """Have Megatron open a :class:`RunWriter` while the block runs."""
+    return replaced(tensorboard, "SummaryWriter", lambda _: RunWriter)
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Begin TensorBoard's record and W&B's run with the training loop; end the former.
+
+    A run that is refused before leaves no trace in either.
+    """
+    writer = get_tensorboard_writer()
+    is_ours = isinstance(writer, RunWriter)  # on the last rank
+    try:
+        with replaced(training, "train", _begun):
+            yield
+    except Exception:
+        if is_ours:
+            writer.discard()
+        raise
+    finally:
+        if is_ours:
+            writer.end()
+
+
+def _begun(train: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        settings = get_args()
+        if isinstance(writer := get_tensorboard_writer(), RunWriter):
+            writer.begin(settings.iteration, settings.consumed_train_samples)
+        if wandb_writer := get_wandb_writer():
+            wandb_writer.start()
+        return train(*args, **kwargs)
+
+    return wrapper
