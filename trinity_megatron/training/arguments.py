@@ -43,6 +43,7 @@ from trinity_megatron.tracking.wandb_run import open_writer
 from trinity_megatron.training.flags import refuse_flags, refuse_host
 from trinity_megatron.training.schedule import fit_schedule
 from trinity_megatron.training.start import check_start, resumed_samples
+from trinity_megatron.training.value_ranges import check_values
 
 SUPPORTED_MEGATRON = ((0, 19, 2), (0, 20, 0))
 
@@ -367,6 +368,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
             "(or Megatron's own --data-path and --tokenizer-type)."
         )
     refuse_host(args)
+    check_values(args)
     _check_positive(args)
     _check_parallel_sizes(args)
     fit_schedule(args, resumed_samples(args))
