@@ -5,6 +5,7 @@ python -m tests.functional_tests.test_all_flags --lr --seed
 """
 
 import argparse
+import contextlib
 import random
 import sys
 import sysconfig
@@ -52,11 +53,28 @@ def test_every_flag_is_tried(parser: argparse.ArgumentParser) -> None:
 
 
 @pytest.mark.parametrize("trial", load_trials(), ids=lambda trial: trial.flag)
-def test_the_value_is_not_the_default(trial: Trial, parser: argparse.ArgumentParser) -> None:
+def test_what_the_table_says_of_a_flag(
+    trial: Trial, parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trinity_megatron.training.flags import refuse_flags
+
     action = parser._option_string_actions[trial.flag]
     given = parser.parse_args([trial.flag, *trial.rest.split()])
-    is_default = getattr(given, action.dest) == parser.get_default(action.dest)
-    assert not is_default or trial.flag in flag_table.ALREADY_SO
+    given.rank = 0
+    if trial.flag in flag_table.ALREADY_SO:
+        assert getattr(given, action.dest) == parser.get_default(action.dest)
+        return
+    assert getattr(given, action.dest) != parser.get_default(action.dest)
+    reason = flag_table.reasons().get(trial.flag)
+    is_refused = reason is not None and reason.refused and reason.holds(given)
+    context = pytest.raises(ValueError) if is_refused else contextlib.nullcontext()
+    with context as error:
+        refuse_flags(given, parser)
+    said = str(error.value) if error else capsys.readouterr().out
+    if reason is not None and reason.holds(given):
+        assert trial.flag in said and str(reason.refused or reason.ignored) in said
+    else:
+        assert trial.flag not in said
 
 
 def test_the_document_has_the_table(parser: argparse.ArgumentParser) -> None:

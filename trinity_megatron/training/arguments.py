@@ -256,8 +256,13 @@ def _first_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", default="tiny")
     for name in ("data", "out", "optimizer", "yaml_cfg", *_INSTEAD):
         parser.add_argument(flag_of(name))
-    for name in ("enable_msc", "use_checkpoint_opt_param_scheduler"):
-        parser.add_argument(flag_of(name), action="store_true")
+    parser.add_argument("--enable-msc", action="store_true")
+    parser.add_argument(
+        "--use-checkpoint-opt_param-scheduler",
+        "--use-checkpoint-opt-param-scheduler",
+        action="store_true",
+        dest="use_checkpoint_opt_param_scheduler",
+    )
     return parser
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Reason:
         )
 
 
+@cache
 def load_reasons() -> tuple[Reason, ...]:
     """The table of all flags that are not followed in every run."""
     table = tomllib.loads(_TABLE.read_text(encoding="utf-8"))
