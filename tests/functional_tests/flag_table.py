@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[1] / "docs" / "flags.md"
 # A model that trains 4 steps in a second; no --out, so that a run saves nothing unless it is asked.
 BASE = (
-    "--preset tiny --seq-length 64 --global-batch-size 4 --micro-batch-size 2 --num-layers 2 "
+    "--preset tiny --seq-length 64 --micro-batch-size 4 --num-layers 2 "
     "--hidden-size 64 --ffn-hidden-size 96 --moe-ffn-hidden-size 32 --num-experts 8 "
     "--moe-router-topk 2 --moe-shared-expert-intermediate-size 32 --global-attn-every-n-layers 2 "
     "--train-iters 4 --eval-iters 0 --log-interval 1 --data {data} --tensorboard-dir {run}/log "
