@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import linecache
 import logging
 import math
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -44,10 +46,11 @@ from trinity_megatron.presets import PRESETS, Preset, get_preset
 from trinity_megatron.tracking.wandb_run import open_writer
 from trinity_megatron.training.data_identity import read_identity
 from trinity_megatron.training.event_files import run_writer
-from trinity_megatron.training.flags import refuse_flags
+from trinity_megatron.training.flags import refuse_flags, refuse_host
 from trinity_megatron.training.retention import check_keep_last
 from trinity_megatron.training.schedule import fit_schedule
 from trinity_megatron.training.start import check_start, resumed_samples
+from trinity_megatron.training.value_ranges import check_values
 
 SUPPORTED_MEGATRON = ((0, 19, 2), (0, 20, 0))
 
@@ -81,16 +84,20 @@ def parse_trinity_args(
         FileNotFoundError: The data folder is missing.
     """
     check_megatron_version()
-    args = parse_args(extra_args_provider=add_trinity_args)
+    parsers: list[argparse.ArgumentParser] = []
+
+    def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parsers.append(parser)
+        return add_trinity_args(parser)
+
+    args = parse_args(extra_args_provider=add_args)
+    refuse_flags(args, parsers[0])
     manifest = load_manifest(Path(args.data)) if args.data else None
     check_args(args, manifest)
     if on_checked:
         on_checked(args)
-    with _argument_dump(args):
-        try:
-            validate_args(args, {"tokenizer_type": "HuggingFaceTokenizer"})
-        except AssertionError as error:
-            raise ValueError(_explain(error)) from error
+    with _argument_dump(args), _megatron_refusals():
+        validate_args(args, {"tokenizer_type": "HuggingFaceTokenizer"})
     finish_muon_arguments(args)
     global_vars._set_wandb_writer = _set_wandb_writer
     rows = args.padded_vocab_size
@@ -127,11 +134,32 @@ def _set_vocab_size(
     args.padded_vocab_size = vocab_size_with_padding(args.tokenizer_vocab_size, args)
 
 
-def _explain(error: AssertionError) -> str:
-    """What Megatron's check of the arguments says, or else the check itself."""
-    line = traceback.extract_tb(error.__traceback__)[-1].line
-    what = str(error).rstrip(".") or line
-    return f"Megatron refuses the arguments: {what}. Remedy: change what it names."
+@contextlib.contextmanager
+def _megatron_refusals() -> Iterator[None]:
+    """Say in one sentence what Megatron's checks of arguments and configuration refuse.
+
+    Raises:
+        ValueError: Megatron's message, or the check itself where it has none; names the flags.
+    """
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError) as error:
+        message = str(error)
+        if "Remedy: " in message:
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        checked = "" if message else _statement_of(frame)
+        message = " ".join(message.split()).rstrip(".") or f"it is not so that {checked}"
+        flags = [flag_of(name) for name in re.findall(r"args\.(\w+)", checked)]
+        what = f"see {', '.join(dict.fromkeys(flags))}" if flags else "change what it names"
+        raise ValueError(f"Megatron refuses the arguments: {message}. Remedy: {what}.") from error
+
+
+def _statement_of(frame: traceback.FrameSummary) -> str:
+    """The condition of the ``assert`` that failed, which may have several lines."""
+    first, last = frame.lineno or 0, frame.end_lineno or frame.lineno or 0
+    lines = [linecache.getline(frame.filename, number) for number in range(first, last + 1)]
+    return " ".join(" ".join(lines).split()).removeprefix("assert ")
 
 
 def _set_wandb_writer(args: argparse.Namespace) -> None:
@@ -205,6 +233,7 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="Load a checkpoint without comparing the checksums that it was saved with.",
     )
     given, _ = _first_parser().parse_known_args()
+    refuse_flags(given, parser)  # Megatron's parser acts on some by itself
     defaults = default_arguments(get_preset(given.preset), given.data, given.out)
     if given.optimizer not in (None, "muon"):  # one optimizer, one rate: that of AdamW
         for name in ("lr", "min_lr"):
@@ -213,6 +242,7 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         defaults.pop("train_data_path", None)
         defaults.pop("valid_data_path", None)
     # Megatron takes one of each pair only, and a default for a wish.
+    defaults["override_opt_param_scheduler"] = not given.use_checkpoint_opt_param_scheduler
     for name, other in _INSTEAD.items():
         if getattr(given, name) is not None:
             defaults.pop(other, None)
@@ -287,8 +317,15 @@ def _first_parser() -> argparse.ArgumentParser:
     """Of the flags that decide on defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default="tiny")
-    for name in ("data", "out", "optimizer", *_INSTEAD, *_OTHER_DATA):
+    for name in ("data", "out", "optimizer", "yaml_cfg", *_INSTEAD, *_OTHER_DATA):
         parser.add_argument(flag_of(name))
+    parser.add_argument("--enable-msc", action="store_true")
+    parser.add_argument(
+        "--use-checkpoint-opt_param-scheduler",
+        "--use-checkpoint-opt-param-scheduler",
+        action="store_true",
+        dest="use_checkpoint_opt_param_scheduler",
+    )
     return parser
 
 
@@ -404,7 +441,8 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
             "--data is missing. Remedy: trinity-megatron prepare-data --out DIR, then --data DIR "
             "(or Megatron's own --data-path and --tokenizer-type)."
         )
-    refuse_flags(args)
+    refuse_host(args)
+    check_values(args)
     check_keep_last(args)
     _check_positive(args)
     _check_parallel_sizes(args)
@@ -544,6 +582,7 @@ def trinity_config_from_args(args: argparse.Namespace) -> TrinityConfig:
     given = argparse.Namespace(**vars(args))
     given.vocab_size = args.padded_vocab_size or args.vocab_size
     given.init_seed = args.seed
-    config = core_transformer_config_from_args(given, TrinityConfig)
+    with _megatron_refusals():
+        config = core_transformer_config_from_args(given, TrinityConfig)
     assert isinstance(config, TrinityConfig)
     return config

@@ -1,156 +1,146 @@
-"""Megatron's flags that a Trinity run would not follow: refused at the start, never ignored."""
+"""Megatron's flags that a Trinity run does not follow: refused or reported, never ignored.
+
+Which flags these are, and why, is the table ``unfollowed_flags.toml``; ``docs/flags.md`` is made
+from it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from megatron.training.utils import print_rank_0
 
 from trinity_megatron.config import flag_of
 from trinity_megatron.host import is_cpu_host
 
-# Argument -> why its flag is not followed, and a remedy.
-_MASKING = "--dataloader-inter-document-masking (positions need no reset: RoPE is relative)"
-_DROP = "drop the flag"
-_NOT_BY_THIS_SCRIPT = "belongs to Megatron's pretrain_gpt.py and is not known here"
-_NOT_WITH_A_CONFIG = "is not looked at where the model is built from a configuration"
-_NOT_FOLLOWED = {
-    "freeze_all_layers": (
-        f"{_NOT_WITH_A_CONFIG}: everything would be trained",
-        "--skip-train evaluates without training",
-    ),
-    "create_all_gather_group": (_NOT_WITH_A_CONFIG, _DROP),
-    "rampup_batch_size": (
-        "is ignored by Megatron 0.19",
-        "--step-batch-size-schedule '0:N TOKENS:M'",
-    ),
-    "full_validation": (
-        "is not supported: Megatron 0.19 fails with it and one validation set",
-        "--eval-iters N reads N global batches of one set, or of a blend of several",
-    ),
-    "multiple_validation_sets": (
-        "is not supported: Megatron 0.19 fails with it unless --full-validation is given, and the "
-        "end of a Trinity run reports one set",
-        "--eval-iters N reads N global batches of one set, or of a blend of several",
-    ),
-    "reset_attention_mask": ("needs a mask that is never built", _MASKING),
-    "reset_position_ids": ("has no effect on RoPE", _MASKING),
-    "use_checkpoint_args": ("is not looked at", "--preset DIR takes the model of a checkpoint"),
-    "use_mp_args_from_checkpoint_args": ("is not looked at", "give the parallel sizes again"),
-    "init_method_xavier_uniform": ("has no effect: initialization is Trinity's own", _DROP),
-    "check_for_spiky_loss": ("is checked by pretrain_gpt.py only", _DROP),
-    "sft": (_NOT_BY_THIS_SCRIPT, _DROP),
-    "fim_data": (_NOT_BY_THIS_SCRIPT, _DROP),
-    "logits_load_dir": (_NOT_BY_THIS_SCRIPT, _DROP),
-    "per_dataset_sequences_path": (_NOT_BY_THIS_SCRIPT, _DROP),
-    "inprocess_restart": (_NOT_BY_THIS_SCRIPT, _DROP),
-    "log_straggler": (_NOT_BY_THIS_SCRIPT, _DROP),
-}
-_NOT_FOLLOWED_BY_MUON = {
-    "dump_param_to_param_group_map": ("is not written by Muon", "optimizer/param_groups.py has it"),
-}
-_NOT_FOLLOWED_BY_LOCAL_LAYERS = {
-    "flash_attention_version": ("chooses among Transformer Engine's kernels", _DROP),
-    "save_tokens_per_expert_interval": (
-        "reads Transformer Engine's experts",
-        "the run's TensorBoard folder has the tokens of every expert",
-    ),
-    "te_precision_config_file": ("is for Transformer Engine's layers", _DROP),
-    "tp_comm_overlap": ("is done by Transformer Engine's layers", _DROP),
-}
-# Only faster elsewhere: the run is the same without.
-_WITHOUT_EFFECT = ("cross_entropy_loss_fusion", "moe_router_fusion")
-
-# Argument -> flag to name in the error, for requests that only a GPU can meet.
-_CUDA_ONLY = {
-    "fp8": "--fp8-format",
-    "fp4": "--fp4-format",
-    "tp_comm_overlap": "--tp-comm-overlap",
-    "moe_permute_fusion": "--moe-permute-fusion",
-    "moe_enable_deepep": "--moe-enable-deepep",
-    "nccl_ub": "--use-nccl-ub",
-    "use_megatron_fsdp": "--use-megatron-fsdp",
-    "use_torch_fsdp2": "--use-torch-fsdp2",
-    "optimizer_cpu_offload": "--optimizer-cpu-offload",
-    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
-}
+_TABLE = Path(__file__).with_name("unfollowed_flags.toml")
+_TRANSFORMER_ENGINE = "--transformer-impl transformer_engine"
 
 
-def refuse_flags(args: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Reason:
+    """Why some flags are not followed.
+
+    Attributes:
+        flags: Option strings.
+        refused: What is wrong with them, a clause after the flag; None where they are harmless.
+        ignored: Why the run is the same without them; None where they are refused.
+        remedy: What to do instead of giving a refused flag.
+        unless: Conditions under which they are followed; one is enough.  See the table.
+    """
+
+    flags: tuple[str, ...]
+    refused: str | None = None
+    ignored: str | None = None
+    remedy: str = "drop the flag"
+    unless: tuple[str, ...] = ()
+
+    def holds(self, args: argparse.Namespace) -> bool:
+        """Whether the run does not follow the flags."""
+        return not any(
+            all(_is_met(part, args) for part in condition.split("+")) for condition in self.unless
+        )
+
+
+@cache
+def load_reasons() -> tuple[Reason, ...]:
+    """The table of all flags that are not followed in every run."""
+    table = tomllib.loads(_TABLE.read_text(encoding="utf-8"))
+    reasons = []
+    for entry in table["reason"]:
+        flags, unless = tuple(entry.pop("flags")), tuple(entry.pop("unless", ()))
+        reasons.append(Reason(flags=flags, unless=unless, **entry))
+    return tuple(reasons)
+
+
+def refuse_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse what the run would not follow; say what has no effect on it.
+
+    Args:
+        args: Of the run; may lack some arguments, which are not looked at then.
+        parser: That made them: a flag is given where its value is not the parser's default.
+
+    Raises:
+        ValueError: Names the flag, its value and the remedy.
+    """
+    given = [
+        (reason, flag)
+        for reason in load_reasons()
+        for flag in _given_flags(reason, args, parser)
+        if reason.holds(args)
+    ]
+    for reason, flag in given:
+        if reason.refused:
+            raise ValueError(f"{flag} {reason.refused}. Remedy: {reason.remedy}.")
+    for reason, flag in given:
+        print_rank_0(f"> {flag} has no effect: {reason.ignored}")
+
+
+def refuse_host(args: argparse.Namespace) -> None:
+    """Refuse implementations and backends that this host or the layers do not have.
 
     Raises:
         ValueError: Names the flag, its value and the remedy.
     """
     if is_cpu_host():
-        _refuse_cuda_only(args)
-    tables = [_NOT_FOLLOWED]
-    if args.optimizer == "muon":
-        tables.append(_NOT_FOLLOWED_BY_MUON)
-    if args.transformer_impl == "local":
-        tables.append(_NOT_FOLLOWED_BY_LOCAL_LAYERS)
-        backend = args.attention_backend.name
-        if backend not in ("auto", "local"):
-            raise ValueError(
-                f"--attention-backend {backend} chooses among Transformer Engine's, and "
-                "--transformer-impl is local. Remedy: drop the flag, or --transformer-impl "
-                "transformer_engine."
-            )
-    for table in tables:
-        for name, (why, remedy) in table.items():
-            if getattr(args, name):
-                raise ValueError(f"{flag_of(name)} {why}. Remedy: {remedy}.")
-    _refuse_patterns(args)
-    if args.non_persistent_ckpt_type == "local":
+        for name, wrong, right in (
+            ("transformer_impl", "transformer_engine", "--transformer-impl local"),
+            ("distributed_backend", "nccl", "--distributed-backend gloo"),
+        ):
+            if getattr(args, name) == wrong:
+                raise ValueError(
+                    f"{flag_of(name)} {wrong} needs a CUDA device, and torch finds none on this "
+                    f"machine. Remedy: {right} (the default here)."
+                )
+    backend = args.attention_backend.name
+    if args.transformer_impl == "local" and backend not in ("auto", "local"):
         raise ValueError(
-            "--non-persistent-ckpt-type local stores pickles, which run whatever they name when "
-            "they are loaded. Remedy: --non-persistent-ckpt-type global."
+            f"--attention-backend {backend} chooses among Transformer Engine's, and "
+            f"--transformer-impl is local. Remedy: drop the flag, or {_TRANSFORMER_ENGINE}."
         )
-    if args.dataloader_type in ("cyclic", "external"):
-        raise ValueError(
-            f"--dataloader-type {args.dataloader_type} is not supported: cyclic has another order "
-            "for each length of the run and number of ranks, and external is for scripts with a "
-            "loader of their own. Remedy: drop the flag; every epoch is shuffled without it."
-        )
-    for name in _WITHOUT_EFFECT:
-        if getattr(args, name):
-            print_rank_0(f"> {flag_of(name)} has no effect on Trinity's layers")
 
 
-def _refuse_patterns(args: argparse.Namespace) -> None:
-    """Megatron's lists of layers follow from two flags of ours."""
-    for name, default, ours in (
-        ("moe_layer_freq", 1, "--num-dense-layers"),
-        ("window_attn_skip_freq", None, "--global-attn-every-n-layers"),
-        ("no_rope_freq", None, "--global-attn-every-n-layers"),
-    ):
-        value = getattr(args, name)
-        if value != default:
-            raise ValueError(
-                f"{flag_of(name)} {value} would be overwritten: it follows from {ours}. Remedy: "
-                f"{ours}."
-            )
+def _given_flags(
+    reason: Reason, args: argparse.Namespace, parser: argparse.ArgumentParser
+) -> Iterator[str]:
+    """Flags of a reason with a value that is not the default, as they would be typed."""
+    for flag in reason.flags:
+        action = parser._option_string_actions[flag]
+        default = parser.get_default(action.dest)
+        value = getattr(args, action.dest, default)
+        if value == default:
+            continue
+        if action.nargs == 0:
+            if isinstance(action.const, bool) and value != action.const:
+                continue  # another flag of the same argument
+            yield flag
+        else:
+            yield f"{flag} {_typed(value)}"
 
 
-def _refuse_cuda_only(args: argparse.Namespace) -> None:
-    for name, flag in _CUDA_ONLY.items():
-        if getattr(args, name):
-            raise ValueError(
-                f"{flag}={getattr(args, name)!r} needs a CUDA device, and torch finds none on this "
-                f"machine. Remedy: drop {flag}, or run on a machine with a GPU."
-            )
-    if args.transformer_impl == "transformer_engine":
-        raise ValueError(
-            "--transformer-impl transformer_engine needs a CUDA device, and torch finds none on "
-            "this machine. Remedy: --transformer-impl local (the default here)."
-        )
-    if args.distributed_backend == "nccl":
-        raise ValueError(
-            "--distributed-backend nccl needs a CUDA device, and torch finds none on this machine. "
-            "Remedy: --distributed-backend gloo (the default here)."
-        )
-    if args.cuda_graph_impl != "none":
-        raise ValueError(
-            f"--cuda-graph-impl {args.cuda_graph_impl} needs a CUDA device, and torch finds none "
-            "on this machine. Remedy: drop --cuda-graph-impl."
-        )
+def _typed(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return str(getattr(value, "name", value))
+
+
+def _is_met(condition: str, args: argparse.Namespace) -> bool:
+    """Whether a condition of the table holds."""
+    if condition == "cuda":
+        return not is_cpu_host()
+    kind, _, package = condition.partition(":")
+    if package:
+        return importlib.util.find_spec(package) is not None
+    name, _, values = condition.partition("=")
+    if values:
+        return str(getattr(args, name, None)) in values.split("|")
+    name, _, low = condition.partition(">")
+    value = getattr(args, name, None)
+    return (value or 0) > int(low) if low else bool(value)
