@@ -278,8 +278,10 @@ def _recognize_json(stream: BinaryIO, suffix: str, key: str) -> Found:
         return kind, {}
     if not isinstance(first, dict):
         return "text", {"reason": "JSON without rows" if is_named_json else ""}
-    if not values.is_array and _is_object_next(values):
-        return kind, {}
+    if not values.is_array and values.has_more():
+        if _is_object_next(values):
+            return kind, {}
+        return "text", {"reason": "JSON with something behind it" if is_named_json else ""}
     return "text", {"reason": f"JSON without a field {key!r}, only {rows.list_keys(first)}"}
 
 

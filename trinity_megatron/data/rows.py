@@ -164,6 +164,10 @@ class JsonValues:
         if self.is_array:
             self._finish_array()
 
+    def has_more(self) -> bool:
+        """Whether anything but white space follows the last value that was read."""
+        return self._peek() != ""
+
     def is_at_end_of_line(self) -> bool:
         """Whether the last value that was read lies on one line and ends it."""
         return not self._spans_lines and self._peek(_SPACE_IN_LINE) in ("\n", "")
