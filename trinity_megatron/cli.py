@@ -404,6 +404,7 @@ def _report(args: argparse.Namespace, others: Sequence[str]) -> int:
 
 
 def _gpu_check(args: argparse.Namespace, others: Sequence[str]) -> int:
+    quiet_megatron()
     from trinity_megatron.gpu_check import main as suite
 
     return suite.main(others)

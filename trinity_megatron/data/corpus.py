@@ -168,4 +168,4 @@ def _read_text(file: SourceFile) -> Document | Skipped:
         return Document(file.name, text)
     if file.is_explicit:
         raise ValueError(describe_not_text(file.path, str(text)))
-    return _skip_file(file, str(text), could_be_text=b"\0" not in content)
+    return _skip_file(file, str(text), could_be_text=True)  # its beginning is text

@@ -295,6 +295,8 @@ def _write_splits(
         )
         if written is not None and np.array_equal(is_validation, before):
             return written
+        if written is not None:
+            logger.info("%d validation tokens are few; holding out more", written.validation.tokens)
         before = is_validation
         tokenizer = given.tokenizer if given else _train(corpus, is_validation, inputs.vocab_size)
         train, validation = _encode(folder, inputs, tokenizer, corpus, is_validation)
@@ -306,7 +308,6 @@ def _write_splits(
         else:
             wanted = validation.bytes / validation.tokens * WANTED_VALIDATION_TOKENS
             wanted_bytes = max(math.ceil(1.02 * wanted), wanted_bytes)
-        logger.info("%d validation tokens are few; holding out more", validation.tokens)
 
 
 def _enlarged(inputs: DataInputs) -> DataInputs:

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO, Literal
 from trinity_megatron.data import rows, tables
 from trinity_megatron.data.streams import (
     DamagedFileError,
-    find_byte_order_mark,
     find_compressions,
+    find_encoding,
     open_stream,
 )
 
@@ -27,6 +27,7 @@ _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 _TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".orc", ".avro")
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|"}
 _ROW_SUFFIXES = (".json", *_JSON_LINES_SUFFIXES, *_DELIMITERS)
+_DATA_SUFFIXES = {*_ROW_SUFFIXES, *_TABLE_SUFFIXES, *_COMPRESSION_SUFFIXES, ".txt"}
 # Suffixes of formats that are zip archives but hold no text to train on.
 _PROGRAM_ARCHIVES = (".jar", ".whl", ".egg", ".apk", ".pt", ".pth", ".npz", ".keras", ".ckpt")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -107,14 +108,12 @@ def recognize(path: Path, options: ReadOptions) -> Format:
         DamagedFileError: If its suffix promises data that the content is not.
         OSError: If it cannot be read.
     """
-    layers = find_compressions(path)
-    with open_stream(path, layers) as stream:
-        head = stream.read(_HEAD_BYTES)
-    suffix = find_suffix(path)
-    encoding = find_byte_order_mark(head)
-    found = _recognize_binary(head, path, suffix, layers, encoding)
+    layers, head = find_compressions(path, _HEAD_BYTES)
+    file = _Head(path, layers, head, find_encoding(head), find_suffix(path))
+    encoding = file.encoding
+    found = _recognize_binary(file)
     if found is None:
-        found = _recognize_text(path, suffix, layers, encoding, options)
+        found = _recognize_text(file, options)
         bad = None if encoding or found[0] != "text" else _find_bad_byte(head)
         if bad is not None:
             reason = f"not UTF-8 text: {bad.reason} at byte {bad.start}"
@@ -135,13 +134,35 @@ def find_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
+@dataclass(frozen=True)
+class _Head:
+    """A file and the first bytes inside of its compressions."""
+
+    path: Path
+    layers: tuple[str, ...]
+    content: bytes
+    encoding: str | None
+    suffix: str
+
+    @property
+    def last_suffix(self) -> str:
+        return self.path.suffix.lower()
+
+    @property
+    def is_text(self) -> bool:
+        is_utf8 = b"\0" not in self.content and _is_utf8(self.content)
+        return self.encoding is not None or is_utf8
+
+    def open(self) -> BinaryIO:
+        return open_stream(self.path, self.layers, self.encoding)
+
+
 Found = tuple[Kind, dict[str, Any]]
 
 
-def _recognize_binary(
-    head: bytes, path: Path, suffix: str, layers: tuple[str, ...], encoding: str | None
-) -> Found | None:
+def _recognize_binary(file: _Head) -> Found | None:
     """What a file holds if its first bytes say so; None for text."""
+    head, layers = file.content, file.layers
     table = _find_table(head)
     if table is not None and layers:
         raise DamagedFileError(f"a {table} file inside of {layers[-1]}; unpack it first")
@@ -149,19 +170,17 @@ def _recognize_binary(
         return table, {}
     for offset, magic, name in _UNREAD:
         if head[offset : offset + len(magic)] == magic:
-            is_program = suffix in _PROGRAM_ARCHIVES
+            is_program = file.suffix in _PROGRAM_ARCHIVES
             return "unread", {"reason": name, "could_be_text": not is_program}
     if head.startswith(_LFS_POINTER):
-        if {suffix, path.suffix.lower()} & {*_ROW_SUFFIXES, *_TABLE_SUFFIXES, ".txt"} or layers:
+        if {file.suffix, file.last_suffix} & _DATA_SUFFIXES:
             raise DamagedFileError("a Git LFS pointer, not the data; run `git lfs pull`")
         return "unread", {"reason": "a Git LFS pointer, not the file"}
     if not layers:
-        _refuse_broken_promise(head, path, encoding)
-    is_text = encoding is not None or _is_utf8(head)
-    if path.suffix.lower() in _UNKNOWN_COMPRESSION_SUFFIXES and not is_text:
-        reason = f"a {path.suffix.lower()} file"
-        return "unread", {"reason": reason, "could_be_text": True}
-    if encoding is None and b"\0" in head:
+        _refuse_broken_promise(file)
+    if file.last_suffix in _UNKNOWN_COMPRESSION_SUFFIXES and not file.is_text:
+        return "unread", {"reason": f"a {file.last_suffix} file", "could_be_text": True}
+    if file.encoding is None and b"\0" in head:
         if _looks_like_utf16(head):
             reason = "not UTF-8 text: UTF-16 without a byte-order mark"
             return "unread", {"reason": reason, "could_be_text": True}
@@ -174,19 +193,24 @@ def _find_table(head: bytes) -> Kind | None:
         return "parquet"
     if head.startswith(tables.ARROW_FILE_MAGIC):
         return "arrow_file"
-    return "arrow_stream" if head.startswith(tables.ARROW_STREAM_MAGIC) else None
+    # Followed by the length of the schema.
+    is_stream = head.startswith(tables.ARROW_STREAM_MAGIC) and 0 < int.from_bytes(
+        head[4:8], "little"
+    )
+    return "arrow_stream" if is_stream and head[7:8] < b"\x10" else None
 
 
-def _refuse_broken_promise(head: bytes, path: Path, encoding: str | None) -> None:
+def _refuse_broken_promise(file: _Head) -> None:
     """Refuse a file whose suffix names a format of data and whose content is something else.
 
     Text in a file that is named as if it was compressed is read: downloads unpack some.
     """
-    suffix = path.suffix.lower()
-    is_text = encoding is not None or (_is_utf8(head) and b"\0" not in head and head)
-    if suffix in _TABLE_SUFFIXES or (suffix in _COMPRESSION_SUFFIXES and not is_text):
-        what = f"a {suffix} file" if head else f"an empty {suffix} file"
-        raise DamagedFileError(f"not {what}, although its name says so" if head else what)
+    suffix = file.last_suffix
+    is_table, is_compressed = suffix in _TABLE_SUFFIXES, suffix in _COMPRESSION_SUFFIXES
+    if (is_table or is_compressed) and not file.content:
+        raise DamagedFileError(f"an empty {suffix} file")
+    if is_table or (is_compressed and not file.is_text):
+        raise DamagedFileError(f"not a {suffix} file, although its name says so")
 
 
 def _looks_like_utf16(head: bytes) -> bool:
@@ -209,34 +233,27 @@ def _find_bad_byte(head: bytes) -> UnicodeDecodeError | None:
     return None
 
 
-def _recognize_text(
-    path: Path,
-    suffix: str,
-    layers: tuple[str, ...],
-    encoding: str | None,
-    options: ReadOptions,
-) -> Found:
+def _recognize_text(file: _Head, options: ReadOptions) -> Found:
     if options.plain_text:
         return "text", {}
+    if file.suffix in _DELIMITERS:
+        return _recognize_csv(file, options.text_key)
+    begin = file.content.decode(file.encoding or "utf-8", "ignore").lstrip()[:1]
+    if begin in ("{", "["):
+        with file.open() as stream:
+            return _recognize_json(stream, file.suffix, options.text_key)
+    if file.suffix in _JSON_LINES_SUFFIXES:
+        return "json_lines", {}
+    return "text", {"reason": "not JSON" if file.suffix == ".json" and begin else ""}
 
-    def open_again() -> BinaryIO:
-        return open_stream(path, layers, encoding)
 
-    if suffix in _DELIMITERS:
-        with open_again() as stream:
-            delimiter, columns = rows.find_delimiter(stream, options.text_key, _DELIMITERS[suffix])
-        if delimiter is not None:
-            return "csv", {"delimiter": delimiter}
-        reason = f"CSV without a column {options.text_key!r}, only {rows.shorten(columns)}"
-        return "text", {"reason": reason if columns else ""}
-    with open_again() as stream:
-        begin = stream.read(_HEAD_BYTES).lstrip()[:1]
-        if begin not in (b"{", b"["):
-            kind: Kind = "json_lines" if suffix in _JSON_LINES_SUFFIXES else "text"
-            is_odd = suffix == ".json" and begin
-            return kind, {"reason": "JSON without rows, or no JSON"} if is_odd else {}
-    with open_again() as stream:
-        return _recognize_json(stream, suffix, options.text_key)
+def _recognize_csv(file: _Head, key: str) -> Found:
+    with file.open() as stream:
+        delimiter, columns = rows.find_delimiter(stream, key, _DELIMITERS[file.suffix])
+    if delimiter is not None:
+        return "csv", {"delimiter": delimiter}
+    reason = f"CSV without a column {key!r}, only {rows.shorten(columns)}"
+    return "text", {"reason": reason if columns else ""}
 
 
 def _recognize_json(stream: BinaryIO, suffix: str, key: str) -> Found:
@@ -244,24 +261,32 @@ def _recognize_json(stream: BinaryIO, suffix: str, key: str) -> Found:
 
     One object without the key may be a file of settings in a folder of code; many are rows.
     """
-    is_named_json = suffix == ".json"
+    is_named_lines, is_named_json = suffix in _JSON_LINES_SUFFIXES, suffix == ".json"
+    values: rows.JsonValues | None = None
     try:
         values = rows.JsonValues(stream)
         first = next(iter(values), None)
-        is_line = values.is_at_end_of_line()
-        more = values.has_more()
     except DamagedFileError as error:
-        if suffix in _JSON_LINES_SUFFIXES:
-            return "json_lines", {}
+        if is_named_lines:
+            return ("json_values" if values is not None and values.is_array else "json_lines"), {}
         return "text", {"reason": str(error) if is_named_json else ""}
-    if suffix in _JSON_LINES_SUFFIXES and not values.is_array:
-        return ("json_lines" if is_line else "json_values"), {}
-    is_rows = suffix in _JSON_LINES_SUFFIXES or (values.is_array and first is None)
-    if is_rows or (isinstance(first, dict) and rows.find_key(first, key)[0]):
-        return ("json_lines" if is_line and not values.is_array else "json_values"), {}
-    if isinstance(first, dict) and not values.is_array and more:
-        return ("json_lines" if is_line else "json_values"), {}
-    if isinstance(first, dict):
-        reason = f"JSON without a field {key!r}, only {rows.list_keys(first)}"
-        return "text", {"reason": reason}
-    return "text", {"reason": "JSON without rows" if is_named_json else ""}
+    has_key = isinstance(first, dict) and rows.find_key(first, key)[0]
+    kind: Kind = "json_values"
+    if not values.is_array and values.is_at_end_of_line():
+        kind = "json_lines"
+    if is_named_lines or has_key or (values.is_array and first is None):
+        return kind, {}
+    if not isinstance(first, dict):
+        return "text", {"reason": "JSON without rows" if is_named_json else ""}
+    if not values.is_array and values.has_more():
+        if _is_object_next(values):
+            return kind, {}
+        return "text", {"reason": "JSON with something behind it" if is_named_json else ""}
+    return "text", {"reason": f"JSON without a field {key!r}, only {rows.list_keys(first)}"}
+
+
+def _is_object_next(values: rows.JsonValues) -> bool:
+    try:
+        return isinstance(next(iter(values), None), dict)
+    except DamagedFileError:
+        return False

@@ -18,6 +18,7 @@ _CHUNK_BYTES = 2**20
 _LISTED_KEYS = 20
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _SPACE_IN_LINE = re.compile(r"[ \t\r]*")
+_DECODER = json.JSONDecoder()
 # json reports the start of a value that the end of its input cuts; none but a string is longer.
 _LONGEST_LITERAL = len("-Infinity") + 1
 
@@ -191,7 +192,7 @@ class JsonValues:
         self._number += 1
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self._buffer, self._position)
+                value, end = _DECODER.raw_decode(self._buffer, self._position)
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated string")
                 is_cut = is_cut or error.pos >= len(self._buffer) - _LONGEST_LITERAL
@@ -237,7 +238,7 @@ def read_csv(stream: BinaryIO, key: str, delimiter: str) -> Iterator[Row]:
     previous = csv.field_size_limit(MAX_DOCUMENT_BYTES)  # 131072 characters are no document
     try:
         reader = csv.reader(decoded_lines(stream), delimiter=delimiter, strict=True)
-        header = next(reader)
+        header = next(fields for fields in reader if fields)
         column = header.index(key)
         for fields in reader:
             if not fields:
@@ -265,11 +266,13 @@ def find_delimiter(stream: BinaryIO, key: str, delimiters: str) -> tuple[str | N
     Returns:
         The delimiter, None if none gives the key, and the columns by it or by the first one.
     """
-    line = next(read_lines(stream), b"").decode("utf-8", "surrogateescape")
+    line = next((line for line in read_lines(stream) if line.strip()), b"")
     headers = {}
     for delimiter in delimiters:
         try:
-            headers[delimiter] = next(csv.reader([line], delimiter=delimiter), [])
+            headers[delimiter] = next(
+                csv.reader([line.decode("utf-8", "surrogateescape")], delimiter=delimiter), []
+            )
         except csv.Error:
             continue
         if headers[delimiter].count(key) == 1:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trinity_megatron.data import tables
+from trinity_megatron.data import rows, tables
 from trinity_megatron.data.formats import Format, ReadOptions, recognize
 from trinity_megatron.data.streams import DamagedFileError
 
@@ -202,8 +202,8 @@ def _read_object(path: Path) -> dict[str, object]:
 def _check_complete(folder: Path, name: str, missing: Collection[str]) -> None:
     if missing:
         raise ValueError(
-            f"source {folder} lacks {_listed(sorted(missing)[:3])} of the {len(missing)} missing "
-            f"parts that {name} names; copy or download the dataset again"
+            f"source {folder} lacks {len(missing)} parts that its {name} names "
+            f"({rows.shorten(sorted(missing))}); copy or download the dataset again"
         )
 
 
@@ -315,6 +315,8 @@ def naming(path: Path) -> Iterator[None]:
 
 def describe_unreadable(path: Path, error: OSError) -> str:
     """The error of a file that the system does not let us read."""
+    if "too much memory" in str(error):  # zstd --long
+        error = OSError(f"{error}: a window over 128 MiB, compress it again without --long")
     return f"source {path} cannot be read ({error.strerror or error}); correct it, or leave it out"
 
 

@@ -58,8 +58,8 @@ class _IteratorStream(io.RawIOBase):
         super().close()
 
 
-def find_compressions(path: Path) -> tuple[str, ...]:
-    """The compressions around a file's content, outermost first, by its first bytes.
+def find_compressions(path: Path, num_bytes: int) -> tuple[tuple[str, ...], bytes]:
+    """The compressions around a file's content, outermost first, and the content's first bytes.
 
     Raises:
         OSError: If the file cannot be read.
@@ -67,17 +67,24 @@ def find_compressions(path: Path) -> tuple[str, ...]:
     layers: tuple[str, ...] = ()
     while len(layers) <= _MAX_LAYERS:
         with open_stream(path, layers) as stream:
-            head = stream.read(16)
+            head = stream.read(num_bytes)
         found = [name for name, magic in _COMPRESSIONS if magic.match(head)]
         if not found:
-            return layers
+            return layers, head
         layers = (*layers, found[0])
     raise DamagedFileError(f"compressed more than {_MAX_LAYERS} times")
 
 
-def find_byte_order_mark(head: bytes) -> str | None:
-    """The encoding that a byte-order mark announces; None without one."""
-    return next((name for mark, name in _BYTE_ORDER_MARKS if head.startswith(mark)), None)
+def find_encoding(head: bytes) -> str | None:
+    """The encoding that a byte-order mark announces; None without one, or if it is not true."""
+    for mark, name in _BYTE_ORDER_MARKS:
+        if head.startswith(mark):
+            try:
+                text = codecs.getincrementaldecoder(name)().decode(head)
+            except UnicodeDecodeError:
+                return None
+            return None if "\0" in text else name
+    return None
 
 
 def open_stream(path: Path, layers: tuple[str, ...] = (), encoding: str | None = None) -> BinaryIO:

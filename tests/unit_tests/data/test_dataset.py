@@ -1,5 +1,6 @@
 """Preparing a corpus: nothing is lost, nothing is mixed, and half-written never counts."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -20,11 +21,13 @@ from tokenizers import Tokenizer
 
 from trinity_megatron.data.dataset import (
     MIN_SPLIT_TOKENS,
+    ReadOptions,
     load_manifest,
     prepare_data,
     select_validation,
     unigram_entropy,
 )
+from trinity_megatron.data.split import MAX_WANTED_SHARE, WANTED_VALIDATION_TOKENS
 from trinity_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 
 VOCAB_SIZE = 300
@@ -145,6 +148,89 @@ def test_both_sides_get_a_document_or_the_corpus_is_refused():
         select_validation(keys, sizes, fraction=0.05, min_bytes=401)
     with pytest.raises(ValueError, match=r"1 distinct documents \(3 in all\), which cannot be spl"):
         select_validation(keys[[0, 0, 0]], sizes[:3], fraction=0.05, min_bytes=1)
+
+
+def test_wanted_validation_is_given_up_to_its_share_of_the_text():
+    keys, sizes = random_keys(100), np.full(100, 10)
+    chosen = [
+        select_validation(keys, sizes, fraction=0.001, min_bytes=1, wanted_bytes=wanted).sum()
+        for wanted in (0, 15, 75, 100, 101, 10**9)
+    ]
+    assert chosen == [1, 2, 8, 10, 10, 10]
+
+    sizes[np.argsort(keys)[3]] = 800  # the fourth document would exceed the share
+    held_out = select_validation(keys, sizes, fraction=0.001, min_bytes=1, wanted_bytes=10**9)
+    assert held_out.sum() == 3
+    held_out = select_validation(keys, sizes, fraction=0.001, min_bytes=31, wanted_bytes=10**9)
+    assert held_out.sum() == 4  # the minimum goes before
+
+
+def make_rows(path: Path, count: int, key: str = "text") -> Path:
+    letters = np.random.default_rng(1).integers(ord("a"), ord("f"), (count, 600))
+    rows = [{key: "".join(map(chr, row))} for row in letters]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_validation_holds_sequences_of_the_longest_preset_where_the_corpus_is_large(tmp_path):
+    from trinity_megatron.presets import PRESETS
+
+    longest = max(preset.training["seq_length"] for preset in PRESETS.values())
+    assert 4 * longest <= WANTED_VALIDATION_TOKENS
+    large = prepare(tmp_path / "large", make_rows(tmp_path / "l.jsonl", 1500))
+    small = prepare(tmp_path / "small", make_rows(tmp_path / "s.jsonl", 300))
+    enough = prepare(
+        tmp_path / "enough", tmp_path / "l.jsonl", validation_fraction=0.2, vocab_size=257
+    )
+
+    assert WANTED_VALIDATION_TOKENS <= large.validation.tokens < 1.2 * WANTED_VALIDATION_TOKENS
+    assert small.validation.documents == MAX_WANTED_SHARE * 300
+    for manifest in (large, small):
+        assert manifest.inputs.validation_tokens == WANTED_VALIDATION_TOKENS
+    assert enough.inputs.validation_tokens is None  # as earlier releases made it
+    before = snapshot(tmp_path / "large")
+    assert prepare(tmp_path / "large", tmp_path / "l.jsonl") == large
+    assert snapshot(tmp_path / "large") == before
+
+
+def test_a_folder_of_an_earlier_release_with_a_short_validation_is_kept(tmp_path):
+    source = make_rows(tmp_path / "s.jsonl", 300)
+    manifest = prepare(tmp_path / "out", source)
+    path = tmp_path / "out" / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["inputs"]["validation_tokens"]
+    values["fingerprint"] = dataclasses.replace(manifest.inputs, validation_tokens=None).fingerprint
+    path.write_text(json.dumps(values))
+
+    assert prepare(tmp_path / "out", source).inputs.validation_tokens is None
+
+
+def test_what_decides_the_content_decides_the_address(tmp_path):
+    source = make_rows(tmp_path / "rows.jsonl", 300, key="content")
+    first = prepare(tmp_path / "out", source, options=ReadOptions(text_key="content"))
+    assert first.inputs.text_key == "content" and first.inputs.reader is None
+
+    with pytest.raises(ValueError, match="text_key content -> default"):
+        prepare(tmp_path / "out", source)
+    with pytest.raises(ValueError, match="skip_bad_rows default -> 2"):
+        options = ReadOptions(text_key="content", skip_bad_rows=2)
+        prepare(tmp_path / "out", source, options=options)
+    renamed = source.rename(tmp_path / "rows.json")  # earlier releases read it as one text
+    second = prepare(tmp_path / "second", renamed, options=ReadOptions(text_key="content"))
+    assert second.inputs.reader == "content-1"
+    assert second.train == first.train
+
+
+def test_too_much_left_out_publishes_nothing(source, out, texts):
+    (source / "latin.txt").write_bytes(("größe " * 99_000).encode("latin-1"))
+
+    with pytest.raises(ValueError, match="source/latin.txt: not UTF-8 text.*--max-left-out"):
+        prepare(out, source)
+    assert not out.exists()
+    manifest = prepare(out, source, max_left_out=1)
+    assert manifest.train.documents + manifest.validation.documents == len(texts)
+    with pytest.raises(ValueError, match="max_left_out 1.5 is not between 0 and 1"):
+        prepare(out, source, max_left_out=1.5)
 
 
 def test_nothing_is_lost_and_every_document_ends(source, out, texts):

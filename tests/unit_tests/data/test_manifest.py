@@ -74,6 +74,12 @@ def test_what_is_saved_is_loaded(manifest):
     [
         ({"vocab_size": 513}, "vocab_size 512 -> 513"),
         ({"validation_fraction": 0.1}, "validation_fraction 0.05 -> 0.1"),
+        ({"reader": "content-1"}, "reader default -> content-1"),
+        ({"text_key": "content"}, "text_key default -> content"),
+        ({"split_on": "\n\n"}, r"split_on default -> \n\n"),
+        ({"skip_bad_rows": 3}, "skip_bad_rows default -> 3"),
+        ({"plain_text": True}, "plain_text default -> True"),
+        ({"validation_tokens": 32768}, "validation_tokens default -> 32768"),
         ({"pre_tokenizer": "trinity-2"}, "pre_tokenizer trinity-1 -> trinity-2"),
         ({"sources": (*INPUTS.sources, ("d", "44"))}, "1 source files added (d)"),
         ({"sources": INPUTS.sources[1:]}, "1 source files removed (a.txt)"),
@@ -139,6 +145,25 @@ def test_a_manifest_that_cannot_be_read_is_corrupt(manifest, content):
         lambda values: values["inputs"].update(vocab_size=1024),
         lambda values: values["inputs"]["sources"].pop(),
         lambda values: values.update(files=None),
+        lambda values: values.update(files=["train.bin"]),
+        lambda values: values.update(files={"train.bin": "2"}),
+        lambda values: values.update(files={"train.bin": -1}),
+        lambda values: values.update(inputs=[]),
+        lambda values: values.update(inputs="text"),
+        lambda values: values["inputs"].update(vocab_size="512"),
+        lambda values: values["inputs"].update(validation_fraction=None),
+        lambda values: values["inputs"].update(sources=[["a.txt", 11]]),
+        lambda values: values["inputs"].update(sources={"a.txt": "11"}),
+        lambda values: values["inputs"].update(plain_text=1),
+        lambda values: values.update(eod_id="0"),
+        lambda values: values.update(eod_id=True),
+        lambda values: values.update(tokenizer_fingerprint=None),
+        lambda values: values.update(train=None),
+        lambda values: values["train"].update(tokens=1000.5),
+        lambda values: values["train"].update(unigram_entropy=float("nan")),
+        lambda values: values["validation"].update(documents=[1]),
+        lambda values: values.update(skipped=["d.png"]),
+        lambda values: values.update(skipped=[{"name": "d.png", "reason": None}]),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_corrupt(manifest, edit):
@@ -152,6 +177,52 @@ def test_another_format_is_refused_as_such(manifest):
     change(manifest, lambda values: values.update(format_version=2))
 
     with pytest.raises(UnsupportedFormatError, match=r"format_version is 2.*reads 1; remove"):
+        load_manifest(manifest.path)
+
+
+@pytest.mark.parametrize("version", ["1", True, 1.0, None, [1]])
+def test_a_version_that_is_no_number_is_refused(manifest, version):
+    change(manifest, lambda values: values.update(format_version=version))
+
+    with pytest.raises(UnsupportedFormatError, match="format_version is .*reads 1; remove"):
+        load_manifest(manifest.path)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "9" * 5000, '"text"', "1"])
+def test_json_that_is_no_manifest_is_corrupt(manifest, content):
+    (manifest.path / "manifest.json").write_text(content)
+
+    with pytest.raises(ValueError, match="manifest.json is corrupt"):
+        load_manifest(manifest.path)
+
+
+def test_a_manifest_that_is_a_folder_is_named(manifest):
+    (manifest.path / "manifest.json").unlink()
+    (manifest.path / "manifest.json").mkdir()
+
+    with pytest.raises(ValueError, match=r"manifest.json cannot be read \(Is a directory\)"):
+        load_manifest(manifest.path)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../x.bin", "tokenizer/../../x", "a\0b", ".."])
+def test_names_that_lead_out_of_the_folder_are_refused(manifest, name):
+    change(manifest, lambda values: values["files"].update({name: 1}))
+
+    with pytest.raises(ValueError, match="of manifest.json leads out of the folder; do not use"):
+        load_manifest(manifest.path)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "tokenizer"])
+def test_links_out_of_the_folder_are_refused_and_inside_followed(manifest, name, tmp_path):
+    path = manifest.path / name
+    inside = path.rename(manifest.path / "moved")
+    path.symlink_to("moved")
+    assert load_manifest(manifest.path) == manifest
+
+    outside = inside.rename(manifest.path.parent / f"{manifest.path.name}-outside")
+    path.unlink()
+    path.symlink_to(outside)
+    with pytest.raises(ValueError, match=rf"'{name}.* leads out of the folder"):
         load_manifest(manifest.path)
 
 
