@@ -1,5 +1,6 @@
 """The folder of a run is moved, its data are moved, lost, or replaced by others."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def test_a_run_that_moves(data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     shutil.copytree(data, here / "data")
-    first = run(here, 1, "--train-iters", "2")
+    first = run(here, 1, "--train-iters", "4", "--exit-interval", "2")
     assert first.returncode == 0, first.stdout + first.stderr
 
     # The run alone, without its data.
@@ -46,10 +47,12 @@ def test_a_run_that_moves(data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert made == (data / "tokenizer" / "tokenizer.json").read_bytes()
 
     # Other data in the place of the old ones: refused on both ranks, and said once.
-    sources = [*data.parent.glob("*.txt")]
-    text = tmp_path / "other.txt"
-    text.write_text("".join(f"line {number} of another text\n" for number in range(20_000)))
-    prepare_data(there / "data", [text, *sources], tokenizer=data / "tokenizer")
+    text = tmp_path / "other.jsonl"
+    lines = (
+        json.dumps({"text": f"document {number} of another text. " * 9}) for number in range(500)
+    )
+    text.write_text("\n".join(lines))
+    prepare_data(there / "data", [text], tokenizer=data / "tokenizer")
     other = run(there, 2, "--train-iters", "4")
     assert other.returncode != 0
     assert other.stderr.count("error: --load run/checkpoints was trained on other data") == 1
@@ -59,6 +62,6 @@ def test_a_run_that_moves(data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     index = {path.name for path in (there / "run" / "data_cache").glob("*.npy")}
     shutil.move(there / "data", there / "other")
     shutil.copytree(data, there / "data")
-    last = run(there, 2, "--train-iters", "2", "--exit-interval", "4")
+    last = run(there, 2, "--train-iters", "4")
     assert last.returncode == 0, last.stdout + last.stderr
     assert {path.name for path in (there / "run" / "data_cache").glob("*.npy")} == index

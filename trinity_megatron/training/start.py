@@ -55,6 +55,12 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
                 f"{flag} {path} holds no checkpoint (no {TRACKER_NAME}). "
                 "Remedy: name what --save was, or what trinity-megatron convert --to-megatron made."
             )
+    if manifest is not None:
+        for flag, path in folders.items():
+            check_checkpoint_vocabulary(path, manifest, flag=flag)
+    elif args.rank == 0 and (tokenizer := get_tokenizer_folder(args)):
+        for path in folders.values():
+            check_tokenizer(path, tokenizer, flag="--tokenizer-model")
     if args.rank == 0 and _is_torch_dist(args) and found:
         flag = "--load" if "--load" in found else "--pretrained-checkpoint"
         step = args.ckpt_step if flag == "--load" else None
@@ -67,12 +73,6 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
         if flag == "--load" and not (args.finetune or args.skip_train):
             check_batch_size(saved, step, args)
             check_data(saved, step, args)
-    if manifest is not None:
-        for flag, path in folders.items():
-            check_checkpoint_vocabulary(path, manifest, flag=flag)
-    elif args.rank == 0 and (tokenizer := get_tokenizer_folder(args)):
-        for path in folders.values():
-            check_tokenizer(path, tokenizer, flag="--tokenizer-model")
 
 
 def mend_tracker(folder: Path) -> None:
