@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import io
 import logging
 import os
 import traceback
@@ -108,10 +109,17 @@ def _argument_dump(args: argparse.Namespace) -> Iterator[None]:
     if not args.out or args.rank != 0:
         yield
         return
-    path = Path(args.out) / "arguments.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file, contextlib.redirect_stdout(file):
-        yield
+    listing = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(listing):
+            yield
+    finally:
+        path = Path(args.out) / "arguments.txt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(listing.getvalue(), encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            print(f"> {path} is not written: {error.strerror}")
 
 
 def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -102,7 +102,15 @@ def train_valid_test_datasets_provider(
     num_samples = samples_to_build(args, num_samples)
     dataset_type = MockGPTDataset if args.mock_data else GPTDataset
     is_built = partial(_is_built_on_rank, vp_stage, args.dataloader_inter_document_masking)
-    return BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config).build()
+    try:
+        return BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config).build()
+    except Exception as error:  # Megatron's own has no type
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise ValueError(
+            f"--data-cache-path {args.data_cache_path}: the order of the samples cannot be "
+            f"written: {error.__cause__}. Remedy: mend that, or name a folder with free space."
+        ) from error
 
 
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]

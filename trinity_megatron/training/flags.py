@@ -73,6 +73,8 @@ _CUDA_ONLY = {
     "use_torch_fsdp2": "--use-torch-fsdp2",
     "optimizer_cpu_offload": "--optimizer-cpu-offload",
     "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
+    # Its process asks for the number of GPUs and dies, and the training waits for it for ever.
+    "use_persistent_ckpt_worker": "--use-persistent-ckpt-worker",
 }
 
 
