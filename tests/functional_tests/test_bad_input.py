@@ -76,6 +76,7 @@ def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         ("--dump-param-to-param-group-map f", 1, ("--dump-param-to-param-group-map", "Muon")),
         ("--save-tokens-per-expert-interval 2", 1, ("--save-tokens-per-expert", "TensorBoard")),
         ("--use-nccl-ub", 1, ("--use-nccl-ub", "CUDA")),
+        ("--async-save --use-persistent-ckpt-worker", 1, ("--use-persistent-ckpt-worker", "CUDA")),
         ("--rampup-batch-size 4 4 64", 1, ("--rampup-batch-size", "--step-batch-size-schedule")),
         (
             "--step-batch-size-schedule 5K:8",

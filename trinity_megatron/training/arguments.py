@@ -173,11 +173,14 @@ def _argument_dump(args: argparse.Namespace) -> Iterator[None]:
     if not args.out or args.rank != 0:
         yield
         return
-    with contextlib.redirect_stdout(io.StringIO()) as text:
+    with contextlib.redirect_stdout(io.StringIO()) as listing:
         yield  # a refusal leaves the list of the run as it is
     path = Path(args.out) / "arguments.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.getvalue(), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(listing.getvalue(), encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        print(f"> {path} is not written: {error.strerror}")
 
 
 def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

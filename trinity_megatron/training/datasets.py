@@ -109,7 +109,16 @@ def train_valid_test_datasets_provider(
     num_samples = samples_to_build(args, num_samples)
     dataset_type = EpochOrderMockGPTDataset if args.mock_data else EpochOrderGPTDataset
     is_built = partial(_is_built_on_rank, vp_stage, args.dataloader_inter_document_masking)
-    made = BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config).build()
+    builder = BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config)
+    try:
+        made = builder.build()
+    except Exception as error:  # Megatron's own has no type
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise ValueError(
+            f"--data-cache-path {args.data_cache_path}: the order of the samples cannot be "
+            f"written: {error.__cause__}. Remedy: mend that, or name a folder with free space."
+        ) from error
     if not args.skip_train:
         check_is_long_enough(made[0], num_samples[0])
     return made

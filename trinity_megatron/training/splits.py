@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
 _NAMES = ("train", "valid", "test")
 _SPLIT_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path")
+_HEADER = struct.Struct("<9sQBQQ")  # of an index
 _MANY = 10**7  # sequence lengths that are not read one by one
 
 
@@ -49,13 +51,11 @@ class Source:
                 raise ValueError(f"{self.flag}: there is no {path}. Remedy: name what is there.")
         if not os.path.getsize(get_bin_path(self.prefix)):
             return None
-        try:
-            return IndexedDataset(self.prefix)
-        except (AssertionError, ValueError, KeyError) as error:
+        if not _is_whole_index(get_idx_path(self.prefix)):
             raise ValueError(
-                f"{self.flag}: {get_idx_path(self.prefix)} is damaged ({error}). Remedy: make it "
-                "again."
-            ) from error
+                f"{self.flag}: {get_idx_path(self.prefix)} is damaged. Remedy: make it again."
+            )
+        return IndexedDataset(self.prefix)
 
     def bounds(self, number: int) -> tuple[int, int]:
         """The first sequence of the share, and the one behind its last, of so many."""
@@ -76,6 +76,21 @@ class Source:
             return int(dataset.sequence_lengths[first:last].sum(dtype=np.int64))
         tokens = os.path.getsize(get_bin_path(self.prefix)) // dataset.index.dtype_size
         return tokens * (last - first) // len(dataset)
+
+
+def _is_whole_index(path: str) -> bool:
+    """Whether an index has all that its header promises; Megatron's reader leaves a trace if not.
+
+    Source: megatron.core.datasets.indexed_dataset, _IndexWriter.
+    """
+    with open(path, "rb") as file:
+        header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        return False
+    magic, version, _, sequences, documents = _HEADER.unpack(header)
+    # A length, a position, and a document's first sequence.
+    size = _HEADER.size + sequences * (4 + 8) + documents * 8
+    return magic == b"MMIDIDX\0\0" and version == 1 and os.path.getsize(path) >= size
 
 
 def is_evaluating(args: argparse.Namespace) -> bool:
