@@ -18,8 +18,8 @@ DEADLINE = 60.0  # seconds; generous, for machines that are busy with something 
 RANK = """
 import os, sys, time
 from pathlib import Path
-from trinity_megatron.process import die_with_parent
-die_with_parent()
+from trinity_megatron.process import enter_rank
+enter_rank()
 folder, rank, action = Path(sys.argv[1]), os.environ["RANK"], sys.argv[2]
 port = os.environ["MASTER_PORT"]
 if action == "port":
@@ -156,36 +156,6 @@ def test_rank_that_starts_after_its_launcher_ended_ends_too() -> None:
             [sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL
         )
         assert result.returncode == expected
-
-
-@pytest.mark.parametrize(("num_ranks", "threads"), [(1, "8"), (3, "2"), (8, "1"), (16, "1")])
-def test_ranks_share_the_cores(num_ranks: int, threads: str) -> None:
-    environment = launcher.build_environment({}, num_ranks=num_ranks, num_cores=8, cuda=False)
-    assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == threads
-
-
-def test_environment_of_the_user_takes_precedence() -> None:
-    base = {"OMP_NUM_THREADS": "5", "GLOO_SOCKET_IFNAME": "eth7", "HOME": "/h"}
-    environment = launcher.build_environment(base, num_ranks=2, num_cores=8, cuda=False)
-    assert {key: environment[key] for key in base} == base
-    assert environment["MKL_NUM_THREADS"] == "4"
-
-
-def test_cpu_settings_are_not_set_for_gpus() -> None:
-    only_cpu = {"TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"}
-    on_cpu, on_gpu = (
-        launcher.build_environment({}, num_ranks=2, num_cores=8, cuda=cuda)
-        for cuda in (False, True)
-    )
-    assert on_cpu.keys() - on_gpu.keys() == only_cpu
-
-
-@pytest.mark.parametrize(
-    ("text", "cores"),
-    [("max 100000\n", None), ("200000 100000\n", 2), ("250000 100000\n", 2), ("50000 100000\n", 1)],
-)
-def test_cpu_limit_of_a_container(text: str, cores: int | None) -> None:
-    assert launcher.parse_cpu_limit(text) == cores
 
 
 @pytest.mark.parametrize(
