@@ -26,7 +26,7 @@ BASE = (
     "--train-iters 4 --eval-iters 0 --log-interval 1 --data {data} --tensorboard-dir {run}/log "
     "--data-cache-path {run}/cache"
 )
-_SAVED = f"{BASE} --save {{saved}} --save-interval 4"
+_SAVED = f"{BASE} --save {{saved}} --save-interval 4 --data-cache-path {{saved}}_cache"
 _TRACE = "Traceback (most recent call last)"
 
 

@@ -57,12 +57,25 @@ def train_valid_test_datasets_provider(
     Args:
         num_samples: Samples of train, validation and test.
         vp_stage: Virtual pipeline stage, if any.
+
+    Raises:
+        ValueError: A flag takes the index for granted, and it is not in the cache.
     """
     args = get_args()
     config = gpt_dataset_config_from_args(args)
     dataset_type = MockGPTDataset if args.mock_data else GPTDataset
     is_built = partial(_is_built_on_rank, vp_stage, args.dataloader_inter_document_masking)
-    return BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config).build()
+    builder = BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config)
+    try:
+        return builder.build()
+    except Exception as error:
+        if not (args.dataloader_fast_cache_load or args.dataloader_defer_npy_index_mmap):
+            raise
+        flag = "fast-cache-load" if args.dataloader_fast_cache_load else "defer-npy-index-mmap"
+        raise ValueError(
+            f"--dataloader-{flag}: --data-cache-path {args.data_cache_path} has no index of these "
+            f"samples ({error}). Remedy: one run of this length without the flag, which writes it."
+        ) from error
 
 
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
