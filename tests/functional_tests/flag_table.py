@@ -173,7 +173,8 @@ def describe(flag: str) -> str:
     kind = "refused" if reason.refused else "no effect"
     if not reason.unless:
         return f"{kind}: {why}"
-    return f"works with {' or '.join(map(_condition, reason.unless))}; else {kind}: {why}"
+    condition = " or ".join(map(_condition, reason.unless))
+    return f"works with {condition}; else {kind}" + (f": {why}" if reason.refused else "")
 
 
 def _condition(text: str) -> str:
