@@ -26,7 +26,7 @@ BASE = (
     "--train-iters 4 --eval-iters 0 --log-interval 1 --data {data} --tensorboard-dir {run}/log "
     "--data-cache-path {run}/cache"
 )
-_SAVED = f"{BASE} --save {{saved}} --save-interval 4"
+_SAVED = f"{BASE} --save {{saved}} --save-interval 4 --data-cache-path {{saved}}_cache"
 _TRACE = "Traceback (most recent call last)"
 
 
@@ -173,7 +173,8 @@ def describe(flag: str) -> str:
     kind = "refused" if reason.refused else "no effect"
     if not reason.unless:
         return f"{kind}: {why}"
-    return f"works with {' or '.join(map(_condition, reason.unless))}; else {kind}: {why}"
+    condition = " or ".join(map(_condition, reason.unless))
+    return f"works with {condition}; else {kind}" + (f": {why}" if reason.refused else "")
 
 
 def _condition(text: str) -> str:
@@ -183,6 +184,8 @@ def _condition(text: str) -> str:
 def _part(text: str) -> str:
     if text.startswith("package:"):
         return f"the package `{text.removeprefix('package:')}`"
+    if text == "data=None":
+        return "no `--data`"
     name, equal, value = text.partition("=")
     name, more, _ = name.partition(">")
     names = {"fp8": "fp8_format", "nccl_ub": "use_nccl_ub"}

@@ -89,7 +89,7 @@ def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
             ("--step-batch-size-schedule '0:8,4096:9'", "2 data-parallel", "batch of 9"),
         ),
         ("--transformer-impl transformer_engine", 1, ("transformer_engine", "CUDA", "local")),
-        ("--fp8-format hybrid", 1, ("--fp8-format", "'hybrid'", "CUDA")),
+        ("--fp8-format hybrid", 1, ("--fp8-format hybrid", "CUDA")),
         ("--distributed-backend nccl", 1, ("nccl", "CUDA", "gloo")),
         (
             "--dataloader-inter-document-masking --tensor-model-parallel-size 2 "

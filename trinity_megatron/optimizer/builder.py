@@ -126,13 +126,14 @@ def validate_muon_arguments(args: Any) -> None:
     """
     if args.optimizer == "dist_muon":
         raise ValueError(
-            f"optimizer={args.optimizer!r}: take --optimizer muon --use-distributed-optimizer"
+            f"--optimizer {args.optimizer} is Megatron's own Muon. Remedy: take --optimizer "
+            "muon --use-distributed-optimizer."
         )
     if args.use_distributed_optimizer and args.ckpt_format != "torch_dist":
         raise ValueError(
             f"ckpt_format={args.ckpt_format!r} with optimizer='muon' and "
-            "use_distributed_optimizer=True: the state is saved as torch_dist only; drop "
-            "--ckpt-format"
+            "use_distributed_optimizer=True: the state is saved as torch_dist only. "
+            "Remedy: drop --ckpt-format."
         )
     sizes = [args.tensor_model_parallel_size, getattr(args, "expert_tensor_parallel_size", None)]
     _check_settings(args, tensor_parallel_size=max(size or 1 for size in sizes))
@@ -228,7 +229,9 @@ def _muon_kwargs(config: Any, model_chunks: list[Any], pg_collection: Any) -> di
 def _check_settings(settings: Any, *, tensor_parallel_size: int) -> None:
     for field, reason in _REFUSED.items():
         if getattr(settings, field, False):
-            raise ValueError(f"{field}={getattr(settings, field)} with optimizer='muon': {reason}")
+            why, _, remedy = reason.rpartition("; ")
+            what = f"{field}={getattr(settings, field)} with optimizer='muon'"
+            raise ValueError(f"{what}: {why}. Remedy: {remedy}.")
     for field, known in (
         ("muon_coefficient_type", COEFFICIENTS),
         ("muon_scale_mode", SCALES),
@@ -237,23 +240,24 @@ def _check_settings(settings: Any, *, tensor_parallel_size: int) -> None:
     ):
         if getattr(settings, field) not in known:
             raise ValueError(
-                f"{field}={getattr(settings, field)!r} is not known to trinity_megatron's Muon; "
-                f"choose one of {sorted(known)}"
+                f"{field}={getattr(settings, field)!r} is not known to trinity_megatron's "
+                f"Muon. Remedy: choose one of {sorted(known)}."
             )
     coefficient_schedule(settings.muon_coefficient_type, settings.muon_num_ns_steps)
     if tensor_parallel_size > 1 and settings.muon_tp_mode != "duplicated":
         raise ValueError(
             f"muon_tp_mode={settings.muon_tp_mode!r} with tensor parallelism: our Muon "
-            "orthogonalizes whole matrices, each on one rank; set --muon-tp-mode duplicated"
+            "orthogonalizes whole matrices, each on one rank. Remedy: set --muon-tp-mode "
+            "duplicated."
         )
     if not getattr(settings, "decoupled_weight_decay", True):
         raise ValueError(
-            "decoupled_weight_decay=False: Muon's weight decay is decoupled; drop the flag"
+            "decoupled_weight_decay=False: Muon's weight decay is decoupled. Remedy: drop the flag."
         )
     peak, floor = settings.decoupled_lr, settings.decoupled_min_lr
     floor = settings.min_lr if floor is None else floor
     if peak is not None and floor is not None and floor > peak:
         raise ValueError(
             f"decoupled_lr={peak} is below its minimum {floor} (decoupled_min_lr, or min_lr where "
-            "that is not set); set --decoupled-min-lr"
+            "that is not set). Remedy: set --decoupled-min-lr."
         )

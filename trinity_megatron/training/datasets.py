@@ -1,6 +1,7 @@
 """Megatron's GPT datasets from the arguments."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -100,6 +101,9 @@ def train_valid_test_datasets_provider(
     Args:
         num_samples: Samples of train, validation and test.
         vp_stage: Virtual pipeline stage, if any.
+
+    Raises:
+        ValueError: A flag takes the index for granted, and it is not in the cache.
     """
     args = get_args()
     config = gpt_dataset_config_from_args(args)
@@ -109,19 +113,35 @@ def train_valid_test_datasets_provider(
     num_samples = samples_to_build(args, num_samples)
     dataset_type = EpochOrderMockGPTDataset if args.mock_data else EpochOrderGPTDataset
     is_built = partial(_is_built_on_rank, vp_stage, args.dataloader_inter_document_masking)
-    builder = BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config)
-    try:
-        made = builder.build()
-    except Exception as error:  # Megatron's own has no type
-        if not isinstance(error.__cause__, OSError):
-            raise
-        raise ValueError(
-            f"--data-cache-path {args.data_cache_path}: the order of the samples cannot be "
-            f"written: {error.__cause__}. Remedy: mend that, or name a folder with free space."
-        ) from error
+    with _named_index_errors(args):
+        made = BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config).build()
     if not args.skip_train:
         check_is_long_enough(made[0], num_samples[0])
     return made
+
+
+@contextmanager
+def _named_index_errors(args: Any) -> Iterator[None]:
+    """Name why the index of the samples cannot be written, or is not there.
+
+    Raises:
+        ValueError: Names the flag, the folder and the remedy.
+    """
+    try:
+        yield
+    except Exception as error:  # Megatron's own has no type
+        if isinstance(error.__cause__, OSError):
+            raise ValueError(
+                f"--data-cache-path {args.data_cache_path}: the order of the samples cannot be "
+                f"written: {error.__cause__}. Remedy: mend that, or name a folder with free space."
+            ) from error
+        if not (args.dataloader_fast_cache_load or args.dataloader_defer_npy_index_mmap):
+            raise
+        flag = "fast-cache-load" if args.dataloader_fast_cache_load else "defer-npy-index-mmap"
+        raise ValueError(
+            f"--dataloader-{flag}: --data-cache-path {args.data_cache_path} has no index of these "
+            f"samples ({error}). Remedy: one run of this length without the flag, which writes it."
+        ) from error
 
 
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]

@@ -112,7 +112,9 @@ def _given_flags(
 ) -> Iterator[str]:
     """Flags of a reason with a value that is not the default, as they would be typed."""
     for flag in reason.flags:
-        action = parser._option_string_actions[flag]
+        action = parser._option_string_actions.get(flag)
+        if action is None:  # another Megatron
+            continue
         default = parser.get_default(action.dest)
         value = getattr(args, action.dest, default)
         if value == default:
