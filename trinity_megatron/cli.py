@@ -197,6 +197,12 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         metavar="SIZE",
         help="largest weight file for --to-hf (default: 5GB, or the files that it began with)",
     )
+    parser.add_argument(
+        "--no-verify-checksums",
+        action="store_false",
+        dest="verify_checksums",
+        help="do not compare the checksums that the Megatron checkpoint was saved with",
+    )
     parser.set_defaults(command=_convert, takes_further_flags=False)
 
 
@@ -338,6 +344,8 @@ def _convert(args: argparse.Namespace, others: Sequence[str]) -> int:
         )
     if all(to_megatron) and (args.tokenizer or args.max_shard_size):
         raise ValueError("--tokenizer and --max-shard-size belong to --to-hf. Remedy: drop them.")
+    if all(to_megatron) and not args.verify_checksums:
+        raise ValueError("--no-verify-checksums belongs to --from-megatron. Remedy: drop it.")
     quiet_megatron()
     from trinity_megatron.checkpoint.convert import (
         MAX_SHARD_SIZE,
@@ -349,7 +357,12 @@ def _convert(args: argparse.Namespace, others: Sequence[str]) -> int:
         hf_to_megatron(*to_megatron)
     else:
         size = args.max_shard_size or MAX_SHARD_SIZE
-        megatron_to_hf(*to_hf, tokenizer=args.tokenizer, max_shard_size=size)
+        megatron_to_hf(
+            *to_hf,
+            tokenizer=args.tokenizer,
+            max_shard_size=size,
+            verify_checksums=args.verify_checksums,
+        )
     return 0
 
 

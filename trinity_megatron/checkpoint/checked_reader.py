@@ -45,10 +45,12 @@ class Checks:
     Attributes:
         verify_checksums: Compare them.
         quiet: Do not say which files have none.
+        refused: Why a ``.metadata`` was not loaded; torch goes on and forgets it.
     """
 
     verify_checksums: bool = True
     quiet: bool = False
+    refused: BadCheckpoint | None = None
     _said: set[str] = field(default_factory=set)
 
     def note_missing(self, path: str | Path) -> None:
@@ -70,7 +72,11 @@ class MetadataPickle:
 
     def load(self, stream: Any) -> Metadata:
         """See :func:`read_metadata`."""
-        return read_metadata(stream.read(), stream.name, self.checks)
+        try:
+            return read_metadata(stream.read(), stream.name, self.checks)
+        except BadCheckpoint as error:
+            self.checks.refused = error
+            raise
 
     def dump(self, metadata: Metadata, stream: Any) -> None:
         """Write the pickle and its checksum."""
@@ -118,6 +124,7 @@ class ReadAhead:
         self._files: dict[str, int] = {}
         self._free: list[bytearray] = []
         self._taken: bytearray | None = None
+        self._last: _StorageInfo | None = None
         self._pool = ThreadPoolExecutor(_NUM_THREADS) if len(self._waiting) > 1 else None
 
     def __enter__(self) -> "ReadAhead":
@@ -137,12 +144,19 @@ class ReadAhead:
         """
         if self._taken is not None:
             self._free.append(self._taken)
+        self._last = info
         self._start()
         if self._running and self._running[0][0] is info:
             self._taken, data = self._running.popleft()[1].result()
         else:
             self._taken, data = self._read(info, self._open(info), self._get_buffer(info.length))
         return Window(data)
+
+    def locate(self, error: BadCheckpoint) -> str:
+        """Words of an error, with the file of the item that was taken last."""
+        if self._last is None or self._name(self._last) in str(error):
+            return str(error)
+        return f"{self._name(self._last)}: {error}"
 
     def _start(self) -> None:
         """Begin to read what comes next."""
@@ -250,6 +264,8 @@ def reading_ahead(
         with ReadAhead(Path(self.path), infos, get_checks(self)) as self.read_ahead:
             try:
                 return read_data(self, plan, planner)
+            except BadCheckpoint as error:
+                raise BadCheckpoint(self.read_ahead.locate(error)) from error
             finally:
                 self.read_ahead = None
 

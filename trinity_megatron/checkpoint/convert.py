@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from trinity_megatron import __version__
+from trinity_megatron.checkpoint.checked_reader import Checks
 from trinity_megatron.checkpoint.hf_assets import (
     ASSETS_NAME,
     Assets,
@@ -179,6 +180,7 @@ def megatron_to_hf(
     *,
     tokenizer: Path | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
+    verify_checksums: bool = True,
 ) -> None:
     """Write the model of a ``torch_dist`` checkpoint as Hugging Face's safetensors.
 
@@ -189,13 +191,14 @@ def megatron_to_hf(
             checkpoint the training began with, else the one that the run was trained with.
         max_shard_size: Size of a weight file, e.g. ``5GB``, unless the files are known from the
             Hugging Face checkpoint the training began with.
+        verify_checksums: Compare the checksums of what is read.
 
     Raises:
         ValueError: The checkpoint is not complete or damaged, or no Trinity model.
         OSError: The target cannot be written.
     """
     begin = time.monotonic()
-    source = TorchDistReader(megatron)
+    source = TorchDistReader(megatron, Checks(verify_checksums))
     config = config_from_args(source.args)
     assets = find_assets(megatron)
     if tokenizer is None and assets is None:

@@ -54,7 +54,7 @@ def generate(
     if folder is None or not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{load} has no tokenizer. Remedy: --tokenizer DIR.")
     check_tokenizer(load, folder)
-    encoder: Any = AutoTokenizer.from_pretrained(folder)
+    encoder: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokens = encoder(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     if not tokens.numel():
         raise ValueError(f"--prompt {prompt!r} has no tokens. Remedy: give some text.")

@@ -21,6 +21,7 @@ from trinity_megatron.checkpoint.checked_reader import (
     Checks,
     MetadataPickle,
     load_in_place,
+    read_metadata,
     reading_ahead,
     slicing_checked,
 )
@@ -53,6 +54,15 @@ def guarded_loads(
     def raise_together(load: Callable[..., Any]) -> Callable[..., Any]:
         return raising_together(load, advise)
 
+    def load_common(load: Callable[..., Any]) -> Callable[..., Any]:
+        def look_first(folder: str) -> Any:
+            # torch would print the trace, and look for another file.
+            path = Path(folder) / ".metadata"
+            read_metadata(path.read_bytes(), path, checks)
+            return load(folder)
+
+        return raise_together(look_first)
+
     def load(before: Callable[..., Any]) -> Callable[..., Any]:
         return safe_torch_load(load_in_place(before), verify_checksums=verify_checksums)
 
@@ -65,8 +75,8 @@ def guarded_loads(
         (TorchDistLoadShardedStrategy, "load", raise_together),
         (serialization, "verify_integrity_manifest", _plain),
         # Megatron calls it by both names.
-        (dist_checkpointing, "load_common_state_dict", raise_together),
-        (serialization, "load_common_state_dict", raise_together),
+        (dist_checkpointing, "load_common_state_dict", load_common),
+        (serialization, "load_common_state_dict", load_common),
     )
     with contextlib.ExitStack() as stack:
         for owner, name, make in places:
@@ -74,7 +84,7 @@ def guarded_loads(
         try:
             yield
         except (CheckpointException, SystemExit) as error:
-            found = find_bad_checkpoint(error)
+            found = find_bad_checkpoint(error) or checks.refused
             if found is None:
                 raise
             raise found from error

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trinity_megatron.checkpoint.checked_reader import check_stays_inside
 from trinity_megatron.checkpoint.hf_config import read_hf_config
+from trinity_megatron.checkpoint.hf_weights import check_file_names, parse_header
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.tokenizer import get_special_token, is_tokenizer_file
 
@@ -75,12 +77,28 @@ def find_assets(checkpoint: Path) -> Assets | None:
     for parent in (checkpoint, checkpoint.absolute().parent):
         folder = parent / ASSETS_NAME
         if (folder / _HEADERS_NAME).is_file():
-            try:
-                headers = json.loads((folder / _HEADERS_NAME).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{folder / _HEADERS_NAME} is damaged ({error}).") from error
+            check_stays_inside(parent, ASSETS_NAME)
+            for path in folder.iterdir():
+                check_stays_inside(folder, path.name)
+            headers = _read_headers(folder / _HEADERS_NAME)
             return Assets(folder, read_hf_config(folder), headers)
     return None
+
+
+def _read_headers(path: Path) -> dict[str, str]:
+    try:
+        headers = json.loads(path.read_text(encoding="utf-8"))
+        check_file_names(headers, path)
+        for file, header in headers.items():
+            infos = sorted(parse_header(file, header).values(), key=lambda info: info.start)
+            end = 0
+            for info in infos:
+                if info.start != end:
+                    raise ValueError(f"{file} has a gap at byte {end}")
+                end += info.num_bytes
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Remedy: copy it again.") from error
+    return headers
 
 
 def read_stamp(folder: Path) -> str | None:

@@ -70,6 +70,28 @@ def read_header(path: Path) -> str:
         return file.read(length).decode("utf-8")
 
 
+def check_file_names(files: Iterable[object], source: Path) -> None:
+    """Refuse names of weight files that lead out of their folder, or are those of other files.
+
+    The file itself may be a symbolic link, as in the cache of the Hugging Face Hub.
+
+    Args:
+        files: The names.
+        source: The file that holds them.
+
+    Raises:
+        ValueError: Names the first one.
+    """
+    for name in files:
+        is_weights = isinstance(name, str) and name.endswith(".safetensors")
+        if not is_weights or set(str(name)) & set("/\\\0"):
+            raise ValueError(
+                f"{source} names the weight file {name!r}, which is not the plain name of a "
+                ".safetensors file in its folder. Remedy: take the checkpoint from a source that "
+                "you trust."
+            )
+
+
 def parse_header(file: str, header: str) -> dict[str, TensorInfo]:
     """The tensors of a file.
 
@@ -123,6 +145,7 @@ class HFWeights:
                 files = sorted({str(name) for name in weight_map.values()})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index} is damaged. Remedy: download it again.") from error
+            check_file_names(files, index)
         else:
             files = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if missing := [name for name in files if not (self.folder / name).is_file()]:

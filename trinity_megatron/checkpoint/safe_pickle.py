@@ -123,7 +123,7 @@ def safe_torch_load(
 
     def load_safely(f: Any, *args: Any, **kwargs: Any) -> Any:
         path = f if isinstance(f, str | Path) else None
-        name = path or getattr(f, "name", None) or "An object in the checkpoint"
+        name = path or getattr(f, "name", None) or "an object in it"
         if path and verify_checksums:
             check_named_file(path)
         try:
