@@ -17,7 +17,7 @@ from typing import Any
 
 from trinity_megatron.environment import build_environment, count_cores, count_cuda_devices
 from trinity_megatron.process import LAUNCHER_PID_VARIABLE, hang_up_with_shell
-from trinity_megatron.training.replaced import replaced
+from trinity_megatron.replaced import replaced
 from trinity_megatron.world import refuse_worlds_in_tasks, single_rank_environment
 
 TRAINING_MODULE = "trinity_megatron.training"

@@ -22,6 +22,7 @@ LEVELS = {
     "version": 0,
     "process": 0,
     "screen": 0,
+    "replaced": 0,
     "temporary": 0,
     "helpers": 0,
     "reaper": 0,
@@ -58,6 +59,7 @@ LEVELS = {
     "optimizer/exchange": 1,
     "optimizer/muon": 1,
     "optimizer/param_groups": 1,
+    "checkpoint/hf_folder": 1,
     "checkpoint/hf_config": 1,
     # 2: wiring.
     "presets": 2,

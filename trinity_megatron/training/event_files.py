@@ -17,8 +17,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils import tensorboard
 from torch.utils.tensorboard import SummaryWriter
 
+from trinity_megatron.replaced import replaced
 from trinity_megatron.tracking.run_log import EVENT_FILES, RunLog
-from trinity_megatron.training.replaced import replaced
 
 BY_SAMPLES = "by_samples"
 _SAMPLES_SUFFIX = " vs samples"

@@ -15,7 +15,7 @@ import torch
 from megatron.training import get_args, training
 from torch import Tensor
 
-from trinity_megatron.training.replaced import replaced
+from trinity_megatron.replaced import replaced
 
 _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

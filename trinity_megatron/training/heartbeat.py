@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron.training import get_args, training
 
-from trinity_megatron.training.replaced import replaced
+from trinity_megatron.replaced import replaced
 
 # Source: report section 3.3, an alarm if no step completes within three minutes.
 SECONDS = 180.0

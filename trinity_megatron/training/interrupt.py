@@ -21,7 +21,7 @@ from megatron.training import training
 from megatron.training.dist_signal_handler import DistributedSignalHandler, all_gather_item
 from megatron.training.global_vars import get_signal_handler
 
-from trinity_megatron.training.replaced import replaced
+from trinity_megatron.replaced import replaced
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 # A second Ctrl-C sooner than that is the same one, handed on by another process.

@@ -29,6 +29,7 @@ from trinity_megatron.flops import peak_flops, training_flops_per_token
 from trinity_megatron.moe.finalize import BiasUpdate, observe_bias_updates
 from trinity_megatron.optimizer.muon import Muon, UpdateStatistics
 from trinity_megatron.optimizer.param_groups import local_gradient_squares
+from trinity_megatron.replaced import replaced
 from trinity_megatron.tracking.moe_metrics import (
     batch_heterogeneity,
     count_idle_steps,
@@ -38,7 +39,6 @@ from trinity_megatron.tracking.moe_metrics import (
 )
 from trinity_megatron.tracking.run_log import BIAS_TAG, LAYER_NUMBERS_TAG, TOKENS_TAG
 from trinity_megatron.tracking.statistics import GRADIENT_GROUPS, STATISTICS
-from trinity_megatron.training.replaced import replaced
 
 
 class StepMetrics:

@@ -37,6 +37,7 @@ from trinity_megatron.moe.finalize import set_step_source  # noqa: E402
 from trinity_megatron.optimizer.builder import register_muon  # noqa: E402
 from trinity_megatron.optimizer.layout import separate_muon_buffers  # noqa: E402
 from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
+from trinity_megatron.replaced import replaced  # noqa: E402
 from trinity_megatron.tracking.event_files import ForgivingRecordWriter  # noqa: E402
 from trinity_megatron.training.arguments import parse_trinity_args  # noqa: E402
 from trinity_megatron.training.datasets import train_valid_test_datasets_provider  # noqa: E402
@@ -55,7 +56,6 @@ from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
 from trinity_megatron.training.out_of_memory import explain, is_out_of_memory  # noqa: E402
 from trinity_megatron.training.preflight import check_folders, check_space  # noqa: E402
-from trinity_megatron.training.replaced import replaced  # noqa: E402
 from trinity_megatron.training.retention import old_checkpoints_deleted  # noqa: E402
 from trinity_megatron.training.save_errors import named_save_errors  # noqa: E402
 from trinity_megatron.training.splits import check_splits  # noqa: E402

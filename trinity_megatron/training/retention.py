@@ -19,7 +19,7 @@ from megatron.training import checkpointing, training
 from megatron.training.async_utils import is_empty_async_queue
 
 from trinity_megatron.checkpoint.torch_dist import TorchDistReader, iteration_name, read_tracker
-from trinity_megatron.training.replaced import replaced
+from trinity_megatron.replaced import replaced
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from trinity_megatron.checkpoint.save_worker import write_or_say
 from trinity_megatron.checkpoint.torch_dist import TorchDistReader, iteration_name, read_tracker
+from trinity_megatron.replaced import replaced
 from trinity_megatron.training.preflight import checkpoint_bytes, format_bytes
-from trinity_megatron.training.replaced import replaced
 from trinity_megatron.training.start import mend_tracker
 
 _REMEDIES = {
