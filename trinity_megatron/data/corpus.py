@@ -72,12 +72,13 @@ def read_documents(
 
     Raises:
         ValueError: If a file that was named itself is not UTF-8 text, a file is damaged or cannot
-            be read, or more rows are bad than may be.
+            be read, more rows are bad than may be, or ``options.split_on`` occurs nowhere.
     """
     num_bad = 0
+    split_files: set[str] = set()
     for file in files:
         with naming(file.path):
-            for entry in _read_file(file, options):
+            for entry in _read_file(file, options, split_files):
                 if isinstance(entry, Document) and not entry.text:
                     is_row = entry.name != file.name
                     entry = (
@@ -91,6 +92,11 @@ def read_documents(
                         raise ValueError(_bad_row(file, entry, options.skip_bad_rows))
                     entry = Skipped(entry.name, f"bad row: {entry.problem}", file.name)
                 yield entry
+    if options.split_on is not None and not split_files:
+        raise ValueError(
+            f"split_on {options.split_on!r} occurs in no text file; correct --split-on, or leave "
+            "it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -123,13 +129,15 @@ def _skip_file(file: SourceFile, reason: str, *, could_be_text: bool = False) ->
     )
 
 
-def _read_file(file: SourceFile, options: ReadOptions) -> Iterator[Document | Skipped | _BadRow]:
+def _read_file(
+    file: SourceFile, options: ReadOptions, split_files: set[str]
+) -> Iterator[Document | Skipped | _BadRow]:
     if file.format.kind == "unread":
         yield describe_unread(file)
     elif file.format.kind == "text" and options.split_on is None:
         yield _read_text(file)
     else:
-        for where, number, text in _read_rows(file, options):
+        for where, number, text in _read_rows(file, options, split_files):
             name = f"{file.name}:{number}"
             if isinstance(text, str):
                 yield Document(name, text)
@@ -137,7 +145,7 @@ def _read_file(file: SourceFile, options: ReadOptions) -> Iterator[Document | Sk
                 yield _BadRow(name, where, str(text))
 
 
-def _read_rows(file: SourceFile, options: ReadOptions) -> Iterator[rows.Row]:
+def _read_rows(file: SourceFile, options: ReadOptions, split_files: set[str]) -> Iterator[rows.Row]:
     key, found = options.text_key, file.format
     if found.kind == "parquet":
         yield from tables.read_parquet(file.path, key)
@@ -156,7 +164,9 @@ def _read_rows(file: SourceFile, options: ReadOptions) -> Iterator[rows.Row]:
             else:
                 assert options.split_on is not None
                 pieces = split_stream(stream, options.split_on)
-                for number, piece in enumerate(pieces, start=1):
+                for number, (piece, is_separated) in enumerate(pieces, start=1):
+                    if is_separated:
+                        split_files.add(file.name)
                     yield f"document {number}", number, rows.decode_text(piece)
 
 

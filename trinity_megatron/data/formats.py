@@ -184,7 +184,9 @@ def _recognize_binary(file: _Head) -> Found | None:
         if _looks_like_utf16(head):
             reason = "not UTF-8 text: UTF-16 without a byte-order mark"
             return "unread", {"reason": reason, "could_be_text": True}
-        return "unread", {"reason": "binary: holds a NUL byte"}
+        if file.suffix not in _JSON_LINES_SUFFIXES:  # whose bad rows are errors
+            could_be_text = file.suffix in _DATA_SUFFIXES
+            return "unread", {"reason": "binary: holds a NUL byte", "could_be_text": could_be_text}
     return None
 
 

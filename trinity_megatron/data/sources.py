@@ -1,16 +1,16 @@
 """The files of a corpus: which belong to it, in which order, and what they hold."""
 
 import contextlib
-import json
 import os
 import stat
 import sysconfig
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trinity_megatron.data import rows, tables
+from trinity_megatron.data import tables
 from trinity_megatron.data.formats import Format, ReadOptions, recognize
+from trinity_megatron.data.saved_datasets import find_not_data
 from trinity_megatron.data.streams import DamagedFileError
 
 # Left out of the standard library: what is not part of it, its tests, which not every Python ships,
@@ -103,6 +103,7 @@ def find_files(
         )
     files = [_recognized(file, options) for file in files]
     files = _settle_odd_files(files)
+    _check_options(files, options)
     return sorted(files, key=lambda file: (file.name, file.path)), skipped
 
 
@@ -144,7 +145,7 @@ def _walk(root: Path, exclude: Path | None) -> Iterator[SourceFile | Skipped]:
             if reason is not None:
                 subfolders.remove(name)
                 yield Skipped(f"{label}/{name}/", reason)
-        not_data = _find_not_data(here, names, subfolders)
+        not_data = find_not_data(here, names, subfolders)
         for name in names:
             reason = not_data.get(name) or _file_left_out(here / name)
             if reason is not None:
@@ -159,52 +160,6 @@ def _skipped_file(name: str, path: Path, reason: str) -> Skipped:
     could_be_text = reason.startswith("unreadable")
     num_bytes = path.stat().st_size if could_be_text and path.exists() else 0
     return Skipped(name, reason, num_bytes=num_bytes, could_be_text=could_be_text)
-
-
-def _find_not_data(
-    folder: Path, names: Collection[str], subfolders: Collection[str]
-) -> dict[str, str]:
-    """Files beside the data of a Hugging Face dataset, with the reason to leave them out.
-
-    Raises:
-        ValueError: If files that belong to the dataset are missing.
-    """
-    shards = {name for name in names if name.endswith(".arrow")}
-    state = _read_object(folder / "state.json") if "state.json" in names else {}
-    listed = state.get("_data_files")
-    left_out = {}
-    if isinstance(listed, list):
-        known = {str(entry.get("filename")) for entry in listed if isinstance(entry, dict)}
-        _check_complete(folder, "state.json", known - set(names))
-        left_out = dict.fromkeys(shards - known, "not a file of the dataset: a cache beside it")
-        left_out["state.json"] = _DESCRIPTION
-    if left_out or shards:
-        left_out |= dict.fromkeys({"dataset_info.json"} & set(names), _DESCRIPTION)
-    splits = _read_object(folder / "dataset_dict.json") if "dataset_dict.json" in names else {}
-    names_of_splits = splits.get("splits")
-    if isinstance(names_of_splits, list):
-        _check_complete(folder, "dataset_dict.json", {*map(str, names_of_splits)} - {*subfolders})
-        left_out["dataset_dict.json"] = _DESCRIPTION
-    return left_out
-
-
-_DESCRIPTION = "description of a dataset"
-
-
-def _read_object(path: Path) -> dict[str, object]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}  # then it is a file like others
-    return value if isinstance(value, dict) else {}
-
-
-def _check_complete(folder: Path, name: str, missing: Collection[str]) -> None:
-    if missing:
-        raise ValueError(
-            f"source {folder} lacks {len(missing)} parts that its {name} names "
-            f"({rows.shorten(sorted(missing))}); copy or download the dataset again"
-        )
 
 
 def _folder_left_out(folder: Path, exclude: Path | None) -> str | None:
@@ -260,6 +215,22 @@ _ODD_REMEDY = (
     "name the field that holds the text with --text-key, or read JSON and CSV as the text they "
     "are, as in a corpus of code, with --plain-text"
 )
+
+
+def _check_options(files: Sequence[SourceFile], options: ReadOptions) -> None:
+    """Refuse options that have no effect on any file."""
+    kinds = {file.format.kind for file in files}
+    if options.text_key != _DEFAULTS.text_key and kinds <= {"text", "unread"}:
+        odd = next((file for file in files if file.format.reason), None)
+        what = "" if odd is None else f"; {odd.path} is {odd.format.reason}"
+        raise ValueError(
+            f"text_key {options.text_key!r}: no source has rows with such a field{what}; correct "
+            "--text-key, or leave it out"
+        )
+    if options.split_on is not None and "text" not in kinds:
+        raise ValueError(
+            f"split_on {options.split_on!r}: no source is a text file; leave out --split-on"
+        )
 
 
 def _settle_odd_files(files: list[SourceFile]) -> list[SourceFile]:

@@ -145,10 +145,13 @@ def read_lines(stream: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def split_stream(stream: BinaryIO, separator: str) -> Iterator[bytes]:
+def split_stream(stream: BinaryIO, separator: str) -> Iterator[tuple[bytes, bool]]:
     """What lies between the separators, as it is; a last piece of white space alone is dropped.
 
     A line end in the separator matches a Windows line end, too.
+
+    Yields:
+        A piece, and whether a separator follows it.
 
     Raises:
         DamagedFileError: If a piece is larger than a document may be.
@@ -161,13 +164,13 @@ def split_stream(stream: BinaryIO, separator: str) -> Iterator[bytes]:
         start, searched = 0, max(0, len(rest) - overlap)
         rest += chunk
         for match in pattern.finditer(rest, searched):
-            yield rest[start : match.start()]
+            yield rest[start : match.start()], True
             start = match.end()
         rest = rest[start:]
         check_size(len(rest))
         size = max(_CHUNK_BYTES, len(rest))  # twice as much each time: linear in all
     if rest.strip():
-        yield rest
+        yield rest, False
 
 
 def _decompress(stream: BinaryIO, layer: str) -> BinaryIO:

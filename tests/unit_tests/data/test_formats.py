@@ -307,7 +307,7 @@ def test_one_text_is_split_into_documents(tmp_path, separator, windows, monkeypa
     (tmp_path / "rows.jsonl").write_text('{"text": "a<|endoftext|>b"}\n')
 
     assert read(tmp_path / "big.txt", split_on=separator) == (texts, {})
-    assert read(tmp_path / "rows.jsonl", split_on=separator)[0] == ["a<|endoftext|>b"]
+    assert read(tmp_path, split_on=separator)[0] == [*texts, "a<|endoftext|>b"]
 
 
 def test_pieces_that_are_empty_or_bad_are_named(tmp_path):
@@ -438,6 +438,60 @@ def test_a_dataset_that_is_cut_is_an_error(tmp_path, missing):
 def test_options_that_mean_nothing_are_refused(options):
     with pytest.raises(ValueError, match=rf"{next(iter(options))} .*; pass"):
         ReadOptions(**options)
+
+
+def test_options_without_effect_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text ## text")
+    (tmp_path / "a.json").write_text('{"id": 1}')
+    (tmp_path / "rows.jsonl").write_text('{"text": "a ## b"}')
+
+    with pytest.raises(ValueError, match=r"'body': no source has rows .*a.json is .*only id;"):
+        (tmp_path / "b.txt").write_text("more text than JSON")
+        (tmp_path / "rows.jsonl").rename(tmp_path.parent / "rows.jsonl")
+        read(tmp_path, text_key="body")
+    with pytest.raises(ValueError, match=r"split_on '##': no source is a text file"):
+        read(tmp_path.parent / "rows.jsonl", split_on="##")
+    with pytest.raises(ValueError, match=r"split_on '#####' occurs in no text file"):
+        read(tmp_path, split_on="#####")
+    assert len(read(tmp_path, split_on="##")[0]) == 4
+    (tmp_path / "a.txt").write_text("one document that ends##\n")
+    assert "one document that ends" in read(tmp_path, split_on="##")[0]
+
+
+def test_a_folder_that_spark_wrote_is_its_rows(tmp_path):
+    folder = tmp_path / "rows.parquet"
+    folder.mkdir()
+    metadata: list[pq.FileMetaData] = []
+    table = pa.table({"text": TEXTS})
+    pq.write_to_dataset(table, folder, metadata_collector=metadata)
+    pq.write_metadata(table.schema, folder / "_metadata", metadata_collector=metadata)
+    (folder / "_SUCCESS").touch()
+
+    texts, left_out = read(folder)
+
+    assert texts == TEXTS
+    assert left_out == {
+        "rows.parquet/_SUCCESS": "empty",
+        "rows.parquet/_metadata": "description of a dataset",
+    }
+
+
+def test_a_jsonl_file_with_a_hole_is_an_error(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n' + bytes(5000) + b'\n{"text": "b"}\n')
+
+    with pytest.raises(ValueError, match="rows.jsonl, line 2: not a JSON row"):
+        read(tmp_path)
+    assert read(tmp_path, skip_bad_rows=1)[0] == ["a", "b"]
+
+
+def test_files_are_closed(tmp_path):
+    for name, compression in COMPRESSIONS.items():
+        (tmp_path / f"a.jsonl.{name}").write_bytes(compression(LINES))
+    (tmp_path / "b.jsonl").write_bytes(LINES.decode().encode("utf-16"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        read(tmp_path)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_document_beyond_memory_is_refused_by_name(tmp_path, monkeypatch):

@@ -62,6 +62,7 @@ def noise(size: int) -> str:
         ("windows.txt", TEXT.encode("utf-16-le"), "UTF-16 without a byte-order mark"),
         ("part1.zip", zip_of(TEXT), "a zip archive"),
         ("part1.tar.gz", tar_of(noise(20_000)), "a tar archive"),
+        ("hole.json", b'[{"text": "a"},' + bytes(9000), "binary: holds a NUL byte"),
         ("paper.pdf", b"%PDF-1.7\n" + b"x" * 9000, "a PDF document"),
         ("rows.orc", b"ORC" + bytes(9000), "an ORC file"),
         ("rows.db", b"SQLite format 3\0" + bytes(9000), "an SQLite database"),
@@ -102,7 +103,7 @@ def test_little_of_it_is_counted_only(folder, caplog):
     ],
 )
 def test_a_folder_of_code_may_hold_any_number_of_binary_files(folder, name, content):
-    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
 
     assert len(check(folder, 0.0).entries()) == 1
