@@ -19,7 +19,11 @@ from megatron.training import global_vars, training  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 from trinity_megatron.training import save_errors  # noqa: E402
-from trinity_megatron.training.save_errors import find_reason, named_save_errors  # noqa: E402
+from trinity_megatron.training.save_errors import (  # noqa: E402
+    explain_disk_error,
+    find_reason,
+    named_save_errors,
+)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -62,7 +66,9 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
     [
         (FULL, errno.ENOSPC),
         (OSError(errno.EDQUOT, "over"), errno.EDQUOT),
-        (PermissionError(errno.EACCES, "no"), errno.EACCES),
+        (PermissionError(errno.EACCES, "no", "SAVE/iter_0000002/.metadata"), errno.EACCES),
+        (FileNotFoundError(errno.ENOENT, "gone", "SAVE/iter_0000002/__0_0.distcp"), errno.ENOENT),
+        (failure_of_a_rank(FileNotFoundError(errno.ENOENT, "gone", "SAVE/x")), errno.ENOENT),
         (OSError(errno.EROFS, "read-only"), errno.EROFS),
         (OSError(errno.EIO, "broken"), errno.EIO),
         (OSError(errno.ESTALE, "gone"), errno.ESTALE),
@@ -70,6 +76,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
         (failure_of_a_rank(OSError(errno.EFBIG, "too large")), errno.EFBIG),
         (chained(FULL), errno.ENOSPC),
         # Not the disk, which takes a probe.
+        (FileNotFoundError(errno.ENOENT, "gone", "/tmp/pymp-x/listener-y"), None),
         (RuntimeError("CUDA error: device-side assert"), None),
         (failure_of_a_rank(KeyError("weight")), None),
         (ConnectionResetError(errno.ECONNRESET, "reset"), None),
@@ -77,8 +84,12 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
         (TypeError("[Errno nothing]"), None),
     ],
 )
-def test_the_reason(error: BaseException, reason: int | None, tmp_path: Path) -> None:
-    assert find_reason(error, tmp_path) == reason
+def test_the_reason(
+    error: BaseException, reason: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("SAVE").mkdir()
+    assert find_reason(error, Path("SAVE")) == reason
 
 
 def test_an_error_without_a_number_is_probed(tmp_path: Path) -> None:
@@ -196,6 +207,25 @@ def test_a_step_that_was_loaded_is_not_written_again(
         args.load = args.load + "-other"
         with pytest.raises(ValueError, match="step 40"):
             training.save_checkpoint(40, [], None)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "run/progress.txt"),
+            "progress.txt cannot",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "a file cannot be written or read: Disk"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), None),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), None),
+        (OSError("AF_UNIX path too long"), None),
+    ],
+)
+def test_a_disk_that_refuses_another_file(error: OSError, words: str | None) -> None:
+    message = explain_disk_error(error)
+    assert (message is None) == (words is None)
+    assert words is None or words in str(message) and "Remedy: make space" in str(message)
 
 
 def test_megatron_is_as_before() -> None:

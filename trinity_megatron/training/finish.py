@@ -147,8 +147,9 @@ def _finish_on_last_rank(
     ]
     if report is not None:
         lines.append(f"Report                {report.page} (open it in a browser)")
-    losses = list(log.scalars("lm loss validation").values()) if log is not None else []
-    if losses and entropy is not None:
+    # With --skip-train Megatron prints the loss and logs none.
+    losses = list(log.scalars("lm loss validation").values()) if log else []
+    if losses and entropy is not None and not args.skip_train:
         # Megatron logs the loss on a test set, which it reads at the end, under the same name.
         name = "Test" if args.do_test else "Validation"
         lines += [

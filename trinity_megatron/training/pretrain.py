@@ -57,7 +57,10 @@ from trinity_megatron.training.model_builder import model_config_from_args  # no
 from trinity_megatron.training.out_of_memory import explain, is_out_of_memory  # noqa: E402
 from trinity_megatron.training.preflight import check_folders, check_space  # noqa: E402
 from trinity_megatron.training.retention import old_checkpoints_deleted  # noqa: E402
-from trinity_megatron.training.save_errors import named_save_errors  # noqa: E402
+from trinity_megatron.training.save_errors import (  # noqa: E402
+    explain_disk_error,
+    named_save_errors,
+)
 from trinity_megatron.training.splits import check_splits  # noqa: E402
 from trinity_megatron.training.start import advise_other_step, get_tokenizer_folder  # noqa: E402
 
@@ -203,6 +206,12 @@ def run() -> None:
         if os.environ.get("TRINITY_DEBUG") == "1":
             raise
         _say_once(f"error: {describe_error(error)}")
+        sys.exit(2)
+    except OSError as error:
+        message = explain_disk_error(error)
+        if message is None or os.environ.get("TRINITY_DEBUG") == "1":
+            raise
+        _say_once(f"error: {message}")
         sys.exit(2)
     except RuntimeError as error:
         if not is_out_of_memory(error) or os.environ.get("TRINITY_DEBUG") == "1":

@@ -38,6 +38,7 @@ _REMEDIES = {
     errno.ESTALE: "mount it again",
     errno.ENOTCONN: "mount it again",
 }
+_OF_A_PATH = (errno.ENOENT, errno.EACCES, errno.EPERM)
 _PROBE_BYTES = 1 << 20
 
 
@@ -150,12 +151,25 @@ def find_reason(error: BaseException, folder: Path) -> int | None:
     while seen is not None:
         numbers = [seen.errno] if isinstance(seen, OSError) else []
         numbers += [int(number) for number in re.findall(r"\[Errno (\d+)\]", str(seen))]
-        if found := next((number for number in numbers if number in _REMEDIES), None):
-            return found
+        # A path that is gone or closed may be another than this folder.
+        is_elsewhere = str(folder) not in str(seen)
+        for number in numbers:
+            if number in _REMEDIES and not (number in _OF_A_PATH and is_elsewhere):
+                return number
         seen = seen.__cause__ or seen.__context__
     if isinstance(error, OSError | RuntimeError | CheckpointException):
         return probe(folder)  # torch's own writer has no numbers
     return None
+
+
+def explain_disk_error(error: OSError) -> str | None:
+    """What a full or broken disk says anywhere else in a run; None if the disk is not at fault."""
+    if error.errno not in _REMEDIES or error.errno in _OF_A_PATH:
+        return None
+    return (
+        f"{error.filename or 'a file'} cannot be written or read: {error.strerror}. Remedy: "
+        f"{_REMEDIES[error.errno]}; the same command then goes on from the latest checkpoint."
+    )
 
 
 def probe(folder: Path, size: int = _PROBE_BYTES) -> int | None:
