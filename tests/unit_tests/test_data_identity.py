@@ -185,10 +185,11 @@ def test_another_order_is_said(
     assert f"> {name} is {value} and was" in capsys.readouterr().out
 
 
-def test_a_new_phase_has_its_own_data(datasets: Path) -> None:
+def test_a_new_phase_has_its_own_data(datasets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = make_args(**flags(datasets, train_data_path="a"))
     new = make_args(**flags(datasets, train_data_path="b"), phase_transition_iterations="4, 8")
     resume(old, new, step=4)
+    assert "a phase ends with step 4" in capsys.readouterr().out
     with pytest.raises(ValueError, match="other data"):
         resume(old, new, step=5)
 

@@ -166,13 +166,15 @@ def check_data(saved: object, step: int | None, args: argparse.Namespace) -> Non
     changed = differences(before, now)
     what = "; ".join(line for name in (_ALL, _TRAIN) for line in changed.pop(name, []))
     passed = f"the first {consumed} sequences of its order, as many as the run has read, are passed"
-    if what and not (args.allow_data_change or _begins_phase(step, args)):
+    if _begins_phase(step, args):
+        print(f"> a phase ends with step {step}; the next one reads its data from their start")
+    elif what and not args.allow_data_change:
         raise ValueError(
-            f"--load {args.load} was trained on other data: {what}. Remedy: the data of that run, "
-            "or another --out, or --allow-data-change to go on with these: a new order begins, and "
-            f"{passed} over."
+            f"--load {args.load} was trained on other data: {what}. Remedy: the data of that run; "
+            "or another --out (or --finetune) to start anew; or --allow-data-change to go on with "
+            f"these: a new order begins, and {passed} over."
         )
-    if what:
+    elif what:
         print(f"> the training data have changed: {what}. A new order begins; {passed} over")
     for name, lines in changed.items():
         print(f"> the {name} data have changed: {'; '.join(lines)}")
@@ -180,7 +182,7 @@ def check_data(saved: object, step: int | None, args: argparse.Namespace) -> Non
 
 
 def _begins_phase(step: int | None, args: argparse.Namespace) -> bool:
-    """Whether Megatron expects other data from here on."""
+    """Whether Megatron expects other data from here on, and counts their samples from 0."""
     phases = args.phase_transition_iterations or ""
     return step is not None and str(step) in phases.replace(" ", "").split(",")
 
