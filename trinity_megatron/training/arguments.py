@@ -177,7 +177,9 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="Coefficient of the mean squared logsumexp of the LM head's logits; 0: off.",
     )
     given, _ = _first_parser().parse_known_args()
-    refuse_flags(given, parser)  # Megatron's parser acts on some by itself
+    # What Megatron's parse_args() acts on by itself.
+    early = argparse.Namespace(yaml_cfg=given.yaml_cfg, enable_msc=given.enable_msc)
+    refuse_flags(early, parser)
     defaults = default_arguments(get_preset(given.preset), given.data, given.out)
     if given.optimizer not in (None, "muon"):  # one optimizer, one rate: that of AdamW
         for name in ("lr", "min_lr"):
