@@ -205,10 +205,26 @@ def _speak_plainly(parser: argparse.ArgumentParser) -> None:
 
     parser.error = say  # type: ignore[method-assign]
     for action in parser._actions:
+        if callable(action.type) and action.type not in (int, float, str, bool):
+            action.type = _named_errors(action.type, action.choices)
         try:
             (action.help or "") % vars(action)
         except ValueError:  # a bare % in Megatron 0.19
             action.help = (action.help or "").replace("%", "%%")
+
+
+def _named_errors(convert: Callable[[str], Any], choices: Any) -> Callable[[str], Any]:
+    """Let argparse name the flag whatever a converter of Megatron's raises, e.g. a KeyError."""
+
+    def wrapper(text: str) -> Any:
+        try:
+            return convert(text)
+        except Exception as error:
+            known = [str(getattr(choice, "name", choice)) for choice in choices or ()]
+            advice = f"; choose from {', '.join(known)}" if known else ""
+            raise argparse.ArgumentTypeError(f"invalid value {text!r}{advice}") from error
+
+    return wrapper
 
 
 def _add_balance_args(group: Any) -> None:
