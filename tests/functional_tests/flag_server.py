@@ -96,12 +96,9 @@ def serve(plan: list[dict[str, Any]], results: IO[str]) -> None:
         if waiting and used + waiting[0]["ranks"] <= PROCESSES:
             running.append(start(waiting.pop(0)))
             continue
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            codes[pid] = os.waitstatus_to_exitcode(status)
-        else:
-            time.sleep(0.02)
+        time.sleep(0.02)
         for run in list(running):
+            reap(run, codes)
             ended = [codes[pid] for pid in run.pids if pid in codes]
             late = time.monotonic() - run.start > SECONDS_FOR_A_RUN
             if len(ended) == len(run.pids):
@@ -110,6 +107,15 @@ def serve(plan: list[dict[str, Any]], results: IO[str]) -> None:
                 running.remove(run)
             elif late or any(ended):
                 kill(run, codes, late=late)
+
+
+def reap(run: Run, codes: dict[int, int]) -> None:
+    """Note the exit codes of the ranks that have ended."""
+    for pid in run.pids:
+        if pid not in codes:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                codes[pid] = os.waitstatus_to_exitcode(status)
 
 
 def kill(run: Run, codes: dict[int, int], *, late: bool) -> None:

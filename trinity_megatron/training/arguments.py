@@ -236,7 +236,9 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="Load a checkpoint without comparing the checksums that it was saved with.",
     )
     given, _ = _first_parser().parse_known_args()
-    refuse_flags(given, parser)  # Megatron's parser acts on some by itself
+    # What Megatron's parse_args() acts on by itself.
+    early = argparse.Namespace(yaml_cfg=given.yaml_cfg, enable_msc=given.enable_msc)
+    refuse_flags(early, parser)
     defaults = default_arguments(get_preset(given.preset), given.data, given.out)
     if given.optimizer not in (None, "muon"):  # one optimizer, one rate: that of AdamW
         for name in ("lr", "min_lr"):
@@ -265,10 +267,26 @@ def _speak_plainly(parser: argparse.ArgumentParser) -> None:
 
     parser.error = say  # type: ignore[method-assign]
     for action in parser._actions:
+        if callable(action.type) and action.type not in (int, float, str, bool):
+            action.type = _named_errors(action.type, action.choices)
         try:
             (action.help or "") % vars(action)
         except ValueError:  # a bare % in Megatron 0.19
             action.help = (action.help or "").replace("%", "%%")
+
+
+def _named_errors(convert: Callable[[str], Any], choices: Any) -> Callable[[str], Any]:
+    """Let argparse name the flag whatever a converter of Megatron's raises, e.g. a KeyError."""
+
+    def wrapper(text: str) -> Any:
+        try:
+            return convert(text)
+        except Exception as error:
+            known = [str(getattr(choice, "name", choice)) for choice in choices or ()]
+            advice = f"; choose from {', '.join(known)}" if known else ""
+            raise argparse.ArgumentTypeError(f"invalid value {text!r}{advice}") from error
+
+    return wrapper
 
 
 def _add_balance_args(group: Any) -> None:
