@@ -135,6 +135,8 @@ class TorchDistReader:
         self._reader.fs = _StreamingFileSystem()
         try:
             self._metadata: Metadata = self._reader.read_metadata()
+        except PermissionError:
+            raise
         except Exception as error:  # a damaged pickle raises almost anything
             raise ValueError(
                 f"{self.folder}/.metadata is damaged ({error}). Remedy: copy it again."
@@ -146,6 +148,8 @@ class TorchDistReader:
     def _read_common_state(self) -> dict[str, Any]:
         try:
             return dist_checkpointing.load_common_state_dict(str(self.folder))
+        except PermissionError:
+            raise
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
             reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
             raise ValueError(
