@@ -38,6 +38,7 @@ LEVELS = {
     "optimizer/ownership": 0,
     "optimizer/sharded_state": 0,
     "data/*": 0,
+    "checkpoint/hf_folder": 0,
     "checkpoint/transforms": 0,
     "checkpoint/verify_flags": 0,
     "tracking/moe_metrics": 0,

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trinity_megatron.checkpoint.torch_dist import TRACKER_NAME
-
+# Of a Megatron checkpoint.
+_MEGATRON_FILES = ("latest_checkpointed_iteration.txt", ".metadata")
 _BF16_RELEASE = "Remedy: download the model's bf16 release (safetensors)."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -40,7 +40,7 @@ def explain_folder(folder: Path, missing: str) -> str:
         return _explain_adapter(folder)
     if any(folder.glob("*.gguf")):
         return f"{folder} holds GGUF files, which cannot be trained on. {_BF16_RELEASE}"
-    if (folder / TRACKER_NAME).is_file() or (folder / ".metadata").is_file():
+    if any((folder / name).is_file() for name in _MEGATRON_FILES):
         return (
             f"{folder} is a Megatron checkpoint, not one of Hugging Face. Remedy: trinity-megatron "
             f"convert --from-megatron {folder} --to-hf DIR, or name it as the Megatron side."
@@ -59,7 +59,7 @@ def explain_folder(folder: Path, missing: str) -> str:
             "the safetensors of the model."
         )
     return (
-        f"{folder} holds no {missing}: it is missing. Remedy: give the folder of a Hugging Face "
+        f"{folder} has no {missing}. Remedy: give the folder of a Hugging Face "
         "checkpoint, with its config.json beside the .safetensors files."
     )
 

@@ -58,14 +58,14 @@ def read_header(path: Path) -> str:
     Raises:
         ValueError: The file is truncated or damaged.
     """
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or damaged ({error}). Remedy: download it again."
-        ) from error
     with path.open("rb") as file:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is truncated or damaged ({error}). Remedy: download it again."
+            ) from error
         (length,) = struct.unpack("<Q", file.read(8))
         return file.read(length).decode("utf-8")
 

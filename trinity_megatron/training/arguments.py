@@ -45,7 +45,7 @@ from trinity_megatron.optimizer.builder import (
 from trinity_megatron.presets import PRESETS, Preset, get_preset
 from trinity_megatron.tracking.wandb_run import open_writer
 from trinity_megatron.training.data_identity import read_identity
-from trinity_megatron.training.event_files import run_writer
+from trinity_megatron.training.event_files import opened_later
 from trinity_megatron.training.flags import refuse_flags, refuse_host
 from trinity_megatron.training.retention import check_keep_last
 from trinity_megatron.training.schedule import fit_schedule
@@ -101,7 +101,7 @@ def parse_trinity_args(
     finish_muon_arguments(args)
     global_vars._set_wandb_writer = _set_wandb_writer
     rows = args.padded_vocab_size
-    with run_writer():
+    with opened_later():
         global_vars.set_global_variables(args)
     _set_vocab_size(args, manifest, rows)
     return args

@@ -12,13 +12,19 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
+from megatron.training import (
+    get_args,
+    get_tensorboard_writer,
+    get_wandb_writer,
+    global_vars,
+    training,
+)
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils import tensorboard
 from torch.utils.tensorboard import SummaryWriter
 
 from trinity_megatron.replaced import replaced
-from trinity_megatron.tracking.run_log import EVENT_FILES, RunLog
+from trinity_megatron.tracking.run_log import RunLog
 
 BY_SAMPLES = "by_samples"
 _SAMPLES_SUFFIX = " vs samples"
@@ -34,14 +40,11 @@ class RunWriter(SummaryWriter):
     """
 
     def __init__(self, log_dir: str, **options: Any) -> None:
-        folder = Path(log_dir)
-        before = set(folder.glob(EVENT_FILES))
         super().__init__(log_dir, **options)
-        self._files = set(folder.glob(EVENT_FILES)) - before
         self._options = options
         self._by_samples: SummaryWriter | None = None
         self._samples = 0
-        self._has_begun = self._has_trained = False
+        self._has_trained = False
         # Validation of the latest step: Megatron evaluates after the last one twice.
         self._held: dict[str, tuple[Any, int]] = {}
 
@@ -52,7 +55,7 @@ class RunWriter(SummaryWriter):
             step: The last step that is done.
             samples: Samples consumed by it.
         """
-        self._has_begun, self._samples = True, samples
+        self._samples = samples
         _write_session_start(self, step + 1)
 
     def add_scalar(
@@ -86,13 +89,6 @@ class RunWriter(SummaryWriter):
         self.release()
         self.flush()
 
-    def discard(self) -> None:
-        """Remove the file of a start that has not begun."""
-        if not self._has_begun:
-            self.close()
-            for file in self._files:
-                file.unlink(missing_ok=True)
-
     def flush(self) -> None:
         """Write to the disk what was added."""
         super().flush()
@@ -120,33 +116,35 @@ def _write_session_start(writer: SummaryWriter, step: int) -> None:
         writer._get_file_writer().add_event(start, step)
 
 
-def run_writer() -> AbstractContextManager[None]:
-    """Have Megatron open a :class:`RunWriter` while the block runs."""
-    return replaced(tensorboard, "SummaryWriter", lambda _: RunWriter)
+def opened_later() -> AbstractContextManager[None]:
+    """Keep Megatron from opening TensorBoard's files, while a start may still be refused."""
+    return replaced(global_vars, "_set_tensorboard_writer", lambda _: lambda args: None)
 
 
 @contextmanager
 def recorded() -> Iterator[None]:
     """Begin TensorBoard's record and W&B's run with the training loop; end the former.
 
-    A run that is refused before leaves no trace in either.
+    A start that is refused before leaves no trace in either.
     """
-    writer = get_tensorboard_writer()
-    is_ours = isinstance(writer, RunWriter)  # on the last rank
-    try:
-        with replaced(training, "train", _begun):
+    with replaced(training, "train", _begun):
+        try:
             yield
-    except Exception:
-        if is_ours:
-            writer.discard()
-        raise
-    finally:
-        if is_ours:
-            writer.end()
+            if get_tensorboard_writer() is None:  # without a training loop
+                _open_writer()
+        finally:
+            if isinstance(writer := get_tensorboard_writer(), RunWriter):
+                writer.end()
+
+
+def _open_writer() -> None:
+    with replaced(tensorboard, "SummaryWriter", lambda _: RunWriter):
+        global_vars._set_tensorboard_writer(get_args())
 
 
 def _begun(train: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        _open_writer()
         settings = get_args()
         if isinstance(writer := get_tensorboard_writer(), RunWriter):
             writer.begin(settings.iteration, settings.consumed_train_samples)

@@ -161,7 +161,7 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
         yield
         return
     lock = FileLock(Path(args.out) / ".lock")
-    is_new = not Path(args.out).exists()
+    new = [path for path in (Path(args.out), *Path(args.out).parents) if not path.exists()]
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=_PATIENCE_SECONDS)
@@ -177,8 +177,11 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except USER_ERRORS:
-        if is_new and not hasattr(args, "curr_iteration"):  # refused before its first step
+        if new and not hasattr(args, "curr_iteration"):  # refused before its first step
             shutil.rmtree(args.out, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for path in new[1:]:
+                    path.rmdir()
         raise
     finally:
         lock.release()

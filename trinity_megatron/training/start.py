@@ -45,6 +45,8 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
     if "--load" in folders and folders["--load"].resolve() == own and args.rank == 0:
         mend_tracker(folders["--load"])
     found = {flag: path for flag, path in folders.items() if (path / TRACKER_NAME).is_file()}
+    if args.ckpt_step is not None and args.rank == 0 and folders:
+        check_step(args.ckpt_step, next(iter((found or folders).values())))
     for flag, path in folders.items():
         # A run's own folder may be empty yet; Megatron takes --load where that holds something.
         is_needed = not args.non_persistent_ckpt_type and path.resolve() != own
@@ -63,9 +65,8 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
             check_tokenizer(path, tokenizer, flag="--tokenizer-model")
     if args.rank == 0 and _is_torch_dist(args) and found:
         flag = "--load" if "--load" in found else "--pretrained-checkpoint"
-        step = args.ckpt_step if flag == "--load" else None
         saved, step = read_saved_args(
-            found[flag], step, flag, verify_checksums=args.verify_checksums
+            found[flag], args.ckpt_step, flag, verify_checksums=args.verify_checksums
         )
         if args.transformer_impl == "transformer_engine":
             check_delayed_scales(saved, args, flag=f"{flag} {found[flag]}")
@@ -73,6 +74,32 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
         if flag == "--load" and not (args.finetune or args.skip_train):
             check_batch_size(saved, step, args)
             check_data(saved, step, args)
+
+
+def check_step(step: int, folder: Path) -> None:
+    """Refuse a ``--ckpt-step`` that was not saved.
+
+    Args:
+        step: The iteration.
+        folder: What ``--save`` was.
+
+    Raises:
+        ValueError: Names the folder, the iterations there and the remedy.
+    """
+    if step > 0 and (folder / iteration_name(step)).is_dir():
+        return
+    names = (path.name[5:] for path in folder.glob("iter_*"))
+    steps = sorted(int(name) for name in names if name.isdigit())
+    if not steps:
+        raise ValueError(
+            f"--ckpt-step {step}: {folder} holds no step at all. Remedy: drop the flag, or name "
+            "another folder."
+        )
+    more = "..., " if len(steps) > 10 else ""
+    raise ValueError(
+        f"--ckpt-step {step} is not in {folder}, which holds the steps "
+        f"{more}{', '.join(map(str, steps[-10:]))}. Remedy: --ckpt-step with one of them."
+    )
 
 
 def mend_tracker(folder: Path) -> None:
