@@ -60,7 +60,6 @@ LEVELS = {
     "optimizer/exchange": 1,
     "optimizer/muon": 1,
     "optimizer/param_groups": 1,
-    "checkpoint/hf_folder": 1,
     "checkpoint/hf_config": 1,
     # 2: wiring.
     "presets": 2,
