@@ -457,7 +457,9 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     Raises:
         ValueError: Names the flag, its value and the remedy.
     """
-    if not args.data and not (args.mock_data or args.data_path or args.train_data_path):
+    named = (args.data_path, args.train_data_path)
+    listed = (args.data_args_path, args.per_split_data_args_path)
+    if not any((args.data, args.mock_data, *named, *listed)):
         raise ValueError(
             "--data is missing. Remedy: trinity-megatron prepare-data --out DIR, then --data DIR "
             "(or Megatron's own --data-path and --tokenizer-type)."
