@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,26 +66,23 @@ def _lock_folder(folder: str) -> None:
     """Keep a lock that says who uses the folder; forked children have it open too."""
     hidden = os.path.join(folder, ".new")
     descriptor = os.open(hidden, os.O_CREAT | os.O_RDWR, 0o600)
+    os.write(descriptor, os.uname().nodename.encode())
     with contextlib.suppress(OSError):  # a filesystem without locks
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     os.rename(hidden, os.path.join(folder, _LOCK_NAME))
 
 
 def _remove_leftovers(base: str) -> None:
-    """Remove folders of ranks that were killed together with their reapers, as a job's end does."""
+    """Remove folders of ranks that were killed together with their reapers, as a job's end does.
+
+    Not those of other machines, which a shared filesystem may show: it may not show their locks.
+    """
+    host = os.uname().nodename
     for lock in Path(base).glob(f"{_FOLDER_PREFIX}*/{_LOCK_NAME}"):
-        with contextlib.suppress(OSError), _opened(lock) as descriptor:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        with contextlib.suppress(OSError), lock.open("r+") as file:
+            if file.read() == host:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _start_reaper(folder: str) -> None:

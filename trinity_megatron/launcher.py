@@ -6,6 +6,7 @@ needs filled in.  A run over several machines is launched by torchrun or srun ov
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -206,6 +207,11 @@ class _SignalForwarder:
             self.received = signal.Signals(signum)
             # On SIGTERM they can save and end; SIGINT would be a traceback from each.
             passed = signal.SIGTERM if signum == signal.SIGINT else self.received
+            if signum == signal.SIGINT:
+                with contextlib.suppress(OSError):
+                    os.write(
+                        1, b"\n> the ranks end, after a save if they train; Ctrl-C again: at once\n"
+                    )
             raise SignalException(f"{self.received.name} for the ranks", passed)
         if signum == signal.SIGINT and self._last - before > _SECONDS_BETWEEN_INTERRUPTS:
             raise SignalException("the ranks end with this process", signal.SIGKILL)

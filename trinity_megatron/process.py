@@ -37,7 +37,7 @@ LAUNCHER_PID_VARIABLE = "TRINITY_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 _USER_ERROR = 2
 # They wait for a command that is not in the background, so they end before it only if killed.
-_FOREGROUND_PARENTS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "busybox", "make", "timeout")
+_FOREGROUND_PARENTS = ("sh", "bash", "dash", "zsh", "ksh", "busybox", "make", "timeout")
 
 
 def enter_rank() -> None:
@@ -76,8 +76,8 @@ def describe_error(error: BaseException) -> str:
 def die_with_parent() -> None:
     """End this rank the moment its launcher ends, even if that was killed by SIGKILL.
 
-    Does nothing where srun ended the rank itself, or where there is no launcher: there the parent
-    may be anything, for example a thread that ends early by design.
+    Without torchrun or mpirun the parent may be anything, for example a thread that ends early by
+    design: only a shell that waits for this process counts.  srun ends its tasks itself.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # The parent may have ended already.  Children of this rank are not ranks: popped.

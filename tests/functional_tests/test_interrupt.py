@@ -1,4 +1,4 @@
-"""Signals that ask for the end: the run saves, says so by its exit code, and can be resumed."""
+"""Signals that ask for an end: the run saves, says so by its exit code, and goes on later."""
 
 import os
 import signal

@@ -185,13 +185,15 @@ def test_run_in_the_background_outlives_its_shell(
 
 
 def test_folders_of_killed_ranks_are_removed_by_the_next(temporary: Path) -> None:
-    dead, alive, other = (temporary / f"trinity_megatron_{name}" for name in ("a", "b", "c"))
-    for folder in (dead, alive, other):
+    folders = [temporary / f"trinity_megatron_{name}" for name in ("a", "b", "c", "d")]
+    for folder in folders:
         folder.mkdir()
-    (dead / ".rank").touch()
+    alive, elsewhere, other, dead = folders
+    (dead / ".rank").write_text(os.uname().nodename)
+    (elsewhere / ".rank").write_text("another-machine")
     helpers._lock_folder(str(alive))
     helpers._remove_leftovers(str(temporary))
-    assert sorted(temporary.iterdir()) == [alive, other]
+    assert sorted(temporary.iterdir()) == [alive, elsewhere, other]
 
 
 @pytest.mark.parametrize(

@@ -113,11 +113,10 @@ class SignalNotes(DistributedSignalHandler):
                 raise KeyboardInterrupt
             return
         self._signal_received = signum
-        if self._rank == 0:
-            name = signal.Signals(signum).name
-            message = f"\n> {name}: ends after this step and saves; Ctrl-C then ends at once\n"
+        if self._rank == 0 and signum == signal.SIGINT:
             with contextlib.suppress(OSError):
-                os.write(1, message.encode())  # print() may be what the signal has interrupted
+                # Not by print(), which may be what the signal has interrupted.
+                os.write(1, b"\n> ends after this step and saves; Ctrl-C again ends at once\n")
 
 
 def check_exit_signal(args: argparse.Namespace) -> None:
