@@ -184,8 +184,8 @@ def _condition(text: str) -> str:
 def _part(text: str) -> str:
     if text.startswith("package:"):
         return f"the package `{text.removeprefix('package:')}`"
-    if text == "data=None":
-        return "no `--data`"
+    if text in ("data=None", "cuda"):
+        return "no `--data`" if text == "data=None" else "a GPU"
     name, equal, value = text.partition("=")
     name, more, _ = name.partition(">")
     names = {"fp8": "fp8_format", "nccl_ub": "use_nccl_ub"}

@@ -90,6 +90,13 @@ def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         ),
         ("--transformer-impl transformer_engine", 1, ("transformer_engine", "CUDA", "local")),
         ("--fp8-format hybrid", 1, ("--fp8-format hybrid", "CUDA")),
+        ("--exit-signal 2", 1, ("--exit-signal", "SIGTERM")),
+        ("--moe-layer-freq ([1]*", 1, ("--moe-layer-freq", "invalid value")),
+        ("--min-lr 1", 1, ("--min-lr 1", "--lr 0.01")),
+        ("--squared-relu", 1, ("--squared-relu", "architecture")),
+        ("--padded-vocab-size 100", 1, ("--padded-vocab-size 100", "512")),
+        ("--yaml-cfg f", 1, ("--yaml-cfg f", "all arguments")),
+        ("--optimizer lion", 1, ("--optimizer lion", "emerging-optimizers")),
         ("--distributed-backend nccl", 1, ("nccl", "CUDA", "gloo")),
         (
             "--dataloader-inter-document-masking --tensor-model-parallel-size 2 "

@@ -101,7 +101,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     bf16 = f"{SHARDED} {EP2} --muon-momentum-dtype bf16"
     for name, flags in (
         ("half", f"{SHARDED} {EP2} --exit-interval 5 --save-interval 5"),
-        ("bf16", f"{bf16} --async-save"),
+        ("bf16", bf16),
     ):
         later[2].append(Job(name, flags, checkpoints=folder / f"{name}_saved"))
     later[2].append(Job("resumed", f"{SHARDED} {EP2}", checkpoints=folder / "half_saved"))

@@ -92,3 +92,37 @@ def test_what_is_common_is_accepted() -> None:
             layernorm_epsilon=1e-6,
         )
     )
+
+
+@pytest.mark.parametrize("size", [(5,), (5, 5), (-3, 0), (1, 2, 3)])
+def test_a_window_that_is_not_causal_is_refused(size: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="--window-size .*Remedy: --window-size N,0"):
+        check_values(Namespace(window_size=size))
+
+
+@pytest.mark.parametrize("size", [None, (127, 0), (0, 0), (-1, 0)])
+def test_a_causal_window_is_accepted(size: tuple[int, ...] | None) -> None:
+    check_values(Namespace(window_size=size))
+
+
+@pytest.mark.parametrize(
+    ("style", "start", "end", "wanted"),
+    [
+        ("constant", 0.1, None, "--weight-decay alone"),
+        ("constant", 0.1, 0.2, "--weight-decay alone"),
+        ("linear", None, None, "--start-weight-decay A"),
+        ("cosine", 0.1, None, "--start-weight-decay A"),
+    ],
+)
+def test_the_ends_of_the_weight_decay(
+    style: str, start: float | None, end: float | None, wanted: str
+) -> None:
+    args = Namespace(weight_decay_incr_style=style, start_weight_decay=start, end_weight_decay=end)
+    with pytest.raises(ValueError, match=wanted):
+        check_values(args)
+
+
+def test_an_odd_head_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="--kv-channels 7 .*Remedy: an even number"):
+        check_values(Namespace(kv_channels=7))
+    check_values(Namespace(kv_channels=None))

@@ -145,9 +145,9 @@ def _megatron_refusals() -> Iterator[None]:
         yield
     except (AssertionError, RuntimeError, ValueError) as error:
         message = str(error)
-        if "Remedy: " in message:
-            raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
+        if "Remedy: " in message or "megatron" not in Path(frame.filename).parts:
+            raise
         checked = "" if message else _statement_of(frame)
         message = " ".join(message.split()).rstrip(".") or f"it is not so that {checked}"
         flags = [flag_of(name) for name in re.findall(r"args\.(\w+)", checked)]
@@ -259,6 +259,8 @@ def _speak_plainly(parser: argparse.ArgumentParser) -> None:
     """Let a wrong flag end in a line with those that are like it, without 700 lines of usage."""
 
     def say(message: str) -> NoReturn:
+        if message.startswith("argument "):  # it names flag and value
+            raise ValueError(f"{message}. Remedy: give another value; --help lists all flags.")
         unknown = message.removeprefix("unrecognized arguments: ").split()
         flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
         close = [name for word in unknown for name in get_close_matches(word, flags, n=2)]
@@ -479,6 +481,11 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     if args.rank == 0:  # the others get it with the datasets
         args.data_identity = read_identity(args)
     check_start(args, manifest)
+    if manifest is not None and 0 < (args.padded_vocab_size or 0) < manifest.vocab_size:
+        raise ValueError(
+            f"--padded-vocab-size {args.padded_vocab_size} is below the {manifest.vocab_size} "
+            f"tokens of --data. Remedy: at least {manifest.vocab_size}."
+        )
     if args.preset not in PRESETS and args.padded_vocab_size is None:
         args.padded_vocab_size = _vocabulary_of_checkpoint(args, manifest)
     # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.

@@ -27,6 +27,13 @@ def check_values(args: argparse.Namespace) -> None:
                         f"{flag_of(_FLAG_NAMES.get(name, name))} {value} is out of range. Remedy: "
                         f"give {wanted}."
                     )
+    check_window(getattr(args, "window_size", None))
+    if hasattr(args, "weight_decay_incr_style"):
+        _check_weight_decay(args)
+    if (getattr(args, "kv_channels", None) or 0) % 2:
+        raise ValueError(
+            f"--kv-channels {args.kv_channels} is odd: RoPE turns pairs. Remedy: an even number."
+        )
     for low, high in _ORDERED:
         smaller, larger = getattr(args, low, None), getattr(args, high, None)
         if smaller is not None and larger is not None and smaller > larger:
@@ -34,6 +41,37 @@ def check_values(args: argparse.Namespace) -> None:
                 f"{flag_of(low)} {smaller:g} is above {flag_of(high)} {larger:g}. Remedy: "
                 f"{flag_of(low)} at most {larger:g}."
             )
+
+
+def check_window(size: tuple[int, ...] | None) -> None:
+    """Refuse a window that is not causal.
+
+    Args:
+        size: Of ``--window-size``: tokens before and after; None or -1 before: no limit.
+
+    Raises:
+        ValueError: Names the value and the remedy.
+    """
+    if size is not None and (len(size) != 2 or size[0] < -1 or size[1] != 0):
+        raise ValueError(
+            f"--window-size {','.join(map(str, size))} is not a causal window. Remedy: "
+            "--window-size N,0 lets a token see itself and the N before it (-1,0: all)."
+        )
+
+
+def _check_weight_decay(args: argparse.Namespace) -> None:
+    """Megatron wants both ends of a weight decay that changes, and none of one that does not."""
+    style, ends = args.weight_decay_incr_style, (args.start_weight_decay, args.end_weight_decay)
+    if style == "constant" and ends != (None, None):
+        raise ValueError(
+            "--start-weight-decay and --end-weight-decay are for a weight decay that changes. "
+            "Remedy: --weight-decay-incr-style linear or cosine, or --weight-decay alone."
+        )
+    if style != "constant" and None in ends:
+        raise ValueError(
+            f"--weight-decay-incr-style {style} needs both ends. Remedy: --start-weight-decay A "
+            "--end-weight-decay B."
+        )
 
 
 def _numbers(value: Any) -> Iterator[float]:
