@@ -95,6 +95,12 @@ class RunWriter(SummaryWriter):
         if self._by_samples is not None:
             self._by_samples.flush()
 
+    def close(self) -> None:
+        """Close the files."""
+        super().close()
+        if self._by_samples is not None:
+            self._by_samples.close()
+
     def _folder(self, tag: str) -> Path:
         return Path(self.log_dir, BY_SAMPLES if tag.endswith(_SAMPLES_SUFFIX) else "")
 
