@@ -13,6 +13,7 @@ import warnings
 # What a wrong path or value ends in, before or in a training.
 USER_ERRORS = (
     ValueError,
+    FileExistsError,
     FileNotFoundError,
     NotADirectoryError,
     IsADirectoryError,

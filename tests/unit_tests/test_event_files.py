@@ -94,6 +94,16 @@ def test_the_later_validation_of_the_last_step_counts(tmp_path: Path) -> None:
     assert RunLog(tmp_path).scalars(VALIDATION) == {5: 1.0, 10: 2.0}
 
 
+def test_a_start_with_nothing_to_train_over_files_of_an_earlier_release(tmp_path: Path) -> None:
+    writer = SummaryWriter(str(tmp_path))
+    validate(writer, 10, 1.0)
+    writer.close()
+    train(tmp_path, 10, 10)
+    runs = read(tmp_path)
+    assert runs["."][VALIDATION] == [10]
+    assert runs[BY_SAMPLES][f"{VALIDATION} vs samples"] == [10 * BATCH]
+
+
 def test_files_of_an_earlier_release(tmp_path: Path) -> None:
     writer = SummaryWriter(str(tmp_path))
     for step in range(1, 13):

@@ -6,6 +6,7 @@ written again alone if the conversion is interrupted.
 """
 
 import argparse
+import errno
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -148,8 +149,6 @@ class TorchDistReader:
     def _read_common_state(self) -> dict[str, Any]:
         try:
             return dist_checkpointing.load_common_state_dict(str(self.folder))
-        except PermissionError:
-            raise
         except (Exception, CheckpointException) as error:  # the latter is a BaseException
             reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
             raise ValueError(
@@ -167,6 +166,8 @@ class TorchDistReader:
             path = self.folder / name
             if not path.is_file():
                 raise ValueError(f"{path} is missing. Remedy: copy the whole checkpoint.")
+            if not os.access(path, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
             if path.stat().st_size < end:
                 raise ValueError(
                     f"{path} is truncated: {path.stat().st_size} of {end} bytes. Remedy: copy it "

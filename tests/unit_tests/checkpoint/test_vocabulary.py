@@ -153,6 +153,13 @@ def test_find_vocab_size(
     assert find_vocab_size(Namespace(**saved), tokenizer) == expected
 
 
+def test_tokens_that_only_transformers_adds_count(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", words(513))
+    added = {"added_tokens_decoder": {"3": {"content": "word3"}, "519": {"content": "<extra>"}}}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(added))
+    assert find_vocab_size(Namespace(padded_vocab_size=640), tokenizer) == 520
+
+
 def test_without_a_tokenizer(tmp_path: Path) -> None:
     assert find_vocab_size(Namespace(padded_vocab_size=640), None) is None
     assert find_vocab_size(Namespace(padded_vocab_size=640), tmp_path) is None
