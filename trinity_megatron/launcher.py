@@ -92,6 +92,10 @@ def check_out(out: str) -> None:
     if not out:
         raise ValueError("--out is empty: nothing would be saved. Remedy: name a folder.")
     path = Path(out).absolute()
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"--out {out} is a link to {path.readlink()}, which is not there. Remedy: mend it."
+        )
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     if not existing.is_dir():
         raise ValueError(f"--out {out}: {existing} is a file. Remedy: name a folder.")

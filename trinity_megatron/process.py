@@ -15,6 +15,7 @@ from pathlib import Path
 # What a wrong path or value ends in, before or in a training.
 USER_ERRORS = (
     ValueError,
+    FileExistsError,
     FileNotFoundError,
     NotADirectoryError,
     IsADirectoryError,

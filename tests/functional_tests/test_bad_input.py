@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.functional_tests.launch import environment
+from trinity_megatron.launcher import single_rank_environment
 
 pytestmark = pytest.mark.slow  # imports megatron.training
 
@@ -217,3 +218,37 @@ def test_a_length_in_samples(parse: Parse) -> None:
     parse("--preset tiny --train-samples 800 --step-batch-size-schedule 0:4,40K:8")
     args = get_args()
     assert (args.train_iters, args.train_samples, args.lr_warmup_samples) == (None, 800, 80)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--keep-last 0", "--keep-last 0"),
+        ("--save-interval 10 --save-retain-interval 15", "save_retain_interval"),
+        ("--padded-vocab-size 256", "--padded-vocab-size 256 has no row"),
+        ("--moe-router-score-function softmax", "moe_router_score_function='softmax'"),
+    ],
+)
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_refused_start_leaves_nothing(
+    flags: str, words: str, is_new: bool, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "runs" / "one"
+    if not is_new:
+        out.mkdir(parents=True)
+        (out / "arguments.txt").write_text("of the run that is there")
+    command = [sys.executable, "-m", "trinity_megatron.training", "--data", str(data)]
+    result = subprocess.run(
+        [*command, "--out", str(out), *flags.split()],
+        env={**environment(), **single_rank_environment(), "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and last.startswith("error: ") and words in last, result.stderr
+    if is_new:
+        assert not (tmp_path / "runs").exists()
+    else:
+        left = sorted(path.name for path in out.iterdir() if path.name != ".lock")
+        assert left == ["arguments.txt"]

@@ -176,6 +176,9 @@ def test_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     for out in ("file", "file/below"):
         with pytest.raises(ValueError, match=r"--out .*is a file.*Remedy: "):
             launcher.check_out(str(tmp_path / out))
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"--out .*link to nowhere.*Remedy: "):
+        launcher.check_out(str(tmp_path / "link"))
 
 
 def test_presets_accepted_without_a_look_exist() -> None:

@@ -17,6 +17,7 @@ enter_host()
 
 from trinity_megatron.training.start import (  # noqa: E402
     check_start,
+    check_step,
     find_newest,
     mend_tracker,
     resumed_samples,
@@ -69,6 +70,38 @@ def start(folder: Path | None, **given: Any) -> None:
     values.update(given)
     named = {key: str(item) if isinstance(item, Path) else item for key, item in values.items()}
     check_start(Namespace(**named), None)
+
+
+@pytest.mark.parametrize("step", [99, 15, 0, -10])
+def test_a_step_that_was_not_saved(step: int, checkpoints: Path, tmp_path: Path) -> None:
+    words = f"--ckpt-step {step} is not in .* the steps 10, 20. Remedy: "
+    with pytest.raises(ValueError, match=words):
+        start(checkpoints, ckpt_step=step)
+    with pytest.raises(ValueError, match=words):
+        start(tmp_path / "new", pretrained_checkpoint=checkpoints, ckpt_step=step)
+    with pytest.raises(ValueError, match=words):
+        resumed_samples(
+            Namespace(
+                step_batch_size_schedule="0:8",
+                finetune=False,
+                load=str(checkpoints),
+                ckpt_format="torch_dist",
+                auto_detect_ckpt_format=False,
+                ckpt_step=step,
+            )
+        )
+
+
+def test_a_step_of_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--ckpt-step 10: .* holds no step at all. Remedy: "):
+        start(tmp_path, ckpt_step=10)
+
+
+def test_of_many_steps_the_newest_are_listed(tmp_path: Path) -> None:
+    for step in range(1, 21):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+    with pytest.raises(ValueError, match=r"the steps \.\.\., 11, .* 20\. Remedy"):
+        check_step(21, tmp_path)
 
 
 def test_whole_checkpoints_pass(checkpoints: Path, tmp_path: Path) -> None:

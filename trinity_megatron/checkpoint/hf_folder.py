@@ -70,8 +70,8 @@ def _explain_absence(folder: Path) -> str:
     name = str(folder)
     if _HUB_ID.fullmatch(name) and not folder.parent.exists():
         return (
-            f"{name} is no folder here. Remedy: hf download {name} --local-dir "
-            f"{folder.name}, then name {folder.name}."
+            f"{name} is no folder here. Remedy: name one; for a model of the hub, hf download "
+            f"{name} --local-dir {folder.name} makes it."
         )
     return f"{name} does not exist. Remedy: name the folder of a Hugging Face checkpoint."
 

@@ -6,6 +6,7 @@ written again alone if the conversion is interrupted.
 """
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -245,6 +246,8 @@ class TorchDistReader:
             path = self.folder / name
             if not path.is_file():
                 raise ValueError(f"{path} is missing. Remedy: copy the whole checkpoint.")
+            if not os.access(path, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
             if path.stat().st_size < end:
                 raise ValueError(
                     f"{path} is truncated: {path.stat().st_size} of {end} bytes. Remedy: copy it "

@@ -191,12 +191,21 @@ def load_tokenizer(folder: Path) -> GivenTokenizer:
 
 
 def read_vocab_size(folder: Path) -> int:
-    """Number of tokens of a folder's ``tokenizer.json``, see :func:`count_tokens`.
+    """Number of tokens of a folder's tokenizer, those that only transformers adds included.
 
     Raises:
-        ValueError: The file is missing or damaged.
+        ValueError: A file is missing or damaged.
     """
-    return count_tokens(_parse(folder, _read(folder, _TOKENIZER)))
+    size = count_tokens(_parse(folder, _read(folder, _TOKENIZER)))
+    if not (folder / _CONFIG).is_file():
+        return size
+    try:
+        added = json.loads(_read(folder, _CONFIG)).get("added_tokens_decoder") or {}
+        return max([size, *(int(token) + 1 for token in added)])
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"tokenizer {folder}: {_CONFIG} is damaged ({error}); copy or download it again"
+        ) from error
 
 
 def copy_tokenizer(given: GivenTokenizer, folder: Path) -> None:

@@ -117,7 +117,7 @@ def _set_vocab_size(
     Args:
         args: Of the run; its tokenizer is built.
         manifest: Of ``--data``.
-        rows: ``--padded-vocab-size``; None if Megatron chose it.
+        rows: ``--padded-vocab-size``, also by ``--preset DIR``; None if Megatron chose it.
 
     Raises:
         ValueError: There are more tokens than rows.
@@ -129,7 +129,7 @@ def _set_vocab_size(
     if rows is not None:
         raise ValueError(
             f"--padded-vocab-size {rows} has no row for each of the {args.tokenizer_vocab_size} "
-            "tokens of the tokenizer. Remedy: drop the flag."
+            "tokens of the tokenizer. Remedy: drop the flag, or take the tokenizer of --preset DIR."
         )
     args.padded_vocab_size = vocab_size_with_padding(args.tokenizer_vocab_size, args)
 

@@ -8,7 +8,7 @@ whose numbers are no steps, have a folder of their own for that: ``by_samples``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,14 @@ class RunWriter(SummaryWriter):
         """Write the latest validation, unless an earlier start has it of the same step."""
         held, self._held = self._held, {}
         for tag, (value, step) in held.items():
-            if self._has_trained or step not in RunLog(self._folder(tag)).scalars(tag):
+            if self._has_trained or not self._is_written(tag, step):
                 self._write(tag, value, step)
+
+    def _is_written(self, tag: str, step: int) -> bool:
+        try:
+            return step in RunLog(self._folder(tag)).scalars(tag)
+        except FileNotFoundError:
+            return False
 
     def end(self) -> None:
         """Write what is held and flush."""
@@ -94,6 +100,12 @@ class RunWriter(SummaryWriter):
         super().flush()
         if self._by_samples is not None:
             self._by_samples.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        super().close()
+        if self._by_samples is not None:
+            self._by_samples.close()
 
     def _folder(self, tag: str) -> Path:
         return Path(self.log_dir, BY_SAMPLES if tag.endswith(_SAMPLES_SUFFIX) else "")
@@ -127,14 +139,21 @@ def recorded() -> Iterator[None]:
 
     A start that is refused before leaves no trace in either.
     """
-    with replaced(training, "train", _begun):
-        try:
+    try:
+        with replaced(training, "train", _begun):
             yield
-            if get_tensorboard_writer() is None:  # without a training loop
-                _open_writer()
-        finally:
-            if isinstance(writer := get_tensorboard_writer(), RunWriter):
-                writer.end()
+    except BaseException:
+        with suppress(Exception):  # the first one is to be seen
+            _end()
+        raise
+    if get_tensorboard_writer() is None:  # without a training loop
+        _open_writer()
+    _end()
+
+
+def _end() -> None:
+    if isinstance(writer := get_tensorboard_writer(), RunWriter):
+        writer.end()
 
 
 def _open_writer() -> None:

@@ -276,6 +276,8 @@ def resumed_samples(args: argparse.Namespace) -> int:
     word = read_tracker(folder) or ""
     if word == RELEASE or not _is_torch_dist(args):
         return 0
+    if args.ckpt_step is not None:
+        check_step(args.ckpt_step, folder)
     # As rank 0 mends it.
     step = args.ckpt_step or (int(word) if word.isdigit() else find_newest(folder))
     if step is None:

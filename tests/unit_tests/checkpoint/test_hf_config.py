@@ -12,6 +12,7 @@ from transformers import AfmoeConfig
 from trinity_megatron.checkpoint.hf_config import (
     compare_models,
     hf_config_from_trinity,
+    plain_rope,
     read_hf_config,
     trinity_config_from_hf,
 )
@@ -212,6 +213,58 @@ def test_both_spellings_of_the_rotary_base() -> None:
     assert trinity_config_from_hf(fields).rotary_base == 70000
 
 
+DEFAULT = {"rope_type": "default", "rope_theta": 70000.0}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": DEFAULT},
+        {"rope_scaling": {"type": "default", "rope_theta": 70000}},
+        {"rope_scaling": {"type": "default"}, "rope_theta": 70000.0},
+        {"rope_scaling": {}, "rope_theta": 70000.0},
+        {"rope_scaling": None, "rope_parameters": DEFAULT},
+        {"rope_scaling": DEFAULT, "rope_parameters": DEFAULT, "rope_theta": 70000},
+        {"rope_parameters": {"rope_theta": 70000.0, "partial_rotary_factor": 1.0}},
+        {"rope_parameters": {"sliding_attention": DEFAULT, "full_attention": DEFAULT}},
+        {"rope_parameters": {"sliding_attention": DEFAULT, "full_attention": None}},
+    ],
+)
+def test_default_rope_in_every_spelling(rope: dict[str, Any]) -> None:
+    fields = {name: value for name, value in released("nano").items() if "rope" not in name}
+    assert trinity_config_from_hf({**fields, **rope}).rotary_base == 70000
+    theirs = AfmoeConfig(rope_parameters=plain_rope(rope))
+    assert theirs.rope_parameters["rope_theta"] == 70000
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0},
+        {"rope_type": "longrope", "short_factor": [1.0]},
+        {"factor": 2.0},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
+        {"sliding_attention": {"rope_type": "yarn", "factor": 4.0}},
+        {"full_attention": {"rope_type": "linear", "factor": 4.0}},
+        "default",
+    ],
+)
+def test_scaled_rope_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ValueError) as error:
+        trinity_config_from_hf({**released("nano"), field: value})
+    assert f"{field}={value!r}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_rotary_bases_contradict_each_other() -> None:
+    fields = {**released("nano"), "rope_theta": 10000.0, "rope_parameters": DEFAULT}
+    with pytest.raises(ValueError, match=r"rope_theta=10000.0, rope_parameters.rope_theta=70000"):
+        trinity_config_from_hf(fields)
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
 
 
@@ -231,7 +284,6 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
         ("attention_dropout", 0.1),
         ("rope_scaling", YARN),
         ("rope_parameters", YARN),
-        ("quantization_config", {"quant_method": "fp8"}),
         ("layer_types", ["full_attention"] * 56),
         ("num_shared_experts", 0),
     ],
@@ -267,7 +319,7 @@ def test_missing_fields_are_named(field: str) -> None:
 
 
 def test_missing_or_damaged_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="config.json is missing. Remedy"):
+    with pytest.raises(ValueError, match="has no config.json. Remedy"):
         read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(released("nano"))[:-5])
     with pytest.raises(ValueError, match="config.json is not valid JSON"):

@@ -73,6 +73,18 @@ def start(tmp_path: Path) -> Iterator[Open]:
         writer.finish()
 
 
+def test_nothing_is_to_be_seen_before_the_start(
+    start: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = start(wandb_save_dir=str(tmp_path / "w"))
+    writer.config.update({"slurm_job_name": "N/A"})
+    with pytest.raises(ValueError), writer.kept_open():
+        raise ValueError("refused")
+    writer.log({"loss": 1.0}, 1)
+    assert not (tmp_path / "w").exists() and not (tmp_path / "checkpoints").exists()
+    assert not said(caplog)
+
+
 def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
