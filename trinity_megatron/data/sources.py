@@ -88,7 +88,9 @@ def find_files(
             most of the files are JSON or CSV without the key of the text.
     """
     if not sources:
-        return _standard_library(), []
+        library = _standard_library()
+        _check_options(library, options)
+        return library, []
     files: list[SourceFile] = []
     skipped: list[Skipped] = []
     for source in map(Path, sources):
