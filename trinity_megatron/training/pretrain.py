@@ -33,6 +33,7 @@ from trinity_megatron.optimizer.builder import register_muon  # noqa: E402
 from trinity_megatron.optimizer.layout import separate_muon_buffers  # noqa: E402
 from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
 from trinity_megatron.training.arguments import parse_trinity_args  # noqa: E402
+from trinity_megatron.training.checkpoint_worker import enter_host_in_worker  # noqa: E402
 from trinity_megatron.training.datasets import train_valid_test_datasets_provider  # noqa: E402
 from trinity_megatron.training.finish import finish_run  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
@@ -57,6 +58,7 @@ def main() -> None:
     if ON_CPU:
         # pretrain() never passes allow_no_cuda on.
         training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
+        enter_host_in_worker()
     register_muon()
     with contextlib.ExitStack() as held:
 
