@@ -16,7 +16,7 @@ from trinity_megatron import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "TRINITY_TEST_MARK"
-DEADLINE = 90.0
+DEADLINE = 180.0
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are in /proc")
 
 # Has a helper of each kind that Megatron, torch and W&B start, then does what it is told.
@@ -118,7 +118,15 @@ def start(
         "TMPDIR": str(temporary),
         MARK: mark,
     }
-    return subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True)
+    return subprocess.Popen(
+        command, env=environment, cwd=folder, start_new_session=True, preexec_fn=heed_signals
+    )
+
+
+def heed_signals() -> None:
+    """Even if the tests run under nohup or in the background."""
+    for signum in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def wait_for_ranks(running: subprocess.Popen, folder: Path, num_ranks: int) -> list[int]:

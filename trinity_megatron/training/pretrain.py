@@ -40,6 +40,7 @@ from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noq
 from trinity_megatron.replaced import replaced  # noqa: E402
 from trinity_megatron.tracking.event_files import ForgivingRecordWriter  # noqa: E402
 from trinity_megatron.training.arguments import parse_trinity_args  # noqa: E402
+from trinity_megatron.training.checkpoint_worker import enter_host_in_worker  # noqa: E402
 from trinity_megatron.training.datasets import train_valid_test_datasets_provider  # noqa: E402
 from trinity_megatron.training.event_files import recorded  # noqa: E402
 from trinity_megatron.training.finish import finish_run  # noqa: E402
@@ -73,6 +74,7 @@ def main() -> None:
     if ON_CPU:
         # pretrain() never passes allow_no_cuda on.
         training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
+        enter_host_in_worker()
     register_muon()
     with contextlib.ExitStack() as held:
         held.enter_context(
