@@ -265,7 +265,7 @@ def _rope_theta(hf: Mapping[str, Any]) -> float | int:
     ``rope_theta``, ``rope_scaling`` (transformers 4) or ``rope_parameters`` (5), there also once
     for each type of layer; Trinity's global layers have no RoPE.
     """
-    stated = {"rope_theta": hf.get("rope_theta")}
+    stated: dict[str, Any] = {"rope_theta": hf.get("rope_theta")}
     for field in ("rope_scaling", "rope_parameters"):
         rope = {} if hf.get(field) is None else hf[field]
         if not isinstance(rope, dict):
