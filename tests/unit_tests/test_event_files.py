@@ -37,7 +37,11 @@ def train(folder: Path, done: int, last: int, *, killed: bool = False) -> None:
         validate(writer, last, 2.0)
         writer.end()
     writer.close()
-    # By its name a file is as old as the second it was begun in.
+    put_in_order(folder)
+
+
+def put_in_order(folder: Path) -> None:
+    """Name the files by their order: by its name one is as old as the second it was begun in."""
     for file in folder.rglob("events.out.tfevents.*"):
         if not file.name.endswith(".start"):
             number = len(list(file.parent.glob("*.start")))
@@ -98,6 +102,7 @@ def test_a_start_with_nothing_to_train_over_files_of_an_earlier_release(tmp_path
     writer = SummaryWriter(str(tmp_path))
     validate(writer, 10, 1.0)
     writer.close()
+    put_in_order(tmp_path)
     train(tmp_path, 10, 10)
     runs = read(tmp_path)
     assert runs["."][VALIDATION] == [10]
@@ -109,5 +114,6 @@ def test_files_of_an_earlier_release(tmp_path: Path) -> None:
     for step in range(1, 13):
         writer.add_scalar(LOSS, 1.0, step)
     writer.close()
+    put_in_order(tmp_path)
     train(tmp_path, 8, 14)
     assert read(tmp_path)["."][LOSS] == list(range(1, 15))
