@@ -1,6 +1,5 @@
 """The helper processes of a rank, and its temporary files: they end with it, and no sooner."""
 
-import atexit
 import contextlib
 import fcntl
 import getpass
@@ -19,6 +18,7 @@ from trinity_megatron import reaper
 
 _FOLDER_PREFIX = "trinity_megatron_"
 _LOCK_NAME = ".rank"
+_LAST = -1000
 # What the folder adds to the path of a helper's socket.
 FOLDER_BYTES = len(f"{_FOLDER_PREFIX}12345678/")
 # What a group of processes gets from a terminal or a supervisor, and what asks a run to save.
@@ -44,7 +44,8 @@ def own_helpers() -> None:
         if os.getpid() == owner:
             shutil.rmtree(folder, ignore_errors=True)
 
-    atexit.register(remove)  # first of all, so that it comes last
+    # Later than what multiprocessing does at the end, which still uses the folder.
+    multiprocessing.util.Finalize(None, remove, exitpriority=_LAST)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiler_cache(base))
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     _shield_helpers()

@@ -376,6 +376,8 @@ def default_arguments(preset: Preset, data: str | None, out: str | None) -> dict
         # A resume with another --train-iters takes the schedule of the command line.
         override_opt_param_scheduler=True,
         ckpt_format="torch_dist",
+        # Megatron's own needs no further package.
+        async_strategy="nvrx" if _has_resiliency_package() else "mcore",
         # The state of a distributed optimizer loads under every layout.
         dist_ckpt_optim_fully_reshardable=True,
         create_attention_mask_in_dataloader=False,
@@ -467,6 +469,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
             "(or Megatron's own --data-path and --tokenizer-type)."
         )
     refuse_host(args)
+    _finish_async_save(args)
     check_values(args)
     check_keep_last(args)
     _check_positive(args)
@@ -490,6 +493,26 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
         args.padded_vocab_size = _vocabulary_of_checkpoint(args, manifest)
     # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.
     args.moe_layer_freq = [int(layer >= args.num_dense_layers) for layer in range(args.num_layers)]
+
+
+def _finish_async_save(args: argparse.Namespace) -> None:
+    """Give ``--async-save`` the worker without which Megatron 0.19 would switch it off.
+
+    Raises:
+        ValueError: The strategy needs a package that is not installed.
+    """
+    if not args.async_save:
+        return
+    if args.async_strategy == "nvrx" and not _has_resiliency_package():
+        raise ValueError(
+            "--async-strategy nvrx needs the package nvidia-resiliency-ext, which is not "
+            "installed. Remedy: drop the flag, or pip install nvidia-resiliency-ext."
+        )
+    args.use_persistent_ckpt_worker = True
+
+
+def _has_resiliency_package() -> bool:
+    return importlib.util.find_spec("nvidia_resiliency_ext") is not None
 
 
 def _vocabulary_of_checkpoint(args: argparse.Namespace, manifest: DataManifest | None) -> int:
