@@ -73,6 +73,7 @@ _CUDA_ONLY = {
     "use_torch_fsdp2": "--use-torch-fsdp2",
     "optimizer_cpu_offload": "--optimizer-cpu-offload",
     "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
+    "use_persistent_ckpt_worker": "--use-persistent-ckpt-worker",
 }
 
 
