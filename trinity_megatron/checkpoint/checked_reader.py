@@ -6,7 +6,6 @@ Threads read ahead and compare while what was read before is taken over.
 import logging
 import os
 import pickle
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from trinity_megatron.checkpoint.checksums import (
     Window,
     check_records,
+    crc32,
     get_checksum,
     seal,
     unseal,
@@ -189,7 +189,7 @@ class ReadAhead:
             if not count:
                 raise BadCheckpoint(f"{self._name(info)} is truncated. {_COPY_AGAIN}")
             if expected is not None:
-                checksum = zlib.crc32(data[at : at + count], checksum)
+                checksum = crc32(data[at : at + count], checksum)
             at += count
         if expected is not None and checksum != expected:
             raise BadCheckpoint(

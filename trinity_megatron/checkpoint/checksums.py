@@ -11,13 +11,17 @@ import os
 import re
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+try:
+    from isal.isal_zlib import crc32  # by the processor's own instructions: five times as fast
+except ImportError:
+    from zlib import crc32
 
 _POLYNOMIAL = 0xEDB88320  # of CRC-32, the lowest power in the highest bit
 _ONE, _X_TO_THE_8 = 1 << 31, 1 << 23
@@ -152,9 +156,9 @@ def derive_checksum(item: BinaryIO | io.RawIOBase, num_bytes: int) -> int | None
         start = record.header_offset + _header_bytes(
             read(record.header_offset, record.header_offset + _LOCAL_HEADER_BYTES)
         )
-        checksum = combine(zlib.crc32(read(at, start), checksum), record.CRC, record.file_size)
+        checksum = combine(crc32(read(at, start), checksum), record.CRC, record.file_size)
         at = start + record.file_size
-    return zlib.crc32(read(at, num_bytes), checksum)
+    return crc32(read(at, num_bytes), checksum)
 
 
 def check_records(item: BinaryIO | io.RawIOBase) -> bool:
@@ -179,7 +183,7 @@ def check_records(item: BinaryIO | io.RawIOBase) -> bool:
         item.seek(record.header_offset + _header_bytes(header))
         checksum, left = 0, record.file_size
         while piece := item.read(min(left, _PIECE_BYTES)):
-            checksum, left = zlib.crc32(piece, checksum), left - len(piece)
+            checksum, left = crc32(piece, checksum), left - len(piece)
         if record.compress_type or left or checksum != record.CRC:
             raise ValueError(f"{record.filename} does not have the CRC-32 that was stored with it")
     return True
@@ -228,7 +232,7 @@ def add_checksums(folder: Path, infos: Iterable[_StorageInfo]) -> None:
 
 def seal(content: bytes) -> bytes:
     """``.metadata`` with its checksum behind it."""
-    return content + b"\ncrc32 %08x\n" % zlib.crc32(content)
+    return content + b"\ncrc32 %08x\n" % crc32(content)
 
 
 def unseal(content: bytes) -> tuple[bytes, bool]:
@@ -247,6 +251,6 @@ def unseal(content: bytes) -> tuple[bytes, bool]:
     found = _TRAILER.fullmatch(trailer)
     if found is None:
         return content, False
-    if int(found[1], 16) != zlib.crc32(pickled):
+    if int(found[1], 16) != crc32(pickled):
         raise ValueError("it does not have the CRC-32 that was stored with it")
     return pickled, True

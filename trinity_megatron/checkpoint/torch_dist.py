@@ -11,7 +11,6 @@ import io
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +57,7 @@ from trinity_megatron.checkpoint.checked_reader import (
     ReadAhead,
     check_stays_inside,
 )
-from trinity_megatron.checkpoint.checksums import get_checksum, set_checksum
+from trinity_megatron.checkpoint.checksums import crc32, get_checksum, set_checksum
 from trinity_megatron.checkpoint.page_cache import WriteBehind, forget
 from trinity_megatron.checkpoint.safe_pickle import BadCheckpoint, safe_torch_load
 from trinity_megatron.checkpoint.transforms import Shape
@@ -481,7 +480,7 @@ class _SummedStream(io.RawIOBase):
         return True
 
     def write(self, data: Any, /) -> int:
-        self._found[self._index] = zlib.crc32(data, self._found[self._index])
+        self._found[self._index] = crc32(data, self._found[self._index])
         return self._stream.write(data)
 
     def close(self) -> None:

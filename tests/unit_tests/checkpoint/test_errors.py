@@ -376,3 +376,44 @@ def test_wrong_size_of_files() -> None:
 
     with pytest.raises(ValueError, match="--max-shard-size 'five'.*Remedy: .*5GB"):
         split_into_files({"x": (torch.float32, (2, 3))}, max_shard_size="five")
+
+
+@pytest.mark.parametrize("name", ["../../out.safetensors", "/tmp/out.safetensors", "config.json"])
+def test_headers_that_lead_out_of_the_export(megatron: Path, tmp_path: Path, name: str) -> None:
+    path = megatron / "hf" / "safetensors_headers.json"
+    (header,) = json.loads(path.read_text()).values()
+    path.write_text(json.dumps({name: header}))
+    with pytest.raises(ValueError, match="not the plain name of a .safetensors file"):
+        megatron_to_hf(megatron, tmp_path / "new" / "hf")
+    assert not (tmp_path / "new").exists() and not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"model.safetensors": "{}x"}', '{"a.safetensors": 3}']
+)
+def test_damaged_headers(megatron: Path, tmp_path: Path, text: str) -> None:
+    (megatron / "hf" / "safetensors_headers.json").write_text(text)
+    with pytest.raises(ValueError, match=r"safetensors_headers\.json is damaged|is another model"):
+        megatron_to_hf(megatron, tmp_path / "new")
+
+
+def test_a_link_that_would_copy_a_foreign_file(megatron: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret")
+    (megatron / "hf" / "LICENSE").symlink_to(tmp_path / "key")
+    with pytest.raises(ValueError, match="LICENSE is a symbolic link that leads out"):
+        megatron_to_hf(megatron, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_damaged_numbers_are_not_converted(
+    megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = max((megatron / "release").glob("*.distcp"), key=lambda each: each.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    command = ["convert", "--from-megatron", str(megatron), "--to-hf", str(tmp_path / "new")]
+    assert main(command) == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert main([*command, "--no-verify-checksums"]) == 0

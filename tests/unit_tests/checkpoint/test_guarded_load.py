@@ -11,6 +11,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -76,6 +77,21 @@ def test_all_is_saved_with_checksums_and_loaded(checkpoint: Path) -> None:
     assert torch.equal(loaded["w"], state()["w"].data) and loaded["random"] == [1, 2, "three"]
     assert {name: loaded[name] for name in COMMON} == COMMON
     TorchDistReader(checkpoint).check_all()
+
+
+def test_a_save_in_another_process_has_checksums(world: None, tmp_path: Path) -> None:
+    folder = tmp_path / "iter_0000003"
+    folder.mkdir()
+    with guarded_loads():
+        request = dist_checkpointing.save(
+            {**state(), **COMMON}, str(folder), async_sharded_save=True, async_strategy="mcore"
+        )
+        assert request is not None
+        calls = AsyncCallsQueue(persistent=False)
+        calls.schedule_async_request(request)
+        calls.maybe_finalize_async_calls(blocking=True)
+    assert all(get_checksum(info) is not None for info in places(folder).values())
+    TorchDistReader(folder).check_all()
 
 
 def test_plain_torch_and_megatron_still_read_it(checkpoint: Path) -> None:

@@ -280,3 +280,26 @@ def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         HFWeights(tmp_path)
     assert f"{tmp_path} holds no .safetensors file" in str(error.value)
+
+
+OUTSIDE = ("../x.safetensors", "/x.safetensors", "a/x.safetensors", "config.json", "..", 7, "")
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_that_lead_out_of_the_folder(name: object, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for place in (tmp_path, folder):
+        save_file({"w": torch.zeros(3)}, place / "x.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(ValueError, match="not the plain name of a .safetensors file"):
+        HFWeights(folder)
+
+
+def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots" / "1a2b"
+    folder.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    save_file({"w": torch.arange(3.0)}, tmp_path / "blobs" / "c3d4")
+    (folder / "model.safetensors").symlink_to("../../blobs/c3d4")
+    assert HFWeights(folder).tensors["w"].shape == (3,)

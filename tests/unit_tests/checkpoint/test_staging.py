@@ -1,6 +1,7 @@
 """A folder that is complete, can be taken up again, or is not there."""
 
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -223,3 +224,30 @@ def test_fingerprint_sees_every_change(tmp_path: Path) -> None:
     seen.append(fingerprint_folder(tmp_path))
     assert len(set(map(str, seen))) == len(seen)
     assert fingerprint_folder(tmp_path) == seen[-1]
+
+
+class Call:
+    """Pickled as a call of `os.mkdir`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("content", ["pickle", b"", b"{", b"[1, 2]", b"7"])
+def test_a_marker_of_an_earlier_release_is_begun_anew(tmp_path: Path, content: Any) -> None:
+    if content == "pickle":
+        content = pickle.dumps([Call(tmp_path / "made")])
+    target = tmp_path / "target"
+    interrupt(target, num_done=2)
+    markers = sorted(incomplete(target).glob("journal/*.done"))
+    assert markers
+    for marker in markers:
+        marker.write_bytes(content)
+    with Staging(target, "source", num_bytes=10) as staging:
+        assert staging.resumed
+        run(staging, 4, lambda index, advance: write_part(staging, index))
+    assert not (tmp_path / "made").exists()
+    assert len(list(target.iterdir())) == 4
