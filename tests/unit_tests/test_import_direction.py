@@ -21,6 +21,7 @@ LEVELS = {
     "cpu_memory": 0,
     "version": 0,
     "process": 0,
+    "replaced": 0,
     "fp8": 0,
     "flex_attention": 0,
     "moe/expert_bias": 0,
