@@ -65,7 +65,7 @@ def test_it_is_named_and_nobody_waits(data: Path, tmp_path: Path) -> None:
     second = run_script(SCRIPT, data, tmp_path, "--train-iters", "6", *flags)
     assert second.returncode != 0 and "exitcode  : 2" in second.stderr, second.stderr
     assert f"error: {path} is damaged" in second.stderr
-    assert "the whole checkpoint 2: --ckpt-step 2." in second.stderr
+    assert "the complete checkpoint 2: --ckpt-step 2." in second.stderr
     assert "Traceback" not in second.stderr.split("error: ")[0]
 
     shutil.rmtree(latest)

@@ -202,14 +202,3 @@ def test_folders_of_killed_ranks_are_removed_by_the_next(temporary: Path) -> Non
     helpers._lock_folder(str(alive))
     helpers._remove_leftovers(str(temporary))
     assert sorted(temporary.iterdir()) == [alive, elsewhere, other]
-
-
-@pytest.mark.parametrize(
-    ("folder", "expected"),
-    [("/tmp", "/tmp"), ("/tmp/" + "a" * 40, None), ("/tmp/" + "é" * 25, "/tmp")],
-)
-def test_folder_with_a_long_path_is_not_used(
-    folder: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", folder)
-    assert helpers._temporary_base() == (expected or folder)

@@ -65,6 +65,7 @@ def start(folder: Path | None, **given: Any) -> None:
         "no_load_optim": False,
         "skip_train": False,
         "decrease_batch_size_if_needed": False,
+        "verify_checksums": True,
         **dict.fromkeys([ARGUMENT_DEST.get(name, name) for name in MODEL_FIELDS]),
     }
     values.update(given)
@@ -229,6 +230,7 @@ def test_samples_before_a_resume(checkpoints: Path, tmp_path: Path) -> None:
     def count(folder: Path, **given: Any) -> int:
         values = {"step_batch_size_schedule": "0:8", "finetune": False, "load": str(folder)}
         values |= {"ckpt_format": "torch_dist", "auto_detect_ckpt_format": False, "ckpt_step": None}
+        values["verify_checksums"] = True
         return resumed_samples(Namespace(**{**values, **given}))
 
     assert count(checkpoints) == 160

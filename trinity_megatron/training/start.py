@@ -186,9 +186,9 @@ def advise_other_step(folder: Path) -> str:
         folder: Of the damaged iteration.
     """
     step = find_whole(folder.parent, other_than=folder)
-    return (
-        "" if step is None else f" Or go on from the whole checkpoint {step}: --ckpt-step {step}."
-    )
+    if step is None:
+        return ""
+    return f" Or go on from the complete checkpoint {step}: --ckpt-step {step}."
 
 
 def check_model(saved: object, args: argparse.Namespace, *, flag: str) -> None:
