@@ -83,10 +83,10 @@ def main() -> None:
 
         def begin(args: argparse.Namespace) -> None:
             check_exit_signal(args)
-            check_folders(args)
             held.enter_context(_alone_in(args))
 
         args = parse_trinity_args(begin)
+        check_folders(args)
         check_space(args)
         if args.rank == 0:
             check_splits(args)
