@@ -26,6 +26,7 @@ TRAINING_MODULE = "trinity_megatron.training"
 _RELEASED_PRESETS = ("tiny", "nano", "mini", "large")
 # A save takes as long as it takes; supervisors send SIGKILL when their patience is over.
 _SHUTDOWN_SECONDS = 24 * 3600
+_SECONDS_AFTER_FAILURE = 3
 # A second Ctrl-C sooner than that is the same one, handed on by another process.
 _SECONDS_BETWEEN_INTERRUPTS = 1.0
 _FORWARDED = ("SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2")
@@ -234,6 +235,8 @@ def _run_torchrun(torchrun_arguments: Sequence[str], signals: Sequence[signal.Si
 
     def noting_exit_codes(close: Callable[..., None]) -> Callable[..., None]:
         def wrapper(context: Any, *given: Any, **settings: Any) -> None:
+            if forwarder.received is None:  # a rank has failed: the others cannot save without it
+                given, settings["timeout"] = given[:1], _SECONDS_AFTER_FAILURE
             close(context, *given, **settings)
             handlers = context.subprocess_handlers.values()
             exit_codes[:] = [handler.proc.returncode or 0 for handler in handlers]

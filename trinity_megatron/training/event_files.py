@@ -63,6 +63,8 @@ class RunWriter(SummaryWriter):
     ) -> None:
         """Write a scalar; that of a validation with the next training step or at the end."""
         if _VALIDATION in tag:
+            if tag in self._held and self._held[tag][1] != global_step:
+                self.release()  # of an earlier step: no training step is logged in between
             self._held[tag] = (scalar_value, global_step)
             return
         self._has_trained = True

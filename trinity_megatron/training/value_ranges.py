@@ -130,6 +130,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         "at least 0",
         lambda value: 0 <= value < math.inf,
         (
+            "lr",
+            "decoupled_lr",
             "min_lr",
             "decoupled_min_lr",
             "lr_warmup_init",
@@ -157,8 +159,6 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         "more than 0",
         lambda value: 0 < value < math.inf,
         (
-            "lr",
-            "decoupled_lr",
             "adam_eps",
             "layernorm_epsilon",
             "rotary_base",
