@@ -56,13 +56,11 @@ def wait_for(what: Callable[[], object], seconds: float, pause: float = 0.005) -
 
 
 def rank_of(mark: str) -> int:
-    """The process of the last rank."""
-    ranks = {
-        int(variables[b"RANK"]): pid
-        for pid, line in living(mark).items()
-        if "-m trinity_megatron.training" in line
-        and (variables := variables_of(pid)).get(b"RANK", b"").isdigit()
-    }
+    """The process of the last rank; those that it forks have its command line and a later id."""
+    ranks: dict[int, int] = {}
+    for pid, line in sorted(living(mark).items()):
+        if "-m trinity_megatron.training" in line:
+            ranks.setdefault(int(variables_of(pid).get(b"RANK", b"-1")), pid)
     return ranks[max(ranks)]
 
 

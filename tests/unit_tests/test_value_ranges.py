@@ -14,8 +14,8 @@ NAN, INF = float("nan"), float("inf")
     [
         ("lr", -1.0, "at least 0"),
         ("lr", NAN, "at least 0"),
-        ("lr", INF, "more than 0"),
-        ("decoupled_lr", -1e-3, "more than 0"),
+        ("lr", INF, "at least 0"),
+        ("decoupled_lr", -1e-3, "at least 0"),
         ("min_lr", -1e-5, "at least 0"),
         ("min_lr", NAN, "at least 0"),
         ("lr_warmup_init", -1.0, "at least 0"),
