@@ -96,12 +96,12 @@ def test_pictures(study: SimpleNamespace) -> None:
 
 
 def test_a_complete_run_is_not_trained_again(study: SimpleNamespace, data: Path) -> None:
-    files = sorted(study.out.glob("*/seed_*/tensorboard/*")) + [study.out / "results.md"]
+    files = sorted(study.out.glob("*/seed_*/tensorboard/events.*")) + [study.out / "results.md"]
     before = [(file, file.read_bytes()) for file in files]
     again = start(study.out, data)
     assert again.returncode == 0, again.stderr
     assert "MaxVio" in again.stdout and "runs," not in again.stdout
-    files = sorted(study.out.glob("*/seed_*/tensorboard/*")) + [study.out / "results.md"]
+    files = sorted(study.out.glob("*/seed_*/tensorboard/events.*")) + [study.out / "results.md"]
     assert [(file, file.read_bytes()) for file in files] == before
     other = start(study.out, data, "--update-rate", "0.5")
     assert other.returncode == 2 and "other flags" in other.stderr

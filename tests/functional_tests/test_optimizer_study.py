@@ -76,20 +76,20 @@ def test_every_evaluation_reads_the_same_text(study: Path) -> None:
 
 def test_a_run_of_the_search_is_not_trained_again_if_it_is_as_long(study: Path) -> None:
     for optimizer in ("muon", "adam"):
-        (search,) = (study / "search" / optimizer).glob("*/seed_1/tensorboard/*")
+        (search,) = (study / "search" / optimizer).glob("*/seed_1/tensorboard/events.*")
         for phase in ("shortlist", "final"):
-            (later,) = (study / phase / optimizer).glob("*/seed_1/tensorboard/*")
+            (later,) = (study / phase / optimizer).glob("*/seed_1/tensorboard/events.*")
             assert later.name == search.name and later.read_bytes() == search.read_bytes()
 
 
 def test_a_complete_run_is_not_trained_again(study: Path, data: Path) -> None:
-    files = [*sorted(study.glob("*/*/*/seed_*/tensorboard/*")), study / "results.md"]
+    files = [*sorted(study.glob("*/*/*/seed_*/tensorboard/events.*")), study / "results.md"]
     before = [(file, file.read_bytes()) for file in files]
     (study / "optimizer_study.png").unlink()
     again = start(study, data)
     assert again.returncode == 0, again.stderr
     assert "AdamW" in again.stdout and "to go" not in again.stdout
-    files = [*sorted(study.glob("*/*/*/seed_*/tensorboard/*")), study / "results.md"]
+    files = [*sorted(study.glob("*/*/*/seed_*/tensorboard/events.*")), study / "results.md"]
     assert [(file, file.read_bytes()) for file in files] == before
     assert (study / "optimizer_study.png").read_bytes().startswith(b"\x89PNG")
     other = start(study, data, "--weight-decay", "0.2")
