@@ -46,7 +46,8 @@ def own_helpers() -> None:
 
     # Later than what multiprocessing does at the end, which still uses the folder.
     multiprocessing.util.Finalize(None, remove, exitpriority=_LAST)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiler_cache(base))
+    if os.environ.get("TORCHDYNAMO_DISABLE") != "1":  # otherwise nothing is compiled
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiler_cache(base))
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     _shield_helpers()
 

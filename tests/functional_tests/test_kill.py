@@ -92,6 +92,7 @@ def kill(victim: str, moment: str, ranks: int, data: Path, folder: Path) -> list
     if victim == "shell":  # it waits, as a script's does, for a command that is not its last one
         command = ["sh", "-c", f"{shlex.join(command)}; true"]
     variables = {**environment(), _MARK: mark, "TMPDIR": str(temporary)}
+    variables.pop("TORCHINDUCTOR_CACHE_DIR", None)  # that of the tests themselves
     before = shared_memory()
     with (folder / "log").open("w") as log:
         run = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
