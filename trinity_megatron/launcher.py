@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from trinity_megatron.environment import build_environment, count_cores, count_cuda_devices
-from trinity_megatron.process import LAUNCHER_PID_VARIABLE, hang_up_with_shell
+from trinity_megatron.process import (
+    LAUNCHER_PID_VARIABLE,
+    SECONDS_BETWEEN_INTERRUPTS,
+    hang_up_with_shell,
+)
 from trinity_megatron.replaced import replaced
 from trinity_megatron.world import refuse_worlds_in_tasks, single_rank_environment
 
@@ -27,8 +31,6 @@ _RELEASED_PRESETS = ("tiny", "nano", "mini", "large")
 # A save takes as long as it takes; supervisors send SIGKILL when their patience is over.
 _SHUTDOWN_SECONDS = 24 * 3600
 _SECONDS_AFTER_FAILURE = 3
-# A second Ctrl-C sooner than that is the same one, handed on by another process.
-_SECONDS_BETWEEN_INTERRUPTS = 1.0
 _FORWARDED = ("SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
@@ -218,7 +220,7 @@ class _SignalForwarder:
                         1, b"\n> the ranks end, after a save if they train; Ctrl-C again: at once\n"
                     )
             raise SignalException(f"{self.received.name} for the ranks", passed)
-        if signum == signal.SIGINT and self._last - before > _SECONDS_BETWEEN_INTERRUPTS:
+        if signum == signal.SIGINT and self._last - before > SECONDS_BETWEEN_INTERRUPTS:
             raise SignalException("the ranks end with this process", signal.SIGKILL)
 
 

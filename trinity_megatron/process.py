@@ -35,6 +35,8 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "name a shorter path",
 }
 LAUNCHER_PID_VARIABLE = "TRINITY_LAUNCHER_PID"
+# A second Ctrl-C sooner than that is the same one, handed on by another process.
+SECONDS_BETWEEN_INTERRUPTS = 1.0
 _PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 _USER_ERROR = 2
 # They wait for a command that is not in the background, so they end before it only if killed.

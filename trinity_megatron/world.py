@@ -44,11 +44,6 @@ class Step:
     address: str | None
     port: int | None
 
-    @property
-    def is_on_one_machine(self) -> bool:
-        """Whether all tasks are on this machine."""
-        return self.local_size == self.size
-
 
 def find_step(environment: Mapping[str, str]) -> Step | None:
     """What srun or mpirun says of this task; None if neither has started it.

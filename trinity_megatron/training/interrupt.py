@@ -21,11 +21,10 @@ from megatron.training import training
 from megatron.training.dist_signal_handler import DistributedSignalHandler, all_gather_item
 from megatron.training.global_vars import get_signal_handler
 
+from trinity_megatron.process import SECONDS_BETWEEN_INTERRUPTS
 from trinity_megatron.replaced import replaced
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-# A second Ctrl-C sooner than that is the same one, handed on by another process.
-_SECONDS_BETWEEN_INTERRUPTS = 1.0
 
 
 class EndedBySignal(SystemExit):
@@ -109,7 +108,7 @@ class SignalNotes(DistributedSignalHandler):
         now, last = time.monotonic(), self._last
         self._last = now
         if self._signal_received:
-            if signum == signal.SIGINT and now - last > _SECONDS_BETWEEN_INTERRUPTS:
+            if signum == signal.SIGINT and now - last > SECONDS_BETWEEN_INTERRUPTS:
                 raise KeyboardInterrupt
             return
         self._signal_received = signum
