@@ -137,11 +137,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         sources = sorted(Path(os.__file__).parent.glob("[a-f]*.py"))[:36]
         prepare_data(Path(name, "data"), sources, vocab_size=512)
-        for ranks, moment, victim in itertools.product((1, 4), MOMENTS, VICTIMS):
-            folder = Path(name, f"{ranks}{moment[0]}{victim[0]}{len(moment)}")
-            left = kill(victim, moment, ranks, Path(name, "data"), folder)
+        ways = itertools.product((1, 4), MOMENTS, VICTIMS)
+        for number, (ranks, moment, victim) in enumerate(ways):
+            left = kill(victim, moment, ranks, Path(name, "data"), Path(name, str(number)))
             failures += bool(left)
-            print(f"{ranks} ranks, kill -9 of the {victim}, {moment}: {left or 'nothing is left'}")
+            said = left or "nothing is left"
+            print(f"{ranks} ranks, kill -9 of the {victim}, {moment}: {said}", flush=True)
     sys.exit(bool(failures))
 
 

@@ -17,6 +17,18 @@ class _Results:
         self.latest = results
 
 
+class _Outputs:
+    """The queue of a thread's output, which notes its error before anyone can take it out."""
+
+    def __init__(self, queue: Any, note: Callable[[Any], None]) -> None:
+        self._queue = queue
+        self._note = note
+
+    def put(self, output: Any) -> None:
+        self._note(output)
+        self._queue.put(output)
+
+
 def write_or_say(write: Callable[..., None], rank: int, buckets: Sequence[Any], queue: Any) -> None:
     """Run Megatron's ``write_preloaded_data_multithread``; an error goes into the queue as it is.
 
@@ -31,10 +43,17 @@ def write_or_say(write: Callable[..., None], rank: int, buckets: Sequence[Any], 
     original = vars(FileSystemWriterAsync)["write_preloaded_data"]
     failures: list[Exception] = []
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        output = original.__func__(*args, **kwargs)
+    def note(output: Any) -> None:
         if isinstance(output[1], Exception):
             failures.append(output[1])
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["results_queue"] is not None:
+            return original.__func__(
+                *args, **{**kwargs, "results_queue": _Outputs(kwargs["results_queue"], note)}
+            )
+        output = original.__func__(*args, **kwargs)
+        note(output)
         return output
 
     results = _Results()
