@@ -5,7 +5,7 @@ torchrun --nproc-per-node 8 examples/pretrain_trinity.py --preset nano --data D 
 
 if __name__ == "__main__":
     # Inside the guard: the helper processes of a checkpoint save import this file again.
-    from trinity_megatron.process import enter_rank
+    from trinity_megatron.process.rank import enter_rank
 
     enter_rank()  # before the imports, which take seconds
     from trinity_megatron.training.pretrain import run

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from trinity_megatron.errors import UserError
+
 COMPLETE_NAME, LOG_NAME = "complete.json", "train.log"
 # Neither checkpoints nor W&B: the TensorBoard file is all that is read.
 LOGS_ONLY = ("--save", "", "--load", "", "--wandb-project", "")
@@ -37,13 +39,13 @@ class Job:
         """Whether it was trained to its end.
 
         Raises:
-            ValueError: It was, with other flags.
+            UserError: It was, with other flags.
         """
         path = self.folder / COMPLETE_NAME
         if not path.is_file():
             return False
         if json.loads(path.read_text())["flags"] != list(self.flags):
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} holds a run with other flags (see {path}). Remedy: give another "
                 "--out, or remove the folder."
             )
@@ -66,7 +68,7 @@ def run_study(name: str, out: Path, work: Callable[[], None]) -> int:
     except Timeout:
         print(f"{name}: error: another study runs in --out {out}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (UserError, OSError, subprocess.CalledProcessError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -99,7 +101,7 @@ def train_all[SomeJob: Job](
         describe: What to say of a complete run.
 
     Raises:
-        ValueError: A run failed; the others were stopped.  Names its log.
+        UserError: A run failed; the others were stopped.  Names its log.
     """
     waiting, begin = [job for job in jobs if not job.is_complete], time.monotonic()
     running: dict[subprocess.Popen, tuple[SomeJob, float]] = {}
@@ -158,6 +160,6 @@ def _finish(job: Job, code: int, seconds: float) -> None:
     if code != 0:
         log = job.folder / LOG_NAME
         last = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
-        raise ValueError(f"a run ended with code {code}; {log}:\n{last}")
+        raise UserError(f"a run ended with code {code}; {log}:\n{last}")
     content = {"flags": list(job.flags), "seconds": round(seconds, 1)}
     (job.folder / COMPLETE_NAME).write_text(json.dumps(content, indent=1) + "\n")

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trinity_megatron.tracking.moe_metrics import max_violation
-from trinity_megatron.tracking.run_log import BIAS_TAG, TOKENS_TAG, RunLog
+from trinity_megatron.errors import UserError
+from trinity_megatron.telemetry.metrics import max_violation
+from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, TOKENS_TAG, RunLog
 
 LABELS = {
     "none": "none",
@@ -72,14 +73,14 @@ def read_run(out: Path, rule: str, seed: int) -> Run:
 
     Raises:
         FileNotFoundError: There is no log.
-        ValueError: It lacks token counts, biases or a validation loss.
+        UserError: It lacks token counts, biases or a validation loss.
     """
     folder = run_folder(out, rule, seed)
     log = RunLog(folder / "tensorboard")
     counts, biases = log.tensors(TOKENS_TAG), log.tensors(BIAS_TAG)
     validation, losses = log.scalars("lm loss validation"), log.scalars("lm loss")
     if not counts or not biases or not validation or list(losses) != list(counts):
-        raise ValueError(
+        raise UserError(
             f"{folder} lacks token counts, biases or losses of a step, or the validation loss. "
             "Remedy: remove it and start the study again."
         )

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trinity_megatron.tracking.run_log import RunLog
+from trinity_megatron.errors import UserError
+from trinity_megatron.telemetry.tensorboard_log import RunLog
 
 LABELS = {"muon": "Muon", "adam": "AdamW"}
 # Recipes are searched on this seed: all in runs that may be shorter than the final ones, then the
@@ -103,12 +104,12 @@ def read_run(out: Path, phase: str, optimizer: str, recipe: Recipe, seed: int) -
 
     Raises:
         FileNotFoundError: There is no log.
-        ValueError: It has no validation loss.
+        UserError: It has no validation loss.
     """
     folder = run_folder(out, phase, optimizer, recipe, seed)
     losses = RunLog(folder / "tensorboard").scalars("lm loss validation")
     if not losses:
-        raise ValueError(
+        raise UserError(
             f"{folder} has no validation loss. Remedy: remove it and start the study again."
         )
     steps, values = np.array(list(losses)), np.array(list(losses.values()))
@@ -168,7 +169,7 @@ def find_shortlist(runs: Sequence[Run], optimizer: str, size: int) -> list[Run]:
     """The runs of the search with the lowest final validation losses, best first.
 
     Raises:
-        ValueError: The best one's learning rate is at the edge of those searched.
+        UserError: The best one's learning rate is at the edge of those searched.
     """
     ranked = rank_search(runs, optimizer)
     _refuse_edge(ranked[0], runs)
@@ -184,11 +185,11 @@ def find_best(runs: Sequence[Run], optimizer: str) -> Run:
     """The run of the shortlist with the lowest final validation loss.
 
     Raises:
-        ValueError: Its learning rate is at the edge of those searched, or there is no shortlist.
+        UserError: Its learning rate is at the edge of those searched, or there is no shortlist.
     """
     listed = of_phase(runs, SHORTLIST, optimizer)
     if not listed:
-        raise ValueError(
+        raise UserError(
             f"the study has no shortlist of {LABELS[optimizer]}. Remedy: start it again with "
             "run.py in the same folder; what is trained is kept."
         )
@@ -265,7 +266,7 @@ def _refuse_edge(best: Run, runs: Sequence[Run]) -> None:
     """Refuse a best learning rate beyond which a better one may lie."""
     lrs = sorted({run.recipe.lr for run in of_phase(runs, SEARCH, best.optimizer)})
     if len(lrs) > 1 and best.recipe.lr in (lrs[0], lrs[-1]):
-        raise ValueError(
+        raise UserError(
             f"{LABELS[best.optimizer]}'s best learning rate, {best.recipe.lr:g}, is at the edge of "
             f"those searched, {lrs[0]:g} to {lrs[-1]:g}. Remedy: add a recipe beyond it to "
             f"--{best.optimizer}-recipes, and one to the other optimizer's; what is trained is "

@@ -41,7 +41,8 @@ from results import (
 )
 from study import positive
 
-from trinity_megatron.launcher import (
+from trinity_megatron.errors import UserError
+from trinity_megatron.launch.local import (
     build_environment,
     count_cuda_devices,
     single_rank_environment,
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, megatron_flags = parser.parse_known_args(argv)
     try:
         check_search(args)
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     return study.run_study(
         "optimizer study", args.out, lambda: compare_optimizers(args, megatron_flags)
@@ -109,7 +110,7 @@ def compare_optimizers(args: argparse.Namespace, megatron_flags: Sequence[str]) 
     """Search, train all seeds at the best, and report.
 
     Raises:
-        ValueError: The best of the search is at an edge, or a run failed.
+        UserError: The best of the search is at an edge, or a run failed.
     """
     data = (args.data or prepare_text(args.out / "data")).resolve()
     jobs = partial(phase_jobs, args, [*common_flags(args, data), *megatron_flags])
@@ -190,22 +191,22 @@ def check_search(args: argparse.Namespace) -> None:
     """Refuse a search that is longer for one optimizer, and steps that do not fit.
 
     Raises:
-        ValueError: Names the flags and the remedy.
+        UserError: Names the flags and the remedy.
     """
     muon, adam = set(args.muon_recipes), set(args.adam_recipes)
     if len(muon) != len(adam):
-        raise ValueError(
+        raise UserError(
             f"--muon-recipes has {len(muon)}, --adam-recipes {len(adam)}. Remedy: search as many "
             "for one as for the other."
         )
     if args.search_steps > args.steps:
-        raise ValueError(
+        raise UserError(
             f"--search-steps {args.search_steps} is above --steps {args.steps}. Remedy: lower it: "
             "the best of the search are trained to the full length."
         )
     for flag, steps in (("--steps", args.steps), ("--search-steps", args.search_steps)):
         if steps % args.eval_interval:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {steps} is no multiple of --eval-interval {args.eval_interval}. "
                 "Remedy: change one of them."
             )
@@ -261,7 +262,7 @@ def train_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[Run]:
     """Train what is not complete, on one thread each; returns all runs.
 
     Raises:
-        ValueError: A run failed; the others were stopped.
+        UserError: A run failed; the others were stopped.
     """
     environment = build_environment(
         os.environ, num_ranks=1, num_cores=1, cuda=count_cuda_devices() > 0

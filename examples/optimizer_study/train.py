@@ -51,7 +51,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from trinity_megatron.process import enter_rank
+    from trinity_megatron.process.rank import enter_rank
 
     enter_rank()  # before the imports, which take seconds
     import trinity_megatron.training.pretrain  # noqa: F401  enters the host before Megatron

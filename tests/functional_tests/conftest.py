@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trinity_megatron.data.dataset import prepare_data
+from trinity_megatron.data.prepare import prepare_data
 
 
 @pytest.fixture(scope="session")

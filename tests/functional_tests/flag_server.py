@@ -62,7 +62,7 @@ def train(job: dict[str, Any], folder: Path, rank: int, port: int) -> None:
     (folder / "cwd").mkdir(exist_ok=True)
     os.chdir(folder / "cwd")
     sys.argv = ["train", *(flag.replace("{run}", str(folder)) for flag in job["flags"])]
-    from trinity_megatron.helpers import own_helpers
+    from trinity_megatron.process.helpers import own_helpers
     from trinity_megatron.training import pretrain
 
     own_helpers()  # those of a save end with this process

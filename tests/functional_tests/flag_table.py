@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.functional_tests.launch import environment
-from trinity_megatron.training.flags import Reason, load_reasons
+from trinity_megatron.training.arguments.unsupported import Reason, load_reasons
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parents[1] / "docs" / "flags.md"
@@ -222,6 +222,6 @@ that *holds already* asks for what Trinity's defaults are.
 
 This file is generated: `python -m tests.functional_tests.test_all_flags --all` trains four steps
 with each flag on a CPU, compares what happens with the tables
-(`trinity_megatron/training/unfollowed_flags.toml`, `tests/functional_tests/flag_trials.toml`), and
-writes it.  What *needs a GPU* was not run.
+(`trinity_megatron/training/arguments/unsupported_flags.toml`,
+`tests/functional_tests/flag_trials.toml`), and writes it.  What *needs a GPU* was not run.
 """

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from trinity_megatron.launcher import count_cuda_devices
-from trinity_megatron.tracking.run_log import RunLog
+from trinity_megatron.launch.local import count_cuda_devices
+from trinity_megatron.telemetry.tensorboard_log import RunLog
 
 ROOT = Path(__file__).resolve().parents[2]
 # Small enough for a tenth of a second a step, and still three MoE layers with 32 experts each.

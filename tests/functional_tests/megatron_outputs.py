@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from trinity_megatron.checkpoint.model import load_megatron_model
+from trinity_megatron.checkpoint.model_io import load_megatron_model
 
 SEQUENCES, LENGTH, PROMPTS, NEW_TOKENS = 16, 64, 5, 64
 

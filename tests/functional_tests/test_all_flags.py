@@ -31,12 +31,12 @@ def parser() -> argparse.ArgumentParser:
 
 def make_parser() -> argparse.ArgumentParser:
     """Megatron's parser with our flags and defaults, with nothing given."""
-    from trinity_megatron.host import enter_host
+    from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 
     enter_host()
     from megatron.training.arguments import add_megatron_arguments
 
-    from trinity_megatron.training.arguments import add_trinity_args
+    from trinity_megatron.training.arguments.parser import add_trinity_args
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pretrain"])
@@ -56,7 +56,7 @@ def test_every_flag_is_tried(parser: argparse.ArgumentParser) -> None:
 def test_what_the_table_says_of_a_flag(
     trial: Trial, parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from trinity_megatron.training.flags import refuse_flags
+    from trinity_megatron.training.arguments.unsupported import refuse_flags
 
     action = parser._option_string_actions[trial.flag]
     given = parser.parse_args([trial.flag, *trial.rest.split()])
@@ -98,7 +98,7 @@ def failures(trials: list[Trial], data: Path, folder: Path, *, timeout: float) -
 
 def main() -> None:
     """Try all flags or those that are named; write the document after all."""
-    from trinity_megatron.data.dataset import prepare_data
+    from trinity_megatron.data.prepare import prepare_data
 
     named = sys.argv[1:]
     trials = [t for t in load_trials() if named == ["--all"] or t.flag in named]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.functional_tests.launch import environment
-from trinity_megatron.launcher import single_rank_environment
+from trinity_megatron.launch.local import single_rank_environment
 
 pytestmark = pytest.mark.slow  # imports megatron.training
 
@@ -19,12 +19,12 @@ Parse = Callable[..., None]
 @pytest.fixture
 def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parse]:
     """Parse a command line of the training entry, up to Megatron's own checks."""
-    from trinity_megatron.host import enter_host
+    from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 
     enter_host()
     from megatron.training import global_vars
 
-    from trinity_megatron.training.arguments import parse_trinity_args
+    from trinity_megatron.training.arguments.parser import parse_trinity_args
 
     def run(flags: str, *, world: int = 1) -> None:
         for name, value in (("WANDB_MODE", "disabled"), ("RANK", "0"), ("WORLD_SIZE", str(world))):
@@ -128,7 +128,7 @@ def test_refused(flags: str, world: int, expected: tuple[str, ...], parse: Parse
     ],
 )
 def test_balance_options_are_checked(field: str, value: object, wanted: str) -> None:
-    from trinity_megatron.presets import trinity_preset
+    from trinity_megatron.model.presets import trinity_preset
 
     with pytest.raises(ValueError, match=f"{field}={value!r}.*{wanted}.*Remedy: "):
         trinity_preset("tiny", **{field: value})
@@ -163,8 +163,8 @@ def test_no_data(parse: Parse, tmp_path: Path) -> None:
 
 def test_other_vocabulary_than_the_checkpoint(parse: Parse, data: Path, tmp_path: Path) -> None:
     from trinity_megatron.checkpoint.hf_assets import keep_tokenizer
-    from trinity_megatron.data.dataset import load_manifest
-    from trinity_megatron.training.start import check_checkpoint_vocabulary
+    from trinity_megatron.data.prepare import load_manifest
+    from trinity_megatron.training.resume import check_checkpoint_vocabulary
 
     manifest, checkpoints = load_manifest(data), tmp_path / "out" / "checkpoints"
     keep_tokenizer(manifest.tokenizer_path, checkpoints)
@@ -175,7 +175,7 @@ def test_other_vocabulary_than_the_checkpoint(parse: Parse, data: Path, tmp_path
 
 
 def test_wrong_megatron() -> None:
-    from trinity_megatron.training.arguments import check_megatron_version
+    from trinity_megatron.training.arguments.parser import check_megatron_version
 
     for version in ("0.19.2", "0.19.3+local"):
         check_megatron_version(version)

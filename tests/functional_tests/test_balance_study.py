@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tests.functional_tests.launch import ROOT, environment
-from trinity_megatron.tracking.moe_metrics import max_violation
-from trinity_megatron.tracking.run_log import BIAS_TAG, TOKENS_TAG, RunLog
-from trinity_megatron.tracking.verdict import sampling_noise
+from trinity_megatron.report.balance_verdict import sampling_noise
+from trinity_megatron.telemetry.metrics import max_violation
+from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, TOKENS_TAG, RunLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests.functional_tests.launch import ROOT, environment
-from trinity_megatron.gpu_check import throughput
-from trinity_megatron.gpu_check.main import PARTS, main
-from trinity_megatron.gpu_check.profiler import kind_of, self_times
-from trinity_megatron.gpu_check.suites import read_junit
+from trinity_megatron.doctor import throughput
+from trinity_megatron.doctor.main import PARTS, main
+from trinity_megatron.doctor.profiler import kind_of, self_times
+from trinity_megatron.doctor.suites import read_junit
 
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 
@@ -184,13 +184,13 @@ def test_goals_and_memory_of_a_gpu_run() -> None:
 def test_the_arithmetic_is_of_the_model_that_is_trained(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trinity_megatron.host import enter_host
+    from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 
     enter_host()
     from megatron.training.arguments import parse_args
 
-    from trinity_megatron.gpu_check.fp8_loss import fp8_flags
-    from trinity_megatron.training.arguments import add_trinity_args
+    from trinity_megatron.doctor.fp8_loss import fp8_flags
+    from trinity_megatron.training.arguments.parser import add_trinity_args
 
     model = throughput.GPU_MODELS[name]
     flags = [*model.command_line(16), *fp8_flags("blockwise"), *throughput._ALL_LAYERS]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.functional_tests.launch import SMALL, environment
-from trinity_megatron.launcher import count_cuda_devices
-from trinity_megatron.tracking.run_log import RunLog
+from trinity_megatron.launch.local import count_cuda_devices
+from trinity_megatron.telemetry.tensorboard_log import RunLog
 
 pytestmark = [
     pytest.mark.distributed,

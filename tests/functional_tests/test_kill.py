@@ -131,7 +131,7 @@ def test_nothing_is_left(victim: str, moment: str, ranks: int, data: Path) -> No
 
 def main() -> None:
     """Kill each victim at each moment, with one rank and with four."""
-    from trinity_megatron.data.dataset import prepare_data
+    from trinity_megatron.data.prepare import prepare_data
 
     failures = 0
     with tempfile.TemporaryDirectory(dir="/tmp") as name:

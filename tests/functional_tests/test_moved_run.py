@@ -10,8 +10,8 @@ import pytest
 
 from tests.functional_tests.launch import SMALL, environment
 from trinity_megatron.checkpoint.convert import megatron_to_hf
-from trinity_megatron.checkpoint.generate import generate
-from trinity_megatron.data.dataset import prepare_data
+from trinity_megatron.data.prepare import prepare_data
+from trinity_megatron.evaluation.generate import generate
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.functional_tests.launch import environment
-from trinity_megatron.launcher import count_cuda_devices
+from trinity_megatron.launch.local import count_cuda_devices
 
 pytestmark = [
     pytest.mark.distributed,

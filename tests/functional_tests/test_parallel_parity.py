@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.functional_tests.launch import ADAM, Job, train
-from trinity_megatron.tracking.run_log import BIAS_TAG, TOKENS_TAG, RunLog
+from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, TOKENS_TAG, RunLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

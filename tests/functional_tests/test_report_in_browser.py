@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.functional_tests.browser import CHROMIUM, Browser
-from tests.unit_tests.tracking.synthetic_run import write_run
-from trinity_megatron.tracking.report import Report, report_run
+from tests.unit_tests.report.synthetic_run import write_run
+from trinity_megatron.report.report import Report, report_run
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.functional_tests.launch import ADAM, Job, train
-from trinity_megatron.tracking.run_log import BIAS_TAG, TOKENS_TAG, RunLog
+from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, TOKENS_TAG, RunLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

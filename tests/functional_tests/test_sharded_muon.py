@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from tests.functional_tests.launch import Job, train
 from tests.functional_tests.test_resume import read_tensors
-from trinity_megatron.tracking.run_log import RunLog
+from trinity_megatron.telemetry.tensorboard_log import RunLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.functional_tests.launch import ADAM, Job, train
-from trinity_megatron.moe.expert_bias import smebu_update
-from trinity_megatron.tracking.run_log import BIAS_TAG, TOKENS_TAG
+from trinity_megatron.model.moe.expert_bias import smebu_update
+from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, TOKENS_TAG
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

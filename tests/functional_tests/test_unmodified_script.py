@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow  # imports megatron.training
 
 
 def test_a_plain_config_builds_the_same_model(tmp_path: Path) -> None:
-    from trinity_megatron.host import enter_host
+    from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 
     enter_host()
     from megatron.core.distributed import DistributedDataParallelConfig
@@ -20,9 +20,9 @@ def test_a_plain_config_builds_the_same_model(tmp_path: Path) -> None:
     from megatron.core.utils import get_model_config, unwrap_model
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-    from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
     from trinity_megatron.layer_specs import get_trinity_layer_spec
-    from trinity_megatron.moe.finalize import finalize_model_grads
+    from trinity_megatron.model.config import TRINITY_ARCHITECTURE, TrinityConfig
+    from trinity_megatron.model.moe.bias_update import finalize_model_grads
     from trinity_megatron.training.model_builder import TrinityModelConfig
 
     fields = {

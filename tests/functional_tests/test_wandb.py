@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests.functional_tests.launch import NARROW, ROOT, SMALL, environment
-from trinity_megatron.flops import training_flops_per_token
-from trinity_megatron.presets import trinity_preset
-from trinity_megatron.tracking.run_log import RunLog
-from trinity_megatron.tracking.wandb_run import read_records
+from trinity_megatron.model.presets import trinity_preset
+from trinity_megatron.planner.flops import training_flops_per_token
+from trinity_megatron.telemetry.tensorboard_log import RunLog
+from trinity_megatron.telemetry.wandb_run import read_records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

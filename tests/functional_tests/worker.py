@@ -20,8 +20,9 @@ def train(job: dict[str, Any]) -> None:
     """Run the training entry once, and leave the process as it was before."""
     from megatron.training import get_tensorboard_writer, training
 
-    from trinity_megatron.moe import finalize
-    from trinity_megatron.training import finish, pretrain
+    from trinity_megatron.model.moe import bias_update
+    from trinity_megatron.training import pretrain
+    from trinity_megatron.training.callbacks import end_of_run
 
     initialize_megatron = training.initialize_megatron
     sys.argv = ["worker.py", *job["flags"]]
@@ -33,8 +34,8 @@ def train(job: dict[str, Any]) -> None:
             raise
     finally:
         training.initialize_megatron = initialize_megatron
-        finalize._Pending.routers, finalize._Pending.tokens_per_expert = (), None
-        finish.ValidationTokens.counts = None
+        bias_update._Pending.routers, bias_update._Pending.tokens_per_expert = (), None
+        end_of_run.ValidationTokens.counts = None
     if writer := get_tensorboard_writer():
         writer.close()
     training.destroy_global_state()
@@ -61,8 +62,8 @@ def probed(
         collectives: Prefix of the files of ``counted``, one for each rank.
         gather_state: Save and load the optimizer's state as Megatron does, see ``gathered``.
     """
-    from trinity_megatron import layer_specs
-    from trinity_megatron.moe.finalize import find_routers
+    from trinity_megatron.model import layer_specs
+    from trinity_megatron.model.moe.bias_update import find_routers
 
     states: list[dict[str, torch.Tensor]] = []
     real = layer_specs.finalize_model_grads
@@ -101,8 +102,8 @@ def traced(prefix: str | None) -> Iterator[None]:
     The file has ``calls``: (step, layer, logits, padding mask or None, routing map) of each call
     with gradients, and ``updates``: what each committed update says of this rank's layers.
     """
-    from trinity_megatron.moe.finalize import observe_bias_updates
-    from trinity_megatron.moe.router import TrinityRouter
+    from trinity_megatron.model.moe.bias_update import observe_bias_updates
+    from trinity_megatron.model.moe.router import TrinityRouter
 
     if prefix is None:
         yield
@@ -146,8 +147,8 @@ def counted(prefix: str | None) -> Iterator[None]:
     from megatron.core import parallel_state
     from megatron.core.distributed import param_and_grad_buffer
 
-    from trinity_megatron.optimizer.distributed import ShardedMuonOptimizer
     from trinity_megatron.optimizer.muon import Muon
+    from trinity_megatron.optimizer.sharded.distributed_optimizer import ShardedMuonOptimizer
 
     if prefix is None:
         yield
@@ -219,7 +220,9 @@ def gathered(active: bool) -> Iterator[None]:
     """Megatron's own way to save and load a distributed optimizer, in place of boxes."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    from trinity_megatron.optimizer.distributed import ResumableDistributedOptimizer
+    from trinity_megatron.optimizer.sharded.distributed_optimizer import (
+        ResumableDistributedOptimizer,
+    )
 
     names = (
         "sharded_param_state_fully_reshardable",

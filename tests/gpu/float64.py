@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.reference.attention import attention
-from trinity_megatron.config import TrinityConfig
+from trinity_megatron.model.config import TrinityConfig
 
 Weights = dict[str, torch.Tensor]
 

@@ -29,9 +29,9 @@ def build_model(device: torch.device, **overrides: Any) -> Any:
     """An initialised model of ``SMALL`` with other fields; bf16 with ``bf16=True``."""
     from megatron.core.models.gpt import GPTModel
 
-    from trinity_megatron.config import TRINITY_ARCHITECTURE, TrinityConfig
-    from trinity_megatron.initialization import initialize_parameters
-    from trinity_megatron.layer_specs import get_trinity_layer_spec
+    from trinity_megatron.model.config import TRINITY_ARCHITECTURE, TrinityConfig
+    from trinity_megatron.model.initialization import initialize_parameters
+    from trinity_megatron.model.layer_specs import get_trinity_layer_spec
 
     dtype = torch.bfloat16 if overrides.get("bf16") else torch.float32
     values = {"transformer_impl": "local", "params_dtype": dtype, "pipeline_dtype": dtype}

@@ -8,8 +8,8 @@ import torch
 
 from tests.gpu.conftest import Record
 from tests.gpu.models import FP8_WIDTH, build_model, relative_error
-from trinity_megatron.fp8 import FP8_RECIPES, supported_recipes
-from trinity_megatron.moe.experts import grouped_swiglu_experts
+from trinity_megatron.model.fp8 import FP8_RECIPES, supported_recipes
+from trinity_megatron.model.moe.experts import grouped_swiglu_experts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.te]
 

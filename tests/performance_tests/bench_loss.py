@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 # thread it waits for where another process has the other core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from trinity_megatron.host import enter_host  # noqa: E402
+from trinity_megatron.cpu_host.cuda_stand_ins import enter_host  # noqa: E402
 
 enter_host()
 
@@ -39,7 +39,7 @@ from megatron.core.tensor_parallel.cross_entropy import (  # noqa: E402
     vocab_parallel_cross_entropy as megatron_cross_entropy,
 )
 
-from trinity_megatron.loss import add_z_loss, vocab_parallel_cross_entropy  # noqa: E402
+from trinity_megatron.model.lm_head_loss import add_z_loss, vocab_parallel_cross_entropy  # noqa: E402
 
 NUM_TOKENS, VOCAB_SIZE, HIDDEN_SIZE = 2048, 32768, 16
 COEFF = 1e-4

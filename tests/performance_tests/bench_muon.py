@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 if {"cpu", "--quick"} <= set(sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, as Megatron does
 
-from trinity_megatron.host import enter_host  # noqa: E402
+from trinity_megatron.cpu_host.cuda_stand_ins import enter_host  # noqa: E402
 
 enter_host()
 
@@ -37,9 +37,9 @@ from torch import Tensor  # noqa: E402
 from torch.nn import Parameter  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from trinity_megatron.model.presets import get_preset  # noqa: E402
 from trinity_megatron.optimizer.muon import MatrixSplit, Muon  # noqa: E402
 from trinity_megatron.optimizer.newton_schulz import orthogonalize  # noqa: E402
-from trinity_megatron.presets import get_preset  # noqa: E402
 
 GOAL_OF_STEP, GOAL_OF_RATE, GOAL_OF_SHARE = 0.5, 0.7, 0.25
 SETS = (("simple", 5), ("dion", 5), ("polar_express", 5), ("polar_express", 8))

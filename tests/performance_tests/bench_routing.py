@@ -30,17 +30,17 @@ os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
 os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
 
 from trinity_megatron.training import pretrain  # noqa: E402, I001  enters the host first
-from trinity_megatron.data.dataset import prepare_data  # noqa: E402
-from trinity_megatron.moe import finalize  # noqa: E402
-from trinity_megatron.tracking.run_log import RunLog  # noqa: E402
-from trinity_megatron.training import metrics  # noqa: E402
+from trinity_megatron.data.prepare import prepare_data  # noqa: E402
+from trinity_megatron.model.moe import bias_update  # noqa: E402
+from trinity_megatron.telemetry.tensorboard_log import RunLog  # noqa: E402
+from trinity_megatron.training.callbacks import step_metrics  # noqa: E402
 
 GOAL, WARM_UP = 1.03, 10
 
 
 def alternate() -> None:
     """Let odd steps neither count, nor move the bias, nor measure anything."""
-    collect_counts, is_logging_step = finalize.collect_counts, metrics.is_logging_step
+    collect_counts, is_logging_step = bias_update.collect_counts, step_metrics.is_logging_step
     state = {"is_on": True}
     wandb_seconds.clear()
 
@@ -53,8 +53,8 @@ def alternate() -> None:
         if state["is_on"]:
             collect_counts(*args)
 
-    metrics.is_logging_step = in_even_steps
-    finalize.collect_counts = counts_in_even_steps
+    step_metrics.is_logging_step = in_even_steps
+    bias_update.collect_counts = counts_in_even_steps
 
 
 def train(folder: Path, steps: int) -> list[float]:

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from trinity_megatron.host import enter_host  # noqa: E402
+from trinity_megatron.cpu_host.cuda_stand_ins import enter_host  # noqa: E402
 
 enter_host()
 
@@ -34,13 +34,13 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from reference.hf_afmoe import hf_model  # noqa: E402
 
-from trinity_megatron.config import TRINITY_ARCHITECTURE  # noqa: E402
-from trinity_megatron.flops import training_flops_per_token  # noqa: E402
-from trinity_megatron.initialization import initialize_parameters  # noqa: E402
-from trinity_megatron.layer_specs import get_trinity_layer_spec  # noqa: E402
+from trinity_megatron.model.config import TRINITY_ARCHITECTURE  # noqa: E402
+from trinity_megatron.model.initialization import initialize_parameters  # noqa: E402
+from trinity_megatron.model.layer_specs import get_trinity_layer_spec  # noqa: E402
+from trinity_megatron.model.presets import get_preset, trinity_preset  # noqa: E402
 from trinity_megatron.optimizer.muon import Muon  # noqa: E402
 from trinity_megatron.optimizer.param_groups import attach_muon_splits, is_adam_parameter  # noqa: E402
-from trinity_megatron.presets import get_preset, trinity_preset  # noqa: E402
+from trinity_megatron.planner.flops import training_flops_per_token  # noqa: E402
 
 SEQ = get_preset("tiny").training["seq_length"]
 BATCH = get_preset("tiny").training["global_batch_size"]

@@ -3,7 +3,7 @@
 import torch
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
-from trinity_megatron.config import TrinityConfig
+from trinity_megatron.model.config import TrinityConfig
 
 
 def hf_config(config: TrinityConfig, **overrides: object) -> AfmoeConfig:

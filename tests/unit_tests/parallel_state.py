@@ -15,7 +15,7 @@ def one_rank_world(store: Path) -> Iterator[None]:
     Args:
         store: File for the rendezvous, not there yet.
     """
-    from trinity_megatron.host import enter_host
+    from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 
     enter_host()
     from megatron.core import parallel_state

@@ -13,70 +13,22 @@ import pytest
 PACKAGE = "trinity_megatron"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 
-# Module -> level.  "folder/*" stands for the modules of a folder that are not named themselves.
-LEVELS = {
-    # 0: arithmetic and formats; nothing of ours below.
-    "host": 0,
-    "cpu_matmul": 0,
-    "cpu_memory": 0,
-    "version": 0,
-    "process": 0,
-    "screen": 0,
-    "replaced": 0,
-    "temporary": 0,
-    "helpers": 0,
-    "reaper": 0,
-    "environment": 0,
-    "world": 0,
-    "fp8": 0,
-    "flex_attention": 0,
-    "moe/expert_bias": 0,
-    "moe/balance_loss": 0,
-    "moe/unstack": 0,
-    "optimizer/newton_schulz": 0,
-    "optimizer/syrk": 0,
-    "optimizer/ownership": 0,
-    "optimizer/sharded_state": 0,
-    "data/*": 0,
-    "checkpoint/hf_folder": 0,
-    "checkpoint/transforms": 0,
-    "checkpoint/verify_flags": 0,
-    "tracking/moe_metrics": 0,
-    "tracking/statistics": 0,
-    # 1: parts of the model and of the optimizer.
-    "config": 1,
-    "flops": 1,
-    "attention": 1,
-    "norms": 1,
-    "initialization": 1,
-    "transformer_layer": 1,
-    "loss": 1,
-    "moe/router": 1,
-    "moe/experts": 1,
-    "moe/te_experts": 1,
-    "moe/token_dispatcher": 1,
-    "moe/moe_layer": 1,
-    "moe/finalize": 1,
-    "optimizer/exchange": 1,
-    "optimizer/muon": 1,
-    "optimizer/param_groups": 1,
-    "checkpoint/hf_config": 1,
-    # 2: wiring.
-    "presets": 2,
-    "layer_specs": 2,
-    "optimizer/layout": 2,
-    "optimizer/distributed": 2,
-    "optimizer/plan": 2,
-    "optimizer/builder": 2,
-    "checkpoint/*": 2,
-    "tracking/*": 2,
-    # 3: Megatron's training.
-    "training/*": 3,
-    "memory": 3,
-    # 4: what a user starts.
-    "launcher": 4,
-    "gpu_check/*": 4,
-    "cli": 5,
+# From below upwards: a folder or top-level module imports lower floors, and itself.
+FLOORS = (
+    ("errors", "upstream", "process", "cpu_host", "telemetry", "data"),
+    ("model", "optimizer", "report"),
+    ("checkpoint", "planner", "launch"),
+    ("training", "evaluation", "doctor"),
+    ("cli",),
+    # Names of before, which scripts hold; nothing of ours imports them.
+    ("layer_specs", "presets", "moe"),
+)
+# Arrows inside a floor, none of which has a way back.
+SIDEWAYS = {
+    ("process", "errors"),
+    ("data", "errors"),
+    ("telemetry", "errors"),
+    ("optimizer", "model"),
 }
 OPTIONAL = ("transformer_engine", "apex", "wandb", "emerging_optimizers")
 MODULES = sorted(
@@ -86,13 +38,18 @@ MODULES = sorted(
 )
 
 
-def get_level(module: str) -> int:
-    for key in (module, f"{module.rpartition('/')[0]}/*"):
-        if key in LEVELS:
-            return LEVELS[key]
+def get_room(module: str) -> str:
+    """Top-level folder or module."""
+    return module.split("/")[0]
+
+
+def get_floor(module: str) -> int:
+    for number, rooms in enumerate(FLOORS):
+        if get_room(module) in rooms:
+            return number
     raise AssertionError(
-        f"{PACKAGE}/{module}.py has no level. Add it to LEVELS in {Path(__file__).name}, as low as "
-        "its imports allow."
+        f"{PACKAGE}/{module}.py is on no floor. Add {get_room(module)} to FLOORS in "
+        f"{Path(__file__).name}, as low as its imports allow."
     )
 
 
@@ -101,11 +58,8 @@ def get_folder(module: str) -> str:
 
 
 def is_allowed(importer: str, imported: str) -> bool:
-    """Lower levels; on the same level, the own folder and those around it."""
-    if get_level(imported) != get_level(importer):
-        return get_level(imported) < get_level(importer)
-    folder = get_folder(imported)
-    return folder in ("", get_folder(importer))
+    rooms = get_room(importer), get_room(imported)
+    return get_floor(imported) < get_floor(importer) or rooms[0] == rooms[1] or rooms in SIDEWAYS
 
 
 @cache
@@ -140,9 +94,9 @@ def imported_modules(module: str) -> set[str]:
 def test_module_imports_only_what_lies_below(module: str) -> None:
     wrong = sorted(other for other in imported_modules(module) if not is_allowed(module, other))
     assert not wrong, (
-        f"{module} (level {get_level(module)}) imports "
-        + ", ".join(f"{other} (level {get_level(other)})" for other in wrong)
-        + ". Move the shared part to a lower level, or pass it in."
+        f"{module} (floor {get_floor(module)}) imports "
+        + ", ".join(f"{other} (floor {get_floor(other)})" for other in wrong)
+        + ". Move the shared part to a lower floor, or pass it in."
     )
 
 
@@ -160,7 +114,20 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if get_folder(m) != "training"])
+def test_no_folder_imports_one_that_imports_it() -> None:
+    arrows = {
+        (get_folder(module) or module, get_folder(other) or other)
+        for module in MODULES
+        for other in imported_modules(module)
+    }
+    # A folder and those inside of it are one room.
+    mutual = sorted(
+        (a, b) for a, b in arrows if a < b and (b, a) in arrows and not b.startswith(f"{a}/")
+    )
+    assert not mutual, f"{mutual[0][0]} and {mutual[0][1]} import each other"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if get_room(m) != "training"])
 def test_only_training_imports_megatron_training(module: str) -> None:
     wrong = [name for name in imported_names(module) if f"{name}.".startswith("megatron.training.")]
     assert not wrong, f"{module} imports {wrong[0]}; only training/ may. Pass the value in."

@@ -9,7 +9,7 @@ __all__ = ["load_hf_model", "save_hf_model"]
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        from trinity_megatron.checkpoint import model
+        from trinity_megatron.checkpoint import model_io
 
-        return getattr(model, name)
+        return getattr(model_io, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import torch
 
 from trinity_megatron import __version__
-from trinity_megatron.checkpoint.checked_reader import Checks
 from trinity_megatron.checkpoint.hf_assets import (
     ASSETS_NAME,
     Assets,
@@ -28,13 +27,6 @@ from trinity_megatron.checkpoint.hf_assets import (
     save_assets,
     write_generation_config,
     write_tokenizer,
-)
-from trinity_megatron.checkpoint.hf_config import (
-    CONFIG_NAME,
-    compare_models,
-    hf_config_from_trinity,
-    read_hf_config,
-    trinity_config_from_hf,
 )
 from trinity_megatron.checkpoint.hf_weights import (
     INDEX_NAME,
@@ -46,6 +38,7 @@ from trinity_megatron.checkpoint.hf_weights import (
     parse_header,
     split_into_files,
 )
+from trinity_megatron.checkpoint.integrity.checked_reader import Checks
 from trinity_megatron.checkpoint.param_mapping import (
     Entry,
     resolve,
@@ -61,14 +54,22 @@ from trinity_megatron.checkpoint.torch_dist import (
     TorchDistWriter,
 )
 from trinity_megatron.checkpoint.transforms import Block, Shape, cut
-from trinity_megatron.config import (
+from trinity_megatron.data.tokenizer import read_vocab_size
+from trinity_megatron.errors import UserError
+from trinity_megatron.model.config import (
     ARGUMENT_DEST,
     MODEL_FIELDS,
     TRINITY_ARCHITECTURE,
     TrinityConfig,
     count_dense_layers,
 )
-from trinity_megatron.data.tokenizer import read_vocab_size
+from trinity_megatron.model.hf_config import (
+    CONFIG_NAME,
+    compare_models,
+    hf_config_from_trinity,
+    read_hf_config,
+    trinity_config_from_hf,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def hf_to_megatron(hf: Path, megatron: Path) -> None:
         megatron: Folder to make.
 
     Raises:
-        ValueError: The model is not supported, or the checkpoint is not complete or damaged.
+        UserError: The model is not supported, or the checkpoint is not complete or damaged.
         OSError: The target cannot be written.
     """
     begin = time.monotonic()
@@ -194,7 +195,7 @@ def megatron_to_hf(
         verify_checksums: Compare the checksums of what is read.
 
     Raises:
-        ValueError: The checkpoint is not complete or damaged, or no Trinity model.
+        UserError: The checkpoint is not complete or damaged, or no Trinity model.
         OSError: The target cannot be written.
     """
     begin = time.monotonic()
@@ -299,7 +300,7 @@ def config_from_args(args: argparse.Namespace, **overrides: Any) -> TrinityConfi
         **overrides: Any field of :class:`TrinityConfig`.
 
     Raises:
-        ValueError: They are of another architecture.
+        UserError: They are of another architecture.
     """
     values = dict(TRINITY_ARCHITECTURE)
     for name in _SAVED_FIELDS:
@@ -308,7 +309,7 @@ def config_from_args(args: argparse.Namespace, **overrides: Any) -> TrinityConfi
             values[name] = value
     score, experts = (getattr(args, n, None) for n in ("moe_router_score_function", "num_experts"))
     if score != "sigmoid" or not experts:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint was saved with num_experts={experts!r} and moe_router_score_function="
             f"{score!r}: it is no Trinity model."
         )
@@ -365,7 +366,7 @@ def check_hf_tensors(weights: HFWeights, entries: Sequence[Entry]) -> None:
     """Check that the files hold exactly the tensors of the model.
 
     Raises:
-        ValueError: Lists what is missing, too much or of another shape.
+        UserError: Lists what is missing, too much or of another shape.
     """
     expected = {name: shape for entry in entries for name, shape in entry.hf.items()}
     found = {name: info.shape for name, info in weights.tensors.items()}
@@ -378,7 +379,7 @@ def check_megatron_tensors(
     """Check that a Megatron checkpoint holds exactly the tensors of the model.
 
     Raises:
-        ValueError: Lists what is missing, too much or of another shape.
+        UserError: Lists what is missing, too much or of another shape.
     """
     left_out = {entry.megatron for entry in momentum}
     shapes = {key: shape for key, (_, shape) in found.items() if key not in left_out}
@@ -404,7 +405,7 @@ def _compare_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape], 
     if problems:
         shown = "\n  ".join(problems[:20])
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"{what}:\n  {shown}{more}\nNothing was converted.")
+        raise UserError(f"{what}:\n  {shown}{more}\nNothing was converted.")
 
 
 def check_finite(values: torch.Tensor, blocks: Sequence[Block], start: Shape, name: str) -> None:
@@ -417,14 +418,14 @@ def check_finite(values: torch.Tensor, blocks: Sequence[Block], start: Shape, na
         name: Of the checkpoint, for the message.
 
     Raises:
-        ValueError: Names the Hugging Face tensors.
+        UserError: Names the Hugging Face tensors.
     """
     if _is_finite(values):
         return
     parts = ((block, block.megatron_view(values, start)) for block in blocks)
     bad = sorted({block.hf_name for block, part in parts if not _is_finite(part)})
     if bad:  # otherwise it is in rows that are left out
-        raise ValueError(
+        raise UserError(
             f"{name} {', '.join(bad)} holds NaN or infinite numbers. Nothing was converted."
         )
 
@@ -441,7 +442,7 @@ def _is_padded(entry: Entry) -> bool:
 def _dtype(entry: Entry, weights: HFWeights) -> torch.dtype:
     found = {weights.tensors[name].dtype for name in entry.hf}
     if len(found) > 1:
-        raise ValueError(
+        raise UserError(
             f"{weights.folder}: {', '.join(entry.hf)} are of several dtypes ("
             f"{', '.join(sorted(map(str, found)))}) but one tensor in Megatron. Remedy: store them "
             "in one."
@@ -471,7 +472,7 @@ def match_tensors(
         stacked_experts: See :func:`resolve`.
 
     Raises:
-        ValueError: The model is another one than that of the assets, or tensors are missing, too
+        UserError: The model is another one than that of the assets, or tensors are missing, too
             many or of another shape.
     """
     _set_vocabulary(config, found, assets, name)
@@ -497,12 +498,12 @@ def _set_vocabulary(
     original = trinity_config_from_hf(assets.config)
     if different := compare_models(config, original):
         fields = ", ".join(f"{field}={a!r} (there {b!r})" for field, (a, b) in different.items())
-        raise ValueError(
+        raise UserError(
             f"{name} is another model than {assets.folder / CONFIG_NAME}: {fields}. Remedy: remove "
             f"{assets.folder} if the model was changed on purpose."
         )
     if original.vocab_size > rows:
-        raise ValueError(
+        raise UserError(
             f"{name} has {rows} rows of embeddings, fewer than vocab_size={original.vocab_size} in "
             f"{assets.folder / CONFIG_NAME}."
         )
@@ -521,7 +522,7 @@ def _leave_out_padding(config: TrinityConfig, rows: int, name: str) -> None:
         )
         return
     if known > rows:
-        raise ValueError(
+        raise UserError(
             f"{name} has {rows} rows of embeddings, fewer than the {known} tokens that it says it "
             "was trained with."
         )
@@ -560,7 +561,7 @@ def find_vocab_size(args: argparse.Namespace, tokenizer: Path | None) -> int | N
 def _check_all_tokens_have_rows(tokenizer: Path, rows: int, name: str) -> None:
     size = read_vocab_size(tokenizer)
     if size > rows:
-        raise ValueError(
+        raise UserError(
             f"{tokenizer} has {size} tokens, but {name} has {rows} rows of embeddings. Remedy: "
             "--tokenizer DIR with the tokenizer that the model was trained with."
         )

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trinity_megatron.checkpoint.checked_reader import check_stays_inside
-from trinity_megatron.checkpoint.hf_config import read_hf_config
 from trinity_megatron.checkpoint.hf_weights import check_file_names, parse_header
+from trinity_megatron.checkpoint.integrity.checked_reader import check_stays_inside
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.tokenizer import get_special_token, is_tokenizer_file
+from trinity_megatron.errors import UserError
+from trinity_megatron.model.hf_config import read_hf_config
 
 ASSETS_NAME = "hf"
 # Beside the iterations of a run: SHA-256 of the tokenizer.json that it was trained with, and a copy
@@ -97,7 +98,7 @@ def _read_headers(path: Path) -> dict[str, str]:
                     raise ValueError(f"{file} has a gap at byte {end}")
                 end += info.num_bytes
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Remedy: copy it again.") from error
+        raise UserError(f"{path} is damaged ({error}). Remedy: copy it again.") from error
     return headers
 
 
@@ -127,7 +128,7 @@ def check_tokenizer(checkpoint: Path, tokenizer: Path, *, flag: str = "--tokeniz
         return
     found = hash_file(tokenizer / _TOKENIZER_FILE)
     if known != found:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} was trained with the tokenizer {known[:12]}, but {tokenizer} is "
             f"{found[:12]}. Remedy: {flag} DIR with that of the run (the folder tokenizer beside "
             "its checkpoints, or of its --data)."
@@ -179,7 +180,7 @@ def find_tokenizer(checkpoint: Path, args: argparse.Namespace) -> Path | None:
     if not named or getattr(args, "tokenizer_type", None) != "HuggingFaceTokenizer":
         return None
     if not Path(named).is_dir():
-        raise ValueError(
+        raise UserError(
             f"The tokenizer that the run was trained with, {named}, is not there. Remedy: "
             "--tokenizer DIR."
         )
@@ -212,7 +213,7 @@ def write_tokenizer(tokenizer: Path, target: Path) -> dict[str, int]:
     from tokenizers import Tokenizer
 
     if not (tokenizer / _TOKENIZER_FILE).is_file():
-        raise ValueError(
+        raise UserError(
             f"{tokenizer} holds no tokenizer.json. Remedy: --tokenizer DIR with the tokenizer that "
             "the model was trained with."
         )

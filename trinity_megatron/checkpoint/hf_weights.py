@@ -18,9 +18,10 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from trinity_megatron.checkpoint.hf_folder import explain_folder, refuse_quantised_weights
 from trinity_megatron.checkpoint.page_cache import WriteBehind
 from trinity_megatron.checkpoint.transforms import Block, Shape
+from trinity_megatron.errors import UserError
+from trinity_megatron.model.hf_folder import explain_folder, refuse_quantised_weights
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -56,14 +57,14 @@ def read_header(path: Path) -> str:
     """The JSON header of a safetensors file, after the library has checked file and header.
 
     Raises:
-        ValueError: The file is truncated or damaged.
+        UserError: The file is truncated or damaged.
     """
     with path.open("rb") as file:
         try:
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} is truncated or damaged ({error}). Remedy: download it again."
             ) from error
         (length,) = struct.unpack("<Q", file.read(8))
@@ -80,12 +81,12 @@ def check_file_names(files: Iterable[object], source: Path) -> None:
         source: The file that holds them.
 
     Raises:
-        ValueError: Names the first one.
+        UserError: Names the first one.
     """
     for name in files:
         is_weights = isinstance(name, str) and name.endswith(".safetensors")
         if not is_weights or set(str(name)) & set("/\\\0"):
-            raise ValueError(
+            raise UserError(
                 f"{source} names the weight file {name!r}, which is not the plain name of a "
                 ".safetensors file in its folder. Remedy: take the checkpoint from a source that "
                 "you trust."
@@ -96,14 +97,14 @@ def parse_header(file: str, header: str) -> dict[str, TensorInfo]:
     """The tensors of a file.
 
     Raises:
-        ValueError: A dtype that Trinity checkpoints do not have, e.g. FP8.
+        UserError: A dtype that Trinity checkpoints do not have, e.g. FP8.
     """
     tensors = {}
     for name, entry in json.loads(header).items():
         if name == "__metadata__":
             continue
         if entry["dtype"] not in _DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"{file}: {name} has dtype {entry['dtype']}, which cannot be trained on. Remedy: "
                 f"use the checkpoint in one of {', '.join(_DTYPES)}."
             )
@@ -120,7 +121,7 @@ class HFWeights:
         tensors: All tensors by name.
 
     Raises:
-        ValueError: A file is missing, truncated or damaged, or a tensor lies in two files.
+        UserError: A file is missing, truncated or damaged, or a tensor lies in two files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -131,7 +132,7 @@ class HFWeights:
         for file, header in self.headers.items():
             for name, info in parse_header(file, header).items():
                 if name in self.tensors:
-                    raise ValueError(
+                    raise UserError(
                         f"{folder}: {name} lies in {self.tensors[name].file} and in {file}. "
                         "Remedy: remove the file that does not belong to the checkpoint."
                     )
@@ -144,17 +145,17 @@ class HFWeights:
                 weight_map = json.loads(index.read_text())["weight_map"]
                 files = sorted({str(name) for name in weight_map.values()})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{index} is damaged. Remedy: download it again.") from error
+                raise UserError(f"{index} is damaged. Remedy: download it again.") from error
             check_file_names(files, index)
         else:
             files = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if missing := [name for name in files if not (self.folder / name).is_file()]:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: {', '.join(missing)} is named in {INDEX_NAME} but missing. "
                 "Remedy: download it."
             )
         if not files:
-            raise ValueError(explain_folder(self.folder, ".safetensors file"))
+            raise UserError(explain_folder(self.folder, ".safetensors file"))
         return files
 
     @property
@@ -197,7 +198,7 @@ def split_into_files(
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"--max-shard-size {max_shard_size!r} is no size ({error}). Remedy: a number and a "
             "unit, as in 5GB."
         ) from error

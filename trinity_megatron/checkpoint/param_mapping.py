@@ -22,7 +22,7 @@ from trinity_megatron.checkpoint.transforms import (
     stack,
     stacked,
 )
-from trinity_megatron.config import TrinityConfig
+from trinity_megatron.model.config import TrinityConfig
 
 Layers = Literal["all", "dense", "moe"]
 

@@ -26,7 +26,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from trinity_megatron.cpu_matmul import one_thread
+from trinity_megatron.cpu_host.matmul import one_thread
+from trinity_megatron.errors import UserError
 
 _SUFFIX = ".incomplete"
 _FINGERPRINT, _LOCK = "source.json", "lock"
@@ -47,7 +48,7 @@ class Staging:
         num_bytes: What will be written.
 
     Raises:
-        ValueError: The target is not empty, or the same conversion runs already.
+        UserError: The target is not empty, or the same conversion runs already.
         OSError: The folder cannot be made, or the disk has no room.
     """
 
@@ -65,7 +66,7 @@ class Staging:
         self._root.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in self._root.iterdir()}
         if foreign := names - {_FINGERPRINT, _LOCK, self._journal.name, self.folder.name}:
-            raise ValueError(
+            raise UserError(
                 f"{self._root}, where the work would be done, holds {', '.join(sorted(foreign))}, "
                 "which is not ours. Remedy: move it away, or name another target."
             )
@@ -74,9 +75,7 @@ class Staging:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise ValueError(
-                f"{self._root} is in use: another conversion is writing it."
-            ) from error
+            raise UserError(f"{self._root} is in use: another conversion is writing it.") from error
         source = self._root / _FINGERPRINT
         self.resumed = source.is_file() and source.read_text() == self._fingerprint
         try:
@@ -222,17 +221,17 @@ def check_target(target: Path) -> None:
     """Refuse to write where something is.
 
     Raises:
-        ValueError: The target is a file or a folder that is not empty.
+        UserError: The target is a file or a folder that is not empty.
     """
     if target.is_mount():
-        raise ValueError(
+        raise UserError(
             f"{target} is a mount point, which cannot be replaced as a whole. Remedy: name a "
             "folder inside it."
         )
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists():
-        raise ValueError(
+        raise UserError(
             f"{target} exists and is not an empty folder. Remedy: remove it, or name another one."
         )
 

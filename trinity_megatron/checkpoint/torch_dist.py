@@ -50,18 +50,19 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from trinity_megatron.checkpoint.checked_reader import (
+from trinity_megatron.checkpoint.integrity.checked_reader import (
     CheckedReader,
     Checks,
     MetadataPickle,
     ReadAhead,
     check_stays_inside,
 )
-from trinity_megatron.checkpoint.checksums import crc32, get_checksum, set_checksum
+from trinity_megatron.checkpoint.integrity.checksums import crc32, get_checksum, set_checksum
+from trinity_megatron.checkpoint.integrity.safe_pickle import BadCheckpoint, safe_torch_load
 from trinity_megatron.checkpoint.page_cache import WriteBehind, forget
-from trinity_megatron.checkpoint.safe_pickle import BadCheckpoint, safe_torch_load
 from trinity_megatron.checkpoint.transforms import Shape
-from trinity_megatron.replaced import replaced
+from trinity_megatron.errors import UserError
+from trinity_megatron.upstream import replaced
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 # Megatron's word for weights without optimizer and iteration.
@@ -110,25 +111,25 @@ def find_checkpoint(folder: Path) -> Path:
         folder: What ``--save`` was, or the folder of one iteration.
 
     Raises:
-        ValueError: There is none, or it is of another format.
+        UserError: There is none, or it is of another format.
     """
     if (folder / ".metadata").is_file():
         return folder
     tracker, word = folder / TRACKER_NAME, read_tracker(folder)
     if word is None:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no Megatron checkpoint: it has no {TRACKER_NAME}. Remedy: give the "
             "folder of --save (for a run made with --out: OUT/checkpoints)."
         )
     name = word if word == RELEASE else iteration_name(int(word)) if word.isdigit() else None
     if name is None:
-        raise ValueError(
+        raise UserError(
             f"{tracker} says {word!r}, which is neither an iteration nor {RELEASE!r}. Remedy: "
             "write the number of a complete iteration into it."
         )
     found = folder / name
     if not (found / ".metadata").is_file():
-        raise ValueError(
+        raise UserError(
             f"{found} is no complete torch_dist checkpoint: it has no .metadata. Remedy: save with "
             "--ckpt-format torch_dist, or name a complete iteration in " + str(tracker) + "."
         )
@@ -179,7 +180,7 @@ class TorchDistReader:
         checks: Whether checksums are compared.
 
     Raises:
-        ValueError: The checkpoint is damaged, or a file of it is missing or truncated, or it names
+        UserError: The checkpoint is damaged, or a file of it is missing or truncated, or it names
             what no checkpoint holds.
     """
 
@@ -202,7 +203,7 @@ class TorchDistReader:
             return load(legacy, map_location="cpu")
         info = self._metadata.storage_data.get(MetadataIndex(_COMMON_STATE))
         if info is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} is no torch_dist checkpoint of Megatron: it holds no common state. "
                 "Remedy: save it with --ckpt-format torch_dist."
             )
@@ -244,11 +245,11 @@ class TorchDistReader:
             check_stays_inside(self.folder, name)
             path = self.folder / name
             if not path.is_file():
-                raise ValueError(f"{path} is missing. Remedy: copy the whole checkpoint.")
+                raise UserError(f"{path} is missing. Remedy: copy the whole checkpoint.")
             if not os.access(path, os.R_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
             if path.stat().st_size < end:
-                raise ValueError(
+                raise UserError(
                     f"{path} is truncated: {path.stat().st_size} of {end} bytes. Remedy: copy it "
                     "again."
                 )
@@ -258,11 +259,11 @@ class TorchDistReader:
         """The arguments of the run that saved it.
 
         Raises:
-            ValueError: It was saved without.
+            UserError: It was saved without.
         """
         args = self.common.get("args")
         if args is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} holds no arguments, so the model is not known. Remedy: save it "
                 "with Megatron's own save_checkpoint()."
             )
@@ -280,7 +281,7 @@ class TorchDistReader:
         """The stored shards of a tensor; those that are columns of the same rows in one list.
 
         Raises:
-            ValueError: The shards do not make up the whole tensor.
+            UserError: The shards do not make up the whole tensor.
         """
         item = self._metadata.state_dict_metadata[key]
         assert isinstance(item, TensorStorageMetadata)
@@ -292,7 +293,7 @@ class TorchDistReader:
         held = sum(prod(part.shape) for parts in groups for part in parts)
         whole = all(sum(part.shape[-1] for part in parts) == item.size[-1] for parts in groups)
         if held != prod(item.size) or not whole:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder}: the shards of {key} hold {held} of {prod(item.size)} numbers. The "
                 "checkpoint is not complete."
             )
@@ -302,7 +303,7 @@ class TorchDistReader:
         """Shards that are columns of the same rows, side by side; in their dtype.
 
         Raises:
-            ValueError: A shard is damaged.
+            UserError: A shard is damaged.
         """
         item = self._metadata.state_dict_metadata[parts[0].key]
         assert isinstance(item, TensorStorageMetadata)
@@ -339,7 +340,7 @@ def _check_format(folder: Path) -> None:
         known |= {"common_backend", "common_backend_version"}  # of earlier versions
         is_whole = content["sharded_backend"] == "torch_dist" and content.keys() <= known
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing. Remedy: copy the whole checkpoint.") from error
+        raise UserError(f"{path} is missing. Remedy: copy the whole checkpoint.") from error
     except (ValueError, KeyError, TypeError, AttributeError):
         is_whole = False
     if not is_whole:

@@ -16,6 +16,7 @@ from trinity_megatron.data.sources import (
     naming,
 )
 from trinity_megatron.data.streams import open_stream, read_whole, split_stream
+from trinity_megatron.errors import UserError
 
 __all__ = [
     "Document",
@@ -43,13 +44,13 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hexadecimal digits.
 
     Raises:
-        ValueError: If the file cannot be read.
+        UserError: If the file cannot be read.
     """
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise ValueError(describe_unreadable(path, error)) from error
+        raise UserError(describe_unreadable(path, error)) from error
 
 
 def is_unchanged(file: SourceFile) -> bool:
@@ -71,7 +72,7 @@ def read_documents(
         ``options.skip_bad_rows`` allows, and, for a file found in a folder, one that is not text.
 
     Raises:
-        ValueError: If a file that was named itself is not UTF-8 text, a file is damaged or cannot
+        UserError: If a file that was named itself is not UTF-8 text, a file is damaged or cannot
             be read, more rows are bad than may be, or ``options.split_on`` occurs nowhere.
     """
     num_bad = 0
@@ -89,11 +90,11 @@ def read_documents(
                 elif isinstance(entry, _BadRow):
                     num_bad += 1
                     if num_bad > options.skip_bad_rows:
-                        raise ValueError(_bad_row(file, entry, options.skip_bad_rows))
+                        raise UserError(_bad_row(file, entry, options.skip_bad_rows))
                     entry = Skipped(entry.name, f"bad row: {entry.problem}", file.name)
                 yield entry
     if options.split_on is not None and not split_files:
-        raise ValueError(
+        raise UserError(
             f"split_on {options.split_on!r} occurs in no text file; correct --split-on, or leave "
             "it out"
         )
@@ -177,5 +178,5 @@ def _read_text(file: SourceFile) -> Document | Skipped:
     if isinstance(text, str):
         return Document(file.name, text)
     if file.is_explicit:
-        raise ValueError(describe_not_text(file.path, str(text)))
+        raise UserError(describe_not_text(file.path, str(text)))
     return _skip_file(file, str(text), could_be_text=True)  # its beginning is text

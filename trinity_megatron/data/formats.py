@@ -12,6 +12,7 @@ from trinity_megatron.data.streams import (
     find_encoding,
     open_stream,
 )
+from trinity_megatron.errors import UserError
 
 TEXT_FIELD = "text"
 
@@ -71,11 +72,11 @@ class ReadOptions:
 
     def __post_init__(self) -> None:
         if not self.text_key:
-            raise ValueError("text_key is empty; pass --text-key with the name of a field")
+            raise UserError("text_key is empty; pass --text-key with the name of a field")
         if self.split_on == "":
-            raise ValueError("split_on is empty; pass --split-on with what separates documents")
+            raise UserError("split_on is empty; pass --split-on with what separates documents")
         if self.skip_bad_rows < 0:
-            raise ValueError(f"skip_bad_rows {self.skip_bad_rows} is negative; pass 0 or more")
+            raise UserError(f"skip_bad_rows {self.skip_bad_rows} is negative; pass 0 or more")
 
 
 @dataclass(frozen=True)

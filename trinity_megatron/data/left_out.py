@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from trinity_megatron.data.corpus import Skipped, SourceFile, describe_unread
+from trinity_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class LeftOut:
             max_share: Largest share, by bytes, of the files that could be text.
 
         Raises:
-            ValueError: If it is more.
+            UserError: If it is more.
         """
         lost = [entry for entry in self._files if entry.could_be_text and entry.num_bytes]
         unread = sum(entry.num_bytes for entry in self._files if entry.is_source_file)
@@ -68,7 +69,7 @@ class LeftOut:
             return
         firsts = {_kind(entry): entry for entry in reversed(lost)}
         listed = "; ".join(f"{entry.name}: {entry.reason}" for entry in list(firsts.values())[:5])
-        raise ValueError(
+        raise UserError(
             f"{len(lost)} files with {lost_bytes:,} bytes, {share:.0%} of what could be text, "
             f"would be left out (of each kind the first: {listed}); unpack or convert them to "
             "text, JSON, CSV, parquet or Arrow files, move them away, or allow it with "
@@ -82,7 +83,7 @@ def check_formats(
     """Check the same before anything is read, by what the files hold.
 
     Raises:
-        ValueError: If more than ``max_share`` is left out.
+        UserError: If more than ``max_share`` is left out.
     """
     unread = [describe_unread(file) for file in files if file.format.kind == "unread"]
     LeftOut([*skipped, *unread]).check(files, max_share)

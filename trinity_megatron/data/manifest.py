@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from trinity_megatron.data.corpus import Skipped, hash_file
+from trinity_megatron.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -197,19 +198,19 @@ def load_manifest(path: Path) -> DataManifest:
     except UnsupportedFormatError:
         raise
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"data folder {path}: {MANIFEST_NAME} cannot be read ({error.strerror or error}); make "
             f"it readable, or {remedy} again"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"data folder {path}: {MANIFEST_NAME} is corrupt "
             f"({type(error).__name__}: {error}); {remedy} again"
         ) from error
     _check_names(manifest)
     damage = _find_damage(manifest)
     if damage is not None:
-        raise ValueError(f"data folder {path} is damaged: {damage}; {remedy} again")
+        raise UserError(f"data folder {path} is damaged: {damage}; {remedy} again")
     return manifest
 
 
@@ -300,7 +301,7 @@ def _check_names(manifest: DataManifest) -> None:
     for name in ["tokenizer/tokenizer.json", *manifest.files]:
         is_inside = not os.path.isabs(name) and ".." not in Path(name).parts and "\0" not in name
         if not is_inside or not (root / name).resolve().is_relative_to(root):
-            raise ValueError(
+            raise UserError(
                 f"data folder {manifest.path}: {name!r} of {MANIFEST_NAME} leads out of the "
                 "folder; do not use data from a source that you do not trust, or replace links by "
                 "the files themselves"

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from trinity_megatron.data.rows import shorten
+from trinity_megatron.errors import UserError
 
 _DESCRIPTION = "description of a dataset"
 
@@ -15,7 +16,7 @@ def find_not_data(
     """Files beside the data of a Hugging Face or Spark dataset, with the reason to leave them out.
 
     Raises:
-        ValueError: If files that belong to the dataset are missing.
+        UserError: If files that belong to the dataset are missing.
     """
     shards = {name for name in names if name.endswith(".arrow")}
     state = _read_object(folder / "state.json") if "state.json" in names else {}
@@ -48,7 +49,7 @@ def _read_object(path: Path) -> dict[str, object]:
 
 def _check_complete(folder: Path, name: str, missing: Collection[str]) -> None:
     if missing:
-        raise ValueError(
+        raise UserError(
             f"source {folder} lacks {len(missing)} parts that its {name} names "
             f"({shorten(sorted(missing))}); copy or download the dataset again"
         )

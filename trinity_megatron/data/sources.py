@@ -12,6 +12,7 @@ from trinity_megatron.data import tables
 from trinity_megatron.data.formats import Format, ReadOptions, recognize
 from trinity_megatron.data.saved_datasets import find_not_data
 from trinity_megatron.data.streams import DamagedFileError
+from trinity_megatron.errors import UserError
 
 # Left out of the standard library: what is not part of it, its tests, which not every Python ships,
 # and pydoc_data, one generated document that would be most of the validation split.
@@ -83,7 +84,7 @@ def find_files(
         The files sorted by name, and what was left out of the folders.
 
     Raises:
-        ValueError: If a source does not exist, is not a file or folder, is given twice, or the
+        UserError: If a source does not exist, is not a file or folder, is given twice, or the
             sources hold no file; if a file that was named itself is neither text nor rows; or if
             most of the files are JSON or CSV without the key of the text.
     """
@@ -99,7 +100,7 @@ def find_files(
         skipped.extend(entry for entry in found if isinstance(entry, Skipped))
     _check_distinct(files)
     if not files:
-        raise ValueError(
+        raise UserError(
             f"source {_listed(sources)} holds no readable file ({len(skipped)} left out); "
             "name text, source code, JSON, CSV, parquet or Arrow files, or folders of them"
         )
@@ -118,7 +119,7 @@ def _standard_library() -> list[SourceFile]:
             name = f"stdlib/{path.relative_to(root).as_posix()}"
             files.append(_source_file(name, path, is_explicit=False))
     if not files:
-        raise ValueError(
+        raise UserError(
             f"source: Python's standard library at {root} holds no .py file; name files or folders "
             "with --source"
         )
@@ -131,9 +132,9 @@ def _find_in_source(source: Path, exclude: Path | None) -> Iterator[SourceFile |
     elif source.is_file():
         yield _source_file(source.name, source, is_explicit=True)
     elif source.exists():
-        raise ValueError(f"source {source} is neither a file nor a folder; name one of these")
+        raise UserError(f"source {source} is neither a file nor a folder; name one of these")
     else:
-        raise ValueError(f"source {source} does not exist; name an existing file or folder")
+        raise UserError(f"source {source} does not exist; name an existing file or folder")
 
 
 def _walk(root: Path, exclude: Path | None) -> Iterator[SourceFile | Skipped]:
@@ -196,7 +197,7 @@ def _check_distinct(files: Sequence[SourceFile]) -> None:
     for file in files:
         path = os.path.abspath(file.path)
         if path in seen:
-            raise ValueError(
+            raise UserError(
                 f"source: {file.path} is named twice, itself or through a folder that holds it; "
                 "name it once"
             )
@@ -207,9 +208,9 @@ def _recognized(file: SourceFile, options: ReadOptions) -> SourceFile:
     with naming(file.path):
         found = recognize(file.path, options)
     if file.is_explicit and found.kind == "unread":
-        raise ValueError(describe_not_text(file.path, found.reason))
+        raise UserError(describe_not_text(file.path, found.reason))
     if file.is_explicit and found.reason:
-        raise ValueError(f"source {file.path} is {found.reason}; {_ODD_REMEDY}")
+        raise UserError(f"source {file.path} is {found.reason}; {_ODD_REMEDY}")
     return replace(file, format=found)
 
 
@@ -225,12 +226,12 @@ def _check_options(files: Sequence[SourceFile], options: ReadOptions) -> None:
     if options.text_key != _DEFAULTS.text_key and kinds <= {"text", "unread"}:
         odd = next((file for file in files if file.format.reason), None)
         what = "" if odd is None else f"; {odd.path} is {odd.format.reason}"
-        raise ValueError(
+        raise UserError(
             f"text_key {options.text_key!r}: no source has rows with such a field{what}; correct "
             "--text-key, or leave it out"
         )
     if options.split_on is not None and "text" not in kinds:
-        raise ValueError(
+        raise UserError(
             f"split_on {options.split_on!r}: no source is a text file; leave out --split-on"
         )
 
@@ -247,7 +248,7 @@ def _settle_odd_files(files: list[SourceFile]) -> list[SourceFile]:
         if share <= _MAX_ODD_SHARE:
             return files
         first = min(odd, key=lambda file: file.name)
-        raise ValueError(
+        raise UserError(
             f"{len(odd)} files with {share:.0%} of the bytes are JSON or CSV without rows of text; "
             f"the first, {first.path}, is {first.format.reason}; {_ODD_REMEDY}"
         )
@@ -279,11 +280,11 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except DamagedFileError as error:
-        raise ValueError(f"source {path} is {error}; correct it, or leave it out") from error
+        raise UserError(f"source {path} is {error}; correct it, or leave it out") from error
     except tables.MissingColumnError as error:
-        raise ValueError(f"source {path} {error}") from error
+        raise UserError(f"source {path} {error}") from error
     except OSError as error:
-        raise ValueError(describe_unreadable(path, error)) from error
+        raise UserError(describe_unreadable(path, error)) from error
 
 
 def describe_unreadable(path: Path, error: OSError) -> str:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from trinity_megatron.errors import UserError
+
 # Fewer tokens than a sequence or two make a validation loss meaningless.
 MIN_SPLIT_TOKENS = 2048
 # Four sequences of the longest preset (8192).  A small corpus keeps at least 90 % for training.
@@ -30,11 +32,11 @@ def select_validation(
         Whether each document is validation, bool, ``[num_documents]``.
 
     Raises:
-        ValueError: If no document would be left for training.
+        UserError: If no document would be left for training.
     """
     distinct, group = np.unique(keys, return_inverse=True)
     if len(distinct) < 2:
-        raise ValueError(
+        raise UserError(
             f"sources hold {len(distinct)} distinct documents ({len(keys)} in all), which cannot "
             "be split into training and validation; add documents, or cut the text into several "
             "with --split-on"
@@ -43,7 +45,7 @@ def select_validation(
     by_share = int(np.sum(distinct.astype(np.float64) < fraction * 2.0**64))
     by_bytes = int(np.searchsorted(cumulative, min_bytes)) + 1
     if by_bytes >= len(distinct):
-        raise ValueError(
+        raise UserError(
             f"sources are too small: {len(distinct)} distinct documents with {int(cumulative[-1])} "
             f"bytes do not hold {MIN_SPLIT_TOKENS} tokens of validation and leave something to "
             "train on; add documents, or cut the text into several"

@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trinity_megatron.data.corpus import hash_file
+from trinity_megatron.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 256 + 1  # every byte, and the end-of-text token
@@ -111,10 +112,10 @@ def check_vocab_size(vocab_size: int) -> None:
     """Check that a vocabulary can hold every byte.
 
     Raises:
-        ValueError: If it cannot.
+        UserError: If it cannot.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(
+        raise UserError(
             f"vocab_size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need "
             f"{MIN_VOCAB_SIZE}; pass --vocab-size {MIN_VOCAB_SIZE} or more"
         )
@@ -128,7 +129,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         vocab_size: Number of tokens, the end-of-text token (id 0) and the 256 bytes included.
 
     Raises:
-        ValueError: If the vocabulary is too small, or the texts do not fill it.
+        UserError: If the vocabulary is too small, or the texts do not fill it.
     """
     check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
@@ -144,7 +145,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     reached = tokenizer.get_vocab_size()
     if reached < vocab_size:
-        raise ValueError(
+        raise UserError(
             f"vocab_size {vocab_size} cannot be filled: this corpus gives {reached} tokens; add "
             f"more text, or pass --vocab-size {reached} or less"
         )
@@ -158,12 +159,12 @@ def load_tokenizer(folder: Path) -> GivenTokenizer:
         folder: Holds ``tokenizer.json`` and ``tokenizer_config.json``, as a released model's does.
 
     Raises:
-        ValueError: If one of them is missing or unusable, or the end-of-text token is not in the
+        UserError: If one of them is missing or unusable, or the end-of-text token is not in the
             vocabulary or not kept apart from ordinary text.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"tokenizer {folder} is not an existing folder; pass --tokenizer with the folder that "
             f"holds {_TOKENIZER} and {_CONFIG}, such as that of a downloaded model"
         )
@@ -171,7 +172,7 @@ def load_tokenizer(folder: Path) -> GivenTokenizer:
     tokenizer = _parse(folder, content)
     eos_token = _read_eos_token(folder)
     if tokenizer.token_to_id(eos_token) is None:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {folder}: eos_token {eos_token!r} of {_CONFIG} is not in the vocabulary "
             f"of {_TOKENIZER}; set eos_token to a token of the vocabulary"
         )
@@ -194,7 +195,7 @@ def read_vocab_size(folder: Path) -> int:
     """Number of tokens of a folder's tokenizer, those that only transformers adds included.
 
     Raises:
-        ValueError: A file is missing or damaged.
+        UserError: A file is missing or damaged.
     """
     size = count_tokens(_parse(folder, _read(folder, _TOKENIZER)))
     if not (folder / _CONFIG).is_file():
@@ -203,7 +204,7 @@ def read_vocab_size(folder: Path) -> int:
         added = json.loads(_read(folder, _CONFIG)).get("added_tokens_decoder") or {}
         return max([size, *(int(token) + 1 for token in added)])
     except (ValueError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {folder}: {_CONFIG} is damaged ({error}); copy or download it again"
         ) from error
 
@@ -212,14 +213,14 @@ def copy_tokenizer(given: GivenTokenizer, folder: Path) -> None:
     """Copy the files of a tokenizer unchanged into a new folder.
 
     Raises:
-        ValueError: If they are no longer those that were loaded.
+        UserError: If they are no longer those that were loaded.
     """
     folder.mkdir()
     for name in given.files:
         shutil.copyfile(given.folder / name, folder / name)
     copied = (hash_file(folder / _TOKENIZER), _read_eos_token(folder))
     if copied != (given.fingerprint, given.eos_token):
-        raise ValueError(f"tokenizer {given.folder} changed while it was read; run again")
+        raise UserError(f"tokenizer {given.folder} changed while it was read; run again")
 
 
 def get_eod_id(tokenizer: Tokenizer, eos_token: str = END_OF_TEXT) -> int:
@@ -277,7 +278,7 @@ def _read(folder: Path, name: str) -> bytes:
     try:
         return (folder / name).read_bytes()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {folder}: {name} cannot be read ({error.strerror or error}); pass "
             f"--tokenizer with a folder that holds {_TOKENIZER} and {_CONFIG}"
         ) from error
@@ -287,7 +288,7 @@ def _parse(folder: Path, content: bytes) -> Tokenizer:
     try:
         return Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing more specific
-        raise ValueError(
+        raise UserError(
             f"tokenizer {folder}: {_TOKENIZER} cannot be loaded ({error}); copy or download it "
             "again, or save it with a release of `tokenizers` not newer than the installed one"
         ) from error
@@ -310,12 +311,12 @@ def _read_eos_token(folder: Path) -> str:
         config = json.loads(_read(folder, _CONFIG).decode("utf-8"))
         eos_token = get_special_token(config, "eos")
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {folder}: {_CONFIG} is not a JSON object ({error}); copy or download it "
             "again"
         ) from error
     if not isinstance(eos_token, str) or not eos_token:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {folder}: {_CONFIG} names no eos_token ({eos_token!r}), which ends every "
             'document; add it, for example "eos_token": "<|endoftext|>"'
         )
@@ -327,7 +328,7 @@ def _check_end_is_kept_apart(given: GivenTokenizer) -> None:
     token = given.eos_token
     [ids] = encode_documents(given.tokenizer, [f"{token} a{token}"], eos_token=token)
     if ids[-1] in ids[:-1]:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {given.folder}: the characters {token!r} inside a text become the "
             "end-of-text token; set eos_token to a token that no text contains, or use a "
             "byte-level BPE tokenizer"

@@ -1,1 +1,1 @@
-"""The mixture-of-experts layer: router, expert bias, dispatch, experts."""
+"""Names of before; the modules are in ``trinity_megatron.model.moe``."""

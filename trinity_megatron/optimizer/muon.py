@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
-from trinity_megatron.host import sum_of_squares
-from trinity_megatron.optimizer.exchange import (
+from trinity_megatron.cpu_host.cuda_stand_ins import sum_of_squares
+from trinity_megatron.optimizer.newton_schulz import coefficient_schedule, orthogonalize
+from trinity_megatron.optimizer.sharded.exchange import (
     Placement,
     Round,
     RunView,
@@ -33,8 +34,7 @@ from trinity_megatron.optimizer.exchange import (
     plan_rounds,
     plan_runs,
 )
-from trinity_megatron.optimizer.newton_schulz import coefficient_schedule, orthogonalize
-from trinity_megatron.optimizer.ownership import Shard, Stack, assign_dense, list_matrices
+from trinity_megatron.optimizer.sharded.ownership import Shard, Stack, assign_dense, list_matrices
 
 # Factor of the learning rate for a matrix [fan_out, fan_in].  The names are those of Megatron's
 # --muon-scale-mode (Emerging-Optimizers, get_muon_scale_factor).

@@ -14,9 +14,10 @@ from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from torch import Tensor
 from torch.nn import Module
 
-from trinity_megatron.host import sum_of_squares
+from trinity_megatron.cpu_host.cuda_stand_ins import sum_of_squares
+from trinity_megatron.errors import UserError
 from trinity_megatron.optimizer.muon import MatrixSplit
-from trinity_megatron.tracking.statistics import GRADIENT_GROUPS
+from trinity_megatron.telemetry.step_statistics import GRADIENT_GROUPS
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,13 @@ def attach_muon_splits(
     """
     for field in ("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"):
         if getattr(config, field, None) is not None:
-            raise ValueError(
+            raise UserError(
                 f"{field}={getattr(config, field)}: Muon splits gate and up as two blocks of rows "
                 "and has no split for interleaved ones; leave it unset"
             )
     for name, param in named_parameters:
         if getattr(param, "is_gtp_weight_remat", False):
-            raise ValueError(
+            raise UserError(
                 f"parameter {name!r} is divided beyond tensor parallelism, and Muon would take its "
                 "shards for whole matrices; drop --tensor-parallel-num-weight-shards and "
                 "--expert-tensor-parallel-num-weight-shards"
@@ -133,7 +134,7 @@ def attach_muon_splits(
         elif split == "query_groups" and split_qkv:
             sizes = _query_group_rows(config)
             if param.shape[-2] % sum(sizes):
-                raise ValueError(
+                raise UserError(
                     f"parameter {name!r} has {param.shape[-2]} rows, which is no multiple of the "
                     f"{sum(sizes)} rows of a query group: num_query_groups="
                     f"{config.num_query_groups} must be a multiple of the tensor-parallel size for "

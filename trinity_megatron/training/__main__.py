@@ -2,7 +2,7 @@
 
 if __name__ == "__main__":
     # Inside the guard: the helper processes of a checkpoint save import this module again.
-    from trinity_megatron.process import enter_rank
+    from trinity_megatron.process.rank import enter_rank
 
     enter_rank()  # before the imports, which take seconds
     from trinity_megatron.training.pretrain import run

@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-from trinity_megatron.host import enter_host
+from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 
 _upstream_loop = PersistentAsyncCaller.async_loop
 

@@ -17,8 +17,9 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
-from trinity_megatron.tracking.statistics import STATISTICS
-from trinity_megatron.training.finish import ValidationTokens
+from trinity_megatron.errors import UserError
+from trinity_megatron.telemetry.step_statistics import STATISTICS
+from trinity_megatron.training.callbacks.end_of_run import ValidationTokens
 
 BATCH_KEYS = (
     "attention_mask cu_seqlens cu_seqlens_padded hybrid_cp_group labels local_cp_size loss_mask "
@@ -38,7 +39,7 @@ def get_batch(
         see :func:`padding_positions`.
 
     Raises:
-        ValueError: A padded training batch with pipeline parallelism.
+        UserError: A padded training batch with pipeline parallelism.
     """
     args = get_args()
     packed = args.dataloader_inter_document_masking
@@ -117,7 +118,7 @@ def _refuse_padding_in_pipeline(sample: dict[str, torch.Tensor], training: bool)
     longest = int(padding_positions(sample["tokens"], sample["loss_mask"]).sum(dim=1).max())
     # Two ends of document in a row look like a token of padding: no reason to stop a training.
     if longest > _STRAY_TOKENS:
-        raise ValueError(
+        raise UserError(
             f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} with a training "
             f"sequence whose last {longest} tokens are padding: they would be counted as load. "
             "Remedy: pack the sequences (prepare-data does), or --pipeline-model-parallel-size 1, "

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from megatron.training.utils import print_rank_0
 
-from trinity_megatron.config import flag_of
-from trinity_megatron.memory import training_memory
-from trinity_megatron.training.arguments import trinity_config_from_args
+from trinity_megatron.errors import UserError
+from trinity_megatron.model.config import flag_of
+from trinity_megatron.planner.memory import training_memory
+from trinity_megatron.training.arguments.parser import trinity_config_from_args
 
 _PROBE_BYTES = 1 << 16
 
@@ -24,7 +25,7 @@ def check_folders(args: argparse.Namespace) -> None:
         args: Of the run, as parsed.
 
     Raises:
-        ValueError: Names the flag, the folder and the remedy.
+        UserError: Names the flag, the folder and the remedy.
     """
     if args.rank == 0:
         for name in ("out", "save", "data_cache_path"):
@@ -37,7 +38,7 @@ def check_writable(flag: str, name: str | None) -> None:
     """Make a folder, and write to it.
 
     Raises:
-        ValueError: That fails; names the flag, the folder and the remedy.
+        UserError: That fails; names the flag, the folder and the remedy.
     """
     if not name or "://" in name:
         return
@@ -49,7 +50,7 @@ def check_writable(flag: str, name: str | None) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{flag} {folder} cannot be written: {error.strerror}. Remedy: mend that, or name "
             "another folder (for all of them: --out)."
         ) from error
@@ -62,7 +63,7 @@ def check_space(args: argparse.Namespace) -> None:
         args: Of the run, after Megatron's checks.
 
     Raises:
-        ValueError: The disk is smaller than a checkpoint.
+        UserError: The disk is smaller than a checkpoint.
     """
     if not args.save or "://" in args.save or args.rank != 0:
         return
@@ -74,7 +75,7 @@ def check_space(args: argparse.Namespace) -> None:
         f"{format_bytes(disk.free)} of {format_bytes(disk.total)} are free"
     )
     if disk.total < needed:
-        raise ValueError(f"{what}. Remedy: another --out (or --save), on a larger disk.")
+        raise UserError(f"{what}. Remedy: another --out (or --save), on a larger disk.")
     print_rank_0(f"> WARNING: {what}; the first save will fail unless space is made there")
 
 

@@ -15,10 +15,16 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from trinity_megatron.host import enter_host
-from trinity_megatron.process import USER_ERRORS, describe_error, quiet_import_warnings
-from trinity_megatron.screen import make_screen_safe
-from trinity_megatron.temporary import use_short_temporary_folder
+from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
+from trinity_megatron.errors import UserError
+from trinity_megatron.process.console import make_screen_safe
+from trinity_megatron.process.rank import (
+    USER_ERROR,
+    describe_error,
+    is_user_error,
+    quiet_import_warnings,
+)
+from trinity_megatron.process.temporary import use_short_temporary_folder
 
 quiet_import_warnings()
 make_screen_safe()  # before loggers keep the standard error
@@ -30,40 +36,40 @@ from megatron.training import get_wandb_writer, pretrain, training  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 from tensorboard.summary.writer import event_file_writer  # noqa: E402
 
-from trinity_megatron.checkpoint.guarded_load import guarded_loads  # noqa: E402
 from trinity_megatron.checkpoint.hf_assets import inherit_assets, keep_tokenizer  # noqa: E402
-from trinity_megatron.loss import attach_language_model_loss  # noqa: E402
-from trinity_megatron.moe.finalize import set_step_source  # noqa: E402
-from trinity_megatron.optimizer.builder import register_muon  # noqa: E402
-from trinity_megatron.optimizer.layout import separate_muon_buffers  # noqa: E402
+from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads  # noqa: E402
+from trinity_megatron.model.lm_head_loss import attach_language_model_loss  # noqa: E402
+from trinity_megatron.model.moe.bias_update import set_step_source  # noqa: E402
 from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
-from trinity_megatron.replaced import replaced  # noqa: E402
-from trinity_megatron.tracking.event_files import ForgivingRecordWriter  # noqa: E402
-from trinity_megatron.training.arguments import parse_trinity_args  # noqa: E402
-from trinity_megatron.training.checkpoint_worker import enter_host_in_worker  # noqa: E402
-from trinity_megatron.training.datasets import train_valid_test_datasets_provider  # noqa: E402
-from trinity_megatron.training.event_files import recorded  # noqa: E402
-from trinity_megatron.training.finish import finish_run  # noqa: E402
-from trinity_megatron.training.forward_step import forward_step  # noqa: E402
-from trinity_megatron.training.guard import refuse_spoilt_saves  # noqa: E402
-from trinity_megatron.training.heartbeat import watch_steps  # noqa: E402
-from trinity_megatron.training.index_cache import plain_index_cache  # noqa: E402
-from trinity_megatron.training.interrupt import (  # noqa: E402
+from trinity_megatron.optimizer.register import register_muon  # noqa: E402
+from trinity_megatron.optimizer.sharded.buffer_layout import separate_muon_buffers  # noqa: E402
+from trinity_megatron.telemetry.forgiving_writer import ForgivingRecordWriter  # noqa: E402
+from trinity_megatron.training.arguments.parser import megatron_refusals, parse_trinity_args  # noqa: E402
+from trinity_megatron.training.callbacks.end_of_run import finish_run  # noqa: E402
+from trinity_megatron.training.callbacks.finite_check import refuse_spoilt_saves  # noqa: E402
+from trinity_megatron.training.callbacks.hang_watchdog import watch_steps  # noqa: E402
+from trinity_megatron.training.callbacks.oom_report import explain, is_out_of_memory  # noqa: E402
+from trinity_megatron.training.callbacks.retention import old_checkpoints_deleted  # noqa: E402
+from trinity_megatron.training.callbacks.save_errors import (  # noqa: E402
+    explain_disk_error,
+    named_save_errors,
+)
+from trinity_megatron.training.callbacks.signals import (  # noqa: E402
     EndedBySignal,
     check_exit_signal,
     save_on_signals,
 )
-from trinity_megatron.training.metrics import StepMetrics  # noqa: E402
+from trinity_megatron.training.callbacks.step_metrics import StepMetrics  # noqa: E402
+from trinity_megatron.training.checkpoint_worker import enter_host_in_worker  # noqa: E402
+from trinity_megatron.training.datasets.index_cache import plain_index_cache  # noqa: E402
+from trinity_megatron.training.datasets.provider import train_valid_test_datasets_provider  # noqa: E402
+from trinity_megatron.training.datasets.splits import check_splits  # noqa: E402
+from trinity_megatron.training.forward_step import forward_step  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
-from trinity_megatron.training.out_of_memory import explain, is_out_of_memory  # noqa: E402
 from trinity_megatron.training.preflight import check_folders, check_space  # noqa: E402
-from trinity_megatron.training.retention import old_checkpoints_deleted  # noqa: E402
-from trinity_megatron.training.save_errors import (  # noqa: E402
-    explain_disk_error,
-    named_save_errors,
-)
-from trinity_megatron.training.splits import check_splits  # noqa: E402
-from trinity_megatron.training.start import advise_other_step, get_tokenizer_folder  # noqa: E402
+from trinity_megatron.training.resume import advise_other_step, get_tokenizer_folder  # noqa: E402
+from trinity_megatron.training.run_writer import recorded  # noqa: E402
+from trinity_megatron.upstream import replaced  # noqa: E402
 
 # A run that was stopped may still be ending.
 _PATIENCE_SECONDS = 20
@@ -126,6 +132,7 @@ def _train(args: argparse.Namespace) -> None:
                 old_checkpoints_deleted(args),
                 watch_steps(),
                 save_on_signals(args),
+                megatron_refusals((ValueError,), lambda: hasattr(args, "curr_iteration")),
             ):
                 pretrain(
                     pretrain_cfg_container_from_args(args, config),
@@ -157,7 +164,7 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
     """Let one run at a time write ``--out``; the lock ends with the process.
 
     Raises:
-        ValueError: Another run writes it, and does not end soon.
+        UserError: Another run writes it, and does not end soon.
     """
     if not args.out or args.rank != 0:
         yield
@@ -170,7 +177,7 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
         if isinstance(lock, SoftFileLock):  # a mere file, which would outlive this process
             lock.release()
     except Timeout as error:
-        raise ValueError(
+        raise UserError(
             f"--out {args.out} is being written by another run. Remedy: wait for its end, or name "
             "another --out."
         ) from error
@@ -178,7 +185,7 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
         pass  # a filesystem without locks
     try:
         yield
-    except USER_ERRORS:
+    except (UserError, OSError):
         if new and not hasattr(args, "curr_iteration"):  # refused before its first step
             shutil.rmtree(args.out, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -207,17 +214,14 @@ def run() -> None:
     try:
         use_short_temporary_folder()
         main()
-    except USER_ERRORS as error:
-        if os.environ.get("TRINITY_DEBUG") == "1":
-            raise
-        _say_once(f"error: {describe_error(error)}")
-        sys.exit(2)
-    except OSError as error:
-        message = explain_disk_error(error)
+    except (UserError, OSError) as error:
+        message = explain_disk_error(error) if isinstance(error, OSError) else None
+        if message is None and is_user_error(error):
+            message = describe_error(error)
         if message is None or os.environ.get("TRINITY_DEBUG") == "1":
             raise
         _say_once(f"error: {message}")
-        sys.exit(2)
+        sys.exit(USER_ERROR)
     except RuntimeError as error:
         if not is_out_of_memory(error) or os.environ.get("TRINITY_DEBUG") == "1":
             raise

@@ -19,7 +19,7 @@ from tests.reference.hf_random import (
 )
 from trinity_megatron.checkpoint import load_hf_model, save_hf_model
 from trinity_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from trinity_megatron.checkpoint.model import (
+from trinity_megatron.checkpoint.model_io import (
     LiveModel,
     load_megatron_model,
     load_transformers_model,
@@ -147,7 +147,7 @@ def test_sequential_experts_share_the_table(bf16: Path, one_rank: None) -> None:
     from megatron.core.transformer.mlp import MLPSubmodules
     from megatron.core.transformer.moe.experts import SequentialMLP
 
-    from trinity_megatron.layer_specs import get_trinity_layer_spec
+    from trinity_megatron.model.layer_specs import get_trinity_layer_spec
 
     whole = load_hf_model(bf16).eval()
     spec = get_trinity_layer_spec(whole.config)
@@ -229,7 +229,7 @@ def test_generation_uses_the_same_model(bf16: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_a_preset(bf16: Path, tmp_path: Path) -> None:
-    from trinity_megatron.presets import get_preset
+    from trinity_megatron.model.presets import get_preset
 
     hf_to_megatron(bf16, tmp_path / "megatron")
     given = json.loads((bf16 / "config.json").read_text())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.reference.hf_random import random_config, random_model
 from trinity_megatron.checkpoint import convert
 from trinity_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from trinity_megatron.cli import main
+from trinity_megatron.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[3]
 EXPERT = "model.layers.3.mlp.experts.1.up_proj.weight"
@@ -330,7 +330,7 @@ def test_another_kind_of_checkpoint_is_refused() -> None:
 
 
 def test_nan_is_a_difference() -> None:
-    from trinity_megatron.checkpoint.verify import Trace, compare
+    from trinity_megatron.evaluation.hf_parity import Trace, compare
 
     logits = torch.ones(1, 2, 3)
     theirs = Trace(logits, {}, {})
@@ -340,9 +340,9 @@ def test_nan_is_a_difference() -> None:
 
 
 def test_another_tokenizer_than_that_of_the_run(megatron: Path, tmp_path: Path) -> None:
-    from trinity_megatron.checkpoint.generate import generate
     from trinity_megatron.data.corpus import hash_file
     from trinity_megatron.data.tokenizer import save_tokenizer, train_tokenizer
+    from trinity_megatron.evaluation.generate import generate
 
     for name in ("its", "other"):
         save_tokenizer(train_tokenizer([f"{name} words " * 9], vocab_size=262), tmp_path / name)
@@ -367,7 +367,7 @@ def test_another_tokenizer_than_that_of_the_run(megatron: Path, tmp_path: Path) 
     ],
 )
 def test_wrong_flags_of_generate(given: dict, message: str, megatron: Path) -> None:
-    from trinity_megatron.checkpoint.generate import generate
+    from trinity_megatron.evaluation.generate import generate
 
     with pytest.raises(ValueError, match=f"{message}.*Remedy: "):
         generate(megatron, "words", **given)

@@ -23,8 +23,8 @@ from trinity_megatron.checkpoint.hf_weights import (
 )
 from trinity_megatron.checkpoint.param_mapping import resolve
 from trinity_megatron.checkpoint.transforms import Block, Shape
-from trinity_megatron.config import TrinityConfig
-from trinity_megatron.presets import trinity_preset
+from trinity_megatron.model.config import TrinityConfig
+from trinity_megatron.model.presets import trinity_preset
 
 Tensors = dict[str, torch.Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

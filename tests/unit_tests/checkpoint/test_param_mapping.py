@@ -18,8 +18,8 @@ from trinity_megatron.checkpoint.param_mapping import (
     resolve_momentum,
 )
 from trinity_megatron.checkpoint.transforms import Shape
-from trinity_megatron.config import TrinityConfig
-from trinity_megatron.presets import trinity_preset
+from trinity_megatron.model.config import TrinityConfig
+from trinity_megatron.model.presets import trinity_preset
 
 
 def random_config(seed: int) -> TrinityConfig:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trinity_megatron.checkpoint.save_worker import write_or_say
-from trinity_megatron.host import enter_host
+from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 
 enter_host()
 

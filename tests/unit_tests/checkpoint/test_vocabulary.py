@@ -20,7 +20,7 @@ from trinity_megatron.checkpoint.convert import (
     megatron_to_hf,
     write_hf,
 )
-from trinity_megatron.checkpoint.model import load_transformers_model
+from trinity_megatron.checkpoint.model_io import load_transformers_model
 from trinity_megatron.checkpoint.torch_dist import TorchDistReader
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -1,0 +1,29 @@
+"""Errors in words for users."""
+
+import errno
+import os
+
+import pytest
+
+from trinity_megatron.process.rank import describe_error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOENT, os.strerror(errno.ENOENT), "a/b"), "a/b: No such file"),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES), "a/b"), "a/b: Permission denied"),
+        (OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), b"a/b"), "a/b: Not a directory"),
+        (OSError(errno.EISDIR, os.strerror(errno.EISDIR), "a/b"), "a/b: Is a directory"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), "a/b: No space left"),
+    ],
+)
+def test_errors_of_the_system_name_path_and_remedy(error: OSError, words: str) -> None:
+    said = describe_error(error)
+    assert said.startswith(words) and "Remedy: " in said and "[Errno" not in said
+
+
+def test_other_errors_keep_their_words() -> None:
+    assert describe_error(ValueError("--lr is wrong")) == "--lr is wrong"
+    assert describe_error(OSError("the disk has no room")) == "the disk has no room"
+    assert describe_error(ValueError()) == "ValueError"

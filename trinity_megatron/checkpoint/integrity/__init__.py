@@ -1,0 +1,1 @@
+"""Checksums of checkpoints, and reading them without running code."""

@@ -1,0 +1,10 @@
+"""The error that is a user's to mend."""
+
+
+class UserError(ValueError):
+    """What is wrong with the input, and the remedy.
+
+    The message names the field or flag, its value and what to do, in one paragraph: commands print
+    it without a trace and exit with 2.  Any other exception is a bug, or a failure of the machine,
+    and keeps its trace.
+    """

@@ -1,0 +1,1 @@
+"""What a trained model does: generation, and parity with transformers."""

@@ -1,1 +1,0 @@
-"""``trinity-megatron gpu-check``: what a machine's GPU computes, and how fast."""

@@ -1,0 +1,1 @@
+"""The Trinity (AFMoE) model on Megatron-Core: config, layer specs and modules."""

@@ -1,0 +1,1 @@
+"""Attention with a window on local layers, without RoPE on global ones."""

@@ -1,0 +1,90 @@
+"""Parameter initialisation that does not depend on the parallel layout."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_pg_rank, get_pg_size
+
+from trinity_megatron.model.config import TrinityConfig
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+
+def initialize_parameters(model: list[MegatronModule]) -> list[MegatronModule]:
+    """Draw every matrix from TruncNormal(0, sigma^2) cut at 3 sigma, sigma = 0.5/sqrt(d).
+
+    Each matrix is drawn whole from a generator seeded by ``init_seed`` and its global name, then
+    cut to the rank's part: tensor, pipeline, expert and data parallel ranks build one and the same
+    model.  Norm gains are set by their layers.  A pre-wrap hook of Megatron's model builders.
+
+    Args:
+        model: Unwrapped pipeline chunks of this rank, changed in place.
+
+    Returns:
+        ``model``.
+
+    Source: report eq 37-38 and Table 1 ("all trainable parameters").
+    """
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            if parameter.dim() > 1:
+                _initialize(_global_name(chunk, name), parameter, chunk)
+    return model
+
+
+def _initialize(name: str, parameter: torch.Tensor, chunk: MegatronModule) -> None:
+    config: TrinityConfig = chunk.config
+    groups = chunk.pg_collection
+    is_expert = ".mlp.experts." in name
+    group = groups.expt_tp if is_expert else groups.tp
+    sharded = getattr(parameter, "tensor_model_parallel", False)
+    matrices: Iterable[torch.Tensor] = (parameter.data,)
+    names = [name]
+    if is_expert:
+        num_local = (config.num_moe_experts or 1) // get_pg_size(groups.ep)
+        first_expert = get_pg_rank(groups.ep) * num_local
+        matrices = parameter.data.unbind(0)
+        names = [f"{name}.{first_expert + index}" for index in range(num_local)]
+    dim = getattr(parameter, "partition_dim", -1) - (parameter.dim() - 2)
+    # [gate | up] is cut in each half (Megatron: stride 2).
+    stride = 2 if "linear_fc1" in name and config.gated_linear_unit else 1
+    for matrix_name, matrix in zip(names, matrices, strict=True):
+        shape = list(matrix.shape)
+        if sharded:
+            shape[dim] *= get_pg_size(group)
+        whole = draw_matrix(matrix_name, tuple(shape), matrix, config)
+        if sharded:
+            parts = whole.chunk(stride, dim=dim)
+            size, rank = get_pg_size(group), get_pg_rank(group)
+            whole = torch.cat([part.chunk(size, dim=dim)[rank] for part in parts], dim=dim)
+        matrix.copy_(whole)
+
+
+def draw_matrix(
+    name: str, shape: tuple[int, ...], like: torch.Tensor, config: TrinityConfig
+) -> torch.Tensor:
+    """Draw the whole matrix ``name`` in fp32 on the device of ``like``.
+
+    Source: report eq 37-38.
+    """
+    digest = hashlib.sha256(f"{config.init_seed}/{name}".encode()).digest()
+    generator = torch.Generator(device=like.device)
+    generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    whole = torch.empty(shape, dtype=torch.float32, device=like.device)
+    sigma = config.initializer_std
+    return torch.nn.init.trunc_normal_(
+        whole, std=sigma, a=-3 * sigma, b=3 * sigma, generator=generator
+    )
+
+
+def _global_name(chunk: MegatronModule, name: str) -> str:
+    """Replace the layer's index on this pipeline stage by its index in the model."""
+
+    def renumber(match: re.Match[str]) -> str:
+        layer = chunk.decoder.layers[int(match[1])]
+        return f"decoder.layers.{layer.layer_number - 1}."
+
+    return _LAYER.sub(renumber, name)

@@ -1,0 +1,264 @@
+"""Muon in Megatron: ``--optimizer muon`` without the emerging-optimizers package.
+
+Megatron keeps its matrix optimizers in a registry and builds them through the same code as Adam:
+parameter groups, mixed precision, gradient clipping, checkpoints.  Our Muon takes the place of the
+registered one, also where emerging-optimizers is installed.
+"""
+
+import functools
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import megatron.core.optimizer as core_optimizer
+import torch
+from megatron.core.optimizer import emerging_optimizers as registry
+from megatron.core.optimizer.emerging_optimizers import EmergingOptimizerEntry
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import layers as tensor_parallel_layers
+
+from trinity_megatron.errors import UserError
+from trinity_megatron.optimizer.muon import SCALES, Muon
+from trinity_megatron.optimizer.newton_schulz import COEFFICIENTS, coefficient_schedule
+from trinity_megatron.optimizer.param_groups import attach_muon_splits, is_adam_parameter
+from trinity_megatron.optimizer.sharded.buffer_layout import align_expert_buffers
+from trinity_megatron.optimizer.sharded.distributed_optimizer import (
+    ResumableDistributedOptimizer,
+    SkippingOptimizer,
+    build_sharded,
+)
+
+# Arguments (by dest) whose defaults in Megatron are not Trinity's.
+MUON_ARGUMENT_DEFAULTS: dict[str, Any] = {
+    "muon_momentum": 0.95,
+    "muon_scale_mode": "shape_scaling",
+    "muon_tp_mode": "duplicated",
+}
+
+# --muon-fp32-matmul-prec -> what Newton-Schulz computes in; None: bfloat16 on CUDA, float32 on CPU.
+_MATMUL_DTYPES: dict[str, torch.dtype | None] = {
+    "low": torch.bfloat16,
+    "medium": None,
+    "high": torch.float32,
+}
+
+# --muon-momentum-dtype
+MOMENTUM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Requests that Muon cannot meet: field -> reason and remedy.
+_REFUSED = {
+    "use_layer_wise_distributed_optimizer": "Muon is sharded by Megatron's distributed optimizer, "
+    "see `finish_muon_arguments`; take --optimizer muon --use-distributed-optimizer, not dist_muon",
+    # https://github.com/NVIDIA/Megatron-LM/issues/5707
+    "fp8_param_gather": "with Muon the fp8 weights would never be updated; drop --fp8-param-gather",
+    "optimizer_cpu_offload": "only Adam's state can be offloaded; drop --optimizer-cpu-offload",
+    "optimizer_cuda_graph": "Muon's step is not captured; drop --optimizer-cuda-graph",
+    "overlap_param_gather_with_optimizer_step": "all its parts step before weights are gathered; "
+    "drop --overlap-param-gather-with-optimizer-step",
+    "use_precision_aware_optimizer": "it is Adam's; drop --use-precision-aware-optimizer",
+    "use_mup": "muP's learning rates would be applied to stacked experts; drop --use-mup",
+}
+
+
+def register_muon() -> None:
+    """Make our Muon what ``--optimizer muon`` means.  Call it before the optimizer is built.
+
+    AdamW's distributed optimizer is mended too where it is torch's.
+    Changes names of ``megatron.core.optimizer``, each once; a second call changes nothing.
+    """
+    entries = registry._EMERGING_OPTIMIZERS
+    if "muon" in entries and entries["muon"].optimizer_cls is Muon:
+        return
+    if registry.OrthogonalizedOptimizer is object:
+        # The package is missing: without it this entry is an empty shell that the flag below would
+        # declare usable.  `--optimizer adaptive_muon` now says "Unsupported emerging optimizer".
+        entries.pop("adaptive_muon", None)
+        registry.get_supported_coefficient_types = lambda: tuple(COEFFICIENTS)
+    entries["muon"] = EmergingOptimizerEntry(
+        optimizer_cls=Muon,
+        init_state_fn=_init_state,
+        config_to_kwargs=_muon_kwargs,
+        default_param_overrides={_ADAM_PARAMETERS: {"optimizer": "adam"}},
+    )
+    # Both modules hold the name, and each checks its own.
+    registry.HAVE_EMERGING_OPTIMIZERS = True
+    core_optimizer.HAVE_EMERGING_OPTIMIZERS = True
+    # What Megatron copies from a weight to its float32 master; Muon needs the split on the master.
+    tensor_parallel_layers._MODEL_PARALLEL_ATTRIBUTE_DEFAULTS["muon_split"] = None
+    core_optimizer._get_megatron_emerging_optimizer = _build_muon_or(
+        core_optimizer._get_megatron_emerging_optimizer
+    )
+    align_expert_buffers()
+    if core_optimizer.Adam is torch.optim.AdamW:  # neither Transformer Engine nor apex
+        core_optimizer.DistributedOptimizer = ResumableDistributedOptimizer
+
+
+def muon_param_overrides(config: Any) -> dict[ParamKey, ParamGroupOverride]:
+    """Send every parameter that the table gives to AdamW there, at its own learning rate.
+
+    Megatron's ``--decoupled-lr`` reaches the embedding and the output layer; under Muon it is the
+    peak learning rate of all that AdamW updates.  The overrides combine with Megatron's standard
+    ones (no weight decay on norms).
+
+    Args:
+        config: ``OptimizerConfig`` or parsed arguments.
+
+    Returns:
+        One override, for the parameters of `is_adam_parameter`.
+    """
+    override = ParamGroupOverride(optimizer="adam")
+    if config.decoupled_lr is not None:
+        override["max_lr"] = config.decoupled_lr
+        if config.decoupled_min_lr is not None:
+            override["min_lr"] = config.decoupled_min_lr
+    return {_ADAM_PARAMETERS: override}
+
+
+def validate_muon_arguments(args: Any) -> None:
+    """Refuse what Muon cannot do, before Megatron's own checks or after them.
+
+    Args:
+        args: Megatron's parsed arguments.
+
+    Raises:
+        UserError: Names the argument, its value and the remedy.
+    """
+    if args.optimizer == "dist_muon":
+        raise UserError(
+            f"--optimizer {args.optimizer} is Megatron's own Muon. Remedy: take --optimizer "
+            "muon --use-distributed-optimizer."
+        )
+    if args.use_distributed_optimizer and args.ckpt_format != "torch_dist":
+        raise UserError(
+            f"ckpt_format={args.ckpt_format!r} with optimizer='muon' and "
+            "use_distributed_optimizer=True: the state is saved as torch_dist only. "
+            "Remedy: drop --ckpt-format."
+        )
+    sizes = [args.tensor_model_parallel_size, getattr(args, "expert_tensor_parallel_size", None)]
+    _check_settings(args, tensor_parallel_size=max(size or 1 for size in sizes))
+
+
+_ADAM_PARAMETERS = ParamKey(
+    with_name_predicate=ParamWithNamePredicate(name="trinity_adam", fn=is_adam_parameter)
+)
+
+
+_training_arguments: Any = None  # what Megatron does not hand to the builders of optimizers
+
+
+def finish_muon_arguments(args: Any) -> None:
+    """Undo what Megatron's checks turned ``--use-distributed-optimizer`` into for Muon.
+
+    They replace it by its layer-wise optimizer; see `optimizer/distributed.py` for why not that.
+    The arguments are kept for what is not in ``OptimizerConfig``.
+
+    Args:
+        args: Megatron's arguments after ``validate_args``.
+    """
+    global _training_arguments
+    _training_arguments = args
+    if args.optimizer == "muon" and args.use_layer_wise_distributed_optimizer:
+        args.use_layer_wise_distributed_optimizer = False
+        args.use_distributed_optimizer = True
+
+
+def _build_muon_or(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Build Muon sharded, or as Megatron does with our overrides; other optimizers as before."""
+
+    @functools.wraps(build)
+    def wrapper(
+        config: Any,
+        model_chunks: list[Any],
+        config_overrides: dict[ParamKey, Any] | None = None,
+        pg_collection: Any = None,
+    ) -> Any:
+        if config.optimizer != "muon":
+            return build(config, model_chunks, config_overrides, pg_collection)
+        overrides = muon_param_overrides(config)
+        if not config.use_distributed_optimizer:
+            # Megatron wants constants here; ours follow the config.
+            registry._EMERGING_OPTIMIZERS["muon"].default_param_overrides = overrides
+            chain = build(config, model_chunks, config_overrides, pg_collection)
+            return SkippingOptimizer(chain.chained_optimizers)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        kwargs = _muon_kwargs(config, model_chunks, groups)
+        return build_sharded(
+            config,
+            model_chunks,
+            {**(config_overrides or {}), **overrides},
+            lambda param_groups: Muon(param_groups, **kwargs),
+            use_gloo_process_groups=_argument("use_gloo_process_groups", True),
+            timeout=timedelta(minutes=_argument("distributed_timeout_minutes", 10)),
+        )
+
+    return wrapper
+
+
+def _argument(name: str, default: Any) -> Any:
+    return getattr(_training_arguments, name, default)
+
+
+def _init_state(optimizer: Muon, config: Any = None) -> None:
+    optimizer.init_state()
+
+
+def _muon_kwargs(config: Any, model_chunks: list[Any], pg_collection: Any) -> dict[str, Any]:
+    """Translate Megatron's ``OptimizerConfig``; split the model's fused parameters."""
+    expert_tp = getattr(pg_collection, "expt_tp", pg_collection.tp)
+    _check_settings(config, tensor_parallel_size=max(pg_collection.tp.size(), expert_tp.size()))
+    for chunk in model_chunks:
+        trained = [(name, p) for name, p in chunk.named_parameters() if p.requires_grad]
+        attach_muon_splits(trained, chunk.config, split_qkv=config.muon_split_qkv)
+    return {
+        "lr": config.lr,
+        "momentum": config.muon_momentum,
+        "nesterov": config.muon_nesterov,
+        "weight_decay": config.weight_decay,
+        "scale": config.muon_scale_mode,
+        "extra_scale_factor": config.muon_extra_scale_factor,
+        "num_ns_steps": config.muon_num_ns_steps,
+        "coefficients": config.muon_coefficient_type,
+        "dtype": _MATMUL_DTYPES[config.muon_fp32_matmul_prec],
+        "momentum_dtype": MOMENTUM_DTYPES[_argument("muon_momentum_dtype", "fp32")],
+        "tp_group": pg_collection.tp,
+        "expert_tp_group": expert_tp,
+    }
+
+
+def _check_settings(settings: Any, *, tensor_parallel_size: int) -> None:
+    for field, reason in _REFUSED.items():
+        if getattr(settings, field, False):
+            why, _, remedy = reason.rpartition("; ")
+            what = f"{field}={getattr(settings, field)} with optimizer='muon'"
+            raise UserError(f"{what}: {why}. Remedy: {remedy}.")
+    for field, known in (
+        ("muon_coefficient_type", COEFFICIENTS),
+        ("muon_scale_mode", SCALES),
+        ("muon_fp32_matmul_prec", _MATMUL_DTYPES),
+        ("muon_scalar_optimizer", ("adam",)),
+    ):
+        if getattr(settings, field) not in known:
+            raise UserError(
+                f"{field}={getattr(settings, field)!r} is not known to trinity_megatron's "
+                f"Muon. Remedy: choose one of {sorted(known)}."
+            )
+    coefficient_schedule(settings.muon_coefficient_type, settings.muon_num_ns_steps)
+    if tensor_parallel_size > 1 and settings.muon_tp_mode != "duplicated":
+        raise UserError(
+            f"muon_tp_mode={settings.muon_tp_mode!r} with tensor parallelism: our Muon "
+            "orthogonalizes whole matrices, each on one rank. Remedy: set --muon-tp-mode "
+            "duplicated."
+        )
+    if not getattr(settings, "decoupled_weight_decay", True):
+        raise UserError(
+            "decoupled_weight_decay=False: Muon's weight decay is decoupled. Remedy: drop the flag."
+        )
+    peak, floor = settings.decoupled_lr, settings.decoupled_min_lr
+    floor = settings.min_lr if floor is None else floor
+    if peak is not None and floor is not None and floor > peak:
+        raise UserError(
+            f"decoupled_lr={peak} is below its minimum {floor} (decoupled_min_lr, or min_lr where "
+            "that is not set). Remedy: set --decoupled-min-lr."
+        )

@@ -1,0 +1,1 @@
+"""Muon over the shards of the distributed optimizer."""

@@ -1,0 +1,1 @@
+"""Arithmetic of a run: memory, FLOPs, the work of Muon."""

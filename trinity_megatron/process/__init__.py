@@ -1,0 +1,1 @@
+"""The processes of a run: ranks, their helpers, environment, temporary files and output."""

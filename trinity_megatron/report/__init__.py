@@ -1,0 +1,1 @@
+"""The report of a run: figures, balance verdict and the HTML page."""

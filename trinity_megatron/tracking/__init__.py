@@ -1,1 +1,0 @@
-"""What a run leaves behind: metrics, pictures, the W&B run."""

@@ -1,0 +1,1 @@
+"""Megatron's arguments with Trinity's flags, defaults and checks."""

@@ -1,0 +1,1 @@
+"""What is called by the training loop."""

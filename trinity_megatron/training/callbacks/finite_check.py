@@ -1,0 +1,88 @@
+"""Keep what is no number out of the checkpoints.
+
+Megatron stops at a loss or a gradient that is none, one step after the weights were spoilt: a save
+in between would make the spoilt state the latest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import chain
+from typing import Any
+
+import torch
+from megatron.training import get_args, training
+from torch import Tensor
+
+from trinity_megatron.errors import UserError
+from trinity_megatron.upstream import replaced
+
+_CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def refuse_spoilt_saves() -> AbstractContextManager[None]:
+    """Look at weights, buffers and the optimizer's state before each of Megatron's saves."""
+    return replaced(training, "save_checkpoint", _checked)
+
+
+def _checked(save: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        check_is_finite(iteration, model, optimizer)
+        return save(iteration, model, optimizer, *args, **kwargs)
+
+    return wrapper
+
+
+def check_is_finite(iteration: int, model: Any, optimizer: Any) -> None:
+    """Refuse a state with NaN or infinity, on all ranks if it is on one.
+
+    Raises:
+        UserError: Names the tensors, the ranks and the remedy.
+    """
+    mine = find_spoilt(model, optimizer)
+    count = torch.tensor(len(mine), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(count)
+    if not count:
+        return
+    by_rank: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(by_rank, mine[:3])
+    names = [f"{name} (rank {rank})" for rank, found in enumerate(by_rank) for name in found]
+    more = int(count) - len(names[:3])
+    raise UserError(
+        f"step {iteration} is not saved: NaN or infinity in {', '.join(names[:3])}"
+        f"{f' and {more} more tensors' if more else ''}. The latest checkpoint in "
+        f"{get_args().save} stands. Remedy: start again from it with lower --lr and "
+        "--decoupled-lr, or --iterations-to-skip the steps that spoilt it."
+    )
+
+
+def find_spoilt(model: Any, optimizer: Any) -> list[str]:
+    """Names of this rank's tensors that hold NaN or infinity; one wait for the device.
+
+    Args:
+        model: Chunks of the model.
+        optimizer: Megatron's optimizer; None where there is none.
+    """
+    named = list(_tensors(model, optimizer))
+    local = [getattr(tensor, "_local_tensor", tensor).detach() for _, tensor in named]
+    kept = [i for i, t in enumerate(local) if t.dtype in _CHECKED and t.numel()]
+    if not kept:
+        return []
+    # The largest absolute value: NaN if there is one.
+    largest = torch._foreach_norm([local[i] for i in kept], float("inf"))
+    device = torch.cuda.current_device()  # states may lie on the host
+    spoilt = ~torch.stack([norm.to(device, torch.float32) for norm in largest]).isfinite()
+    return [named[i][0] for i, is_bad in zip(kept, spoilt.tolist(), strict=True) if is_bad]
+
+
+def _tensors(model: Any, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    for chunk in model:
+        yield from chain(chunk.named_parameters(), chunk.named_buffers())
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        states = getattr(getattr(part, "optimizer", None), "state", {})
+        for param, state in states.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    shape = " x ".join(map(str, param.shape))
+                    yield f"{key} of a parameter of {shape}", value

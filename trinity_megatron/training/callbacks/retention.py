@@ -1,0 +1,176 @@
+"""``--keep-last``: delete the older checkpoints of a run.
+
+Rank 0 does it in the background, after the tracker file names the new one.  A check of a checkpoint
+reads its ``.metadata`` and the sizes of its files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron.training import checkpointing, training
+from megatron.training.async_utils import is_empty_async_queue
+
+from trinity_megatron.checkpoint.torch_dist import TorchDistReader, iteration_name, read_tracker
+from trinity_megatron.upstream import replaced
+
+logger = logging.getLogger(__name__)
+
+# What is being deleted; no reader of checkpoints looks at such a name.
+_DOOMED = "deleting_"
+
+
+@contextmanager
+def old_checkpoints_deleted(args: argparse.Namespace) -> Iterator[None]:
+    """Delete old checkpoints after each save while the block runs; nothing without the flag.
+
+    Args:
+        args: Of the run.
+    """
+    if args.keep_last is None:
+        yield
+        return
+    with ExitStack() as stack:
+        # Megatron's own deletion knows --save-retain-interval only, and keeps one beside.
+        stack.enter_context(
+            replaced(checkpointing, "_async_delete_checkpoint_impl", lambda _: _leave)
+        )
+        if args.rank == 0:
+            retention = stack.enter_context(Retention(args))
+            stack.enter_context(replaced(training, "save_checkpoint", retention.after_save))
+            stack.enter_context(
+                replaced(training, "maybe_finalize_async_save", retention.after_finalize)
+            )
+        yield
+
+
+def _leave(*args: Any, **kwargs: Any) -> None:
+    """Delete nothing, in the place of Megatron's function."""
+
+
+class Retention:
+    """Deletes the older checkpoints of a run; a context manager, whose end waits for it.
+
+    Args:
+        args: Of the run.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._folder = Path(args.save)
+        self._keep, self._interval = args.keep_last, args.save_retain_interval
+        self._worker = ThreadPoolExecutor(1, "keep-last")
+        self._latest = read_tracker(self._folder)
+        self._is_saving = self._has_failed = False
+
+    def __enter__(self) -> Retention:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._worker.shutdown()
+
+    def after_save(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        """Stand around Megatron's ``save_checkpoint``."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            result = save(*args, **kwargs)
+            self._is_saving = True
+            self._look()
+            return result
+
+        return wrapper
+
+    def after_finalize(self, finalize: Callable[..., Any]) -> Callable[..., Any]:
+        """Stand around Megatron's ``maybe_finalize_async_save``, which every step calls."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            result = finalize(*args, **kwargs)
+            self._look()
+            return result
+
+        return wrapper
+
+    def _look(self) -> None:
+        if not self._is_saving or not is_empty_async_queue():
+            return
+        self._is_saving = False
+        latest = read_tracker(self._folder)
+        if latest != self._latest:
+            self._latest = latest
+            self._worker.submit(self._delete)
+
+    def _delete(self) -> None:
+        try:
+            delete_old(self._folder, self._keep, self._interval)
+        except Exception as error:  # nothing of it may end the training
+            if not self._has_failed:
+                self._has_failed = True
+                logger.warning(
+                    "--keep-last: old checkpoints in %s cannot be deleted (%s); the training goes "
+                    "on, and the disk fills up.",
+                    self._folder,
+                    error,
+                )
+
+
+def delete_old(folder: Path, keep: int, interval: int | None = None) -> list[int]:
+    """Delete the iterations before the newest complete ones.
+
+    The one that the tracker file names, those after it, releases and links are never deleted.  A
+    folder is renamed first: half of it does not count as a checkpoint.
+
+    Args:
+        folder: What ``--save`` was.
+        keep: Number of complete checkpoints to keep.
+        interval: Multiples of it are kept too.
+
+    Returns:
+        The iterations that were deleted.
+
+    Raises:
+        OSError: Something cannot be deleted; the rest is.
+    """
+    old = choose_old(folder, keep, interval)
+    for number in old:
+        (folder / iteration_name(number)).rename(folder / f"{_DOOMED}{iteration_name(number)}")
+    failures: list[OSError] = []
+    for path in folder.glob(f"{_DOOMED}iter_*"):  # of an earlier start, which was killed, too
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+    return old
+
+
+def choose_old(folder: Path, keep: int, interval: int | None = None) -> list[int]:
+    """The iterations that :func:`delete_old` deletes."""
+    latest = read_tracker(folder) or ""
+    if not latest.isdigit():
+        return []
+    found = (path for path in folder.glob("iter_*") if path.is_dir() and not path.is_symlink())
+    numbers = (int(path.name[5:]) for path in found if path.name[5:].isdigit())
+    past = sorted((number for number in numbers if number <= int(latest)), reverse=True)
+    complete = (number for number in past if _is_complete(folder / iteration_name(number)))
+    kept = [number for number, _ in zip(complete, range(keep), strict=False)]
+    if len(kept) < keep:
+        return []
+    return [
+        number
+        for number in past
+        if number < kept[-1] and number != int(latest) and not (interval and number % interval == 0)
+    ]
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return TorchDistReader(folder).folder == folder
+    except ValueError:
+        return False

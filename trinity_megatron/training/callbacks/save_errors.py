@@ -1,0 +1,213 @@
+"""A save that fails is one error: the folder, its free space, the checkpoint that stands."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.training import get_args, training
+from megatron.training.utils import print_rank_0
+from torch.distributed.checkpoint.api import CheckpointException
+
+from trinity_megatron.checkpoint.save_worker import write_or_say
+from trinity_megatron.checkpoint.torch_dist import TorchDistReader, iteration_name, read_tracker
+from trinity_megatron.errors import UserError
+from trinity_megatron.training.preflight import checkpoint_bytes, format_bytes
+from trinity_megatron.training.resume import mend_tracker
+from trinity_megatron.upstream import replaced
+
+_REMEDIES = {
+    errno.ENOSPC: "make space there",
+    errno.EDQUOT: "make space there, or raise the quota",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EROFS: "mount it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.ENOENT: "bring the folder back",
+    errno.EIO: "mend the disk",
+    errno.ESTALE: "mount it again",
+    errno.ENOTCONN: "mount it again",
+}
+_OF_A_PATH = (errno.ENOENT, errno.EACCES, errno.EPERM)
+_PROBE_BYTES = 1 << 20
+
+
+@contextmanager
+def named_save_errors() -> Iterator[None]:
+    """Name what a save of Megatron's training loop fails of, while the block runs."""
+    saves = _Saves()
+    writer = filesystem_async.FileSystemWriterAsync
+    with (
+        replaced(training, "save_checkpoint", saves.around_save),
+        replaced(training, "maybe_finalize_async_save", saves.around_finalize),
+        replaced(writer, "get_save_function_and_args", _saying),
+    ):
+        yield
+
+
+def _saying(get: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(self: Any) -> Any:
+        write, preload, arguments = get(self)
+        return (None if write is None else partial(write_or_say, write)), preload, arguments
+
+    return wrapper
+
+
+class _Saves:
+    """The saves that have begun, and may not be complete."""
+
+    def __init__(self) -> None:
+        self._begun: list[tuple[int, Path]] = []
+
+    def around_save(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(iteration: int, *given: Any, **settings: Any) -> Any:
+            args = get_args()
+            is_loaded = iteration == args.iteration and not args.finetune
+            if is_loaded and args.load and Path(args.load).resolve() == Path(args.save).resolve():
+                print_rank_0(f"> step {iteration} is saved already")
+                return None
+            if not args.async_save:
+                self._begun.clear()
+            is_passing = settings.get("non_persistent_ckpt", False)
+            self._begun.append((iteration, save_folder(args, is_passing)))
+            return self._named(partial(save, iteration, *given, **settings))
+
+        return wrapper
+
+    def around_finalize(self, finalize: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, **settings: self._named(partial(finalize, *given, **settings))
+
+    def _named(self, call: Callable[[], Any]) -> Any:
+        """Call; what the disk is at fault for becomes a ValueError.
+
+        Torch's error of a save is no Exception.
+        """
+        try:
+            return call()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            begun = [(step, folder) for step, folder in self._begun if step > _latest(folder)]
+            if not (begun := begun or self._begun[-1:]):
+                raise
+            args, (step, folder) = get_args(), begun[0]
+            reason = find_reason(error, folder)
+            if reason is None and args.rank and isinstance(error, CheckpointException):
+                raise UserError(f"the save of step {step} failed; rank 0 says why") from error
+            if reason is None:
+                raise
+            message = describe(args, step, folder, reason)
+            if args.rank == 0 and args.ckpt_format == "torch_dist":
+                discard_incomplete([folder / iteration_name(step) for step, folder in begun])
+                with contextlib.suppress(OSError, ValueError):
+                    mend_tracker(folder)
+            latest = _latest(folder)
+            stands = f"The checkpoint of step {latest} stands" if latest else "None stands"
+            raise UserError(
+                f"{message} {stands}. Remedy: {_REMEDIES.get(reason, 'mend that')}; the same "
+                "command then goes on from the latest checkpoint."
+            ) from error
+
+
+def save_folder(args: argparse.Namespace, is_passing: bool) -> Path:
+    """Where Megatron saves, lasting or non-persistent checkpoints."""
+    if is_passing and args.non_persistent_ckpt_type == "local":
+        return Path(args.non_persistent_local_ckpt_dir)
+    if is_passing:
+        return Path(args.non_persistent_global_ckpt_dir or Path(args.save) / "non_persistent")
+    return Path(args.save)
+
+
+def _latest(folder: Path) -> int:
+    """What the tracker names, 0 if nothing."""
+    try:
+        word = read_tracker(folder) or ""
+    except OSError:
+        return 0
+    return int(word) if word.isdigit() else 0
+
+
+def find_reason(error: BaseException, folder: Path) -> int | None:
+    """The number of the operating system's error behind the error of a save.
+
+    Args:
+        error: What Megatron raised; on rank 0 its text has that of the ranks that failed.
+        folder: That was written to.
+
+    Returns:
+        None where the disk is not at fault.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        numbers = [seen.errno] if isinstance(seen, OSError) else []
+        numbers += [int(number) for number in re.findall(r"\[Errno (\d+)\]", str(seen))]
+        # A path that is gone or closed may be another than this folder.
+        is_elsewhere = str(folder) not in str(seen)
+        for number in numbers:
+            if number in _REMEDIES and not (number in _OF_A_PATH and is_elsewhere):
+                return number
+        seen = seen.__cause__ or seen.__context__
+    if isinstance(error, OSError | RuntimeError | CheckpointException):
+        return probe(folder)  # torch's own writer has no numbers
+    return None
+
+
+def explain_disk_error(error: OSError) -> str | None:
+    """What a full or broken disk says anywhere else in a run; None if the disk is not at fault."""
+    if error.errno not in _REMEDIES or error.errno in _OF_A_PATH:
+        return None
+    return (
+        f"{error.filename or 'a file'} cannot be written or read: {error.strerror}. Remedy: "
+        f"{_REMEDIES[error.errno]}; the same command then goes on from the latest checkpoint."
+    )
+
+
+def probe(folder: Path, size: int = _PROBE_BYTES) -> int | None:
+    """Number of the error that a write to a folder ends with; None if it succeeds."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(size))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def discard_incomplete(checkpoints: list[Path]) -> None:
+    """Remove what a failed save has left, so that there is space for what follows."""
+    for path in checkpoints:
+        try:
+            TorchDistReader(path)
+        except ValueError:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def describe(args: argparse.Namespace, step: int, folder: Path, reason: int) -> str:
+    """What failed, and the space that there is and would have to be.
+
+    Args:
+        args: Of the run.
+        step: That was to be saved.
+        folder: Where to.
+        reason: Number of the error.
+    """
+    free = ""
+    with contextlib.suppress(OSError):
+        disk = shutil.disk_usage(folder)
+        free = f"{format_bytes(disk.free)} of {format_bytes(disk.total)} are free there, and "
+    return (
+        f"the save of step {step} to {folder} failed: {os.strerror(reason)}. {free}a checkpoint "
+        f"takes about {format_bytes(checkpoint_bytes(args))}."
+    )

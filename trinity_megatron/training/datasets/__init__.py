@@ -1,0 +1,1 @@
+"""Megatron's datasets: order, cache, splits and identity of the data."""

@@ -1,0 +1,257 @@
+"""Which data a run reads, known by their content: kept in checkpoints, compared at a resume."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
+from megatron.core.datasets.indexed_dataset import DType
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.datasets.utils import normalize
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from trinity_megatron.errors import UserError
+
+# Files up to this size are read whole, larger ones in blocks that are spread evenly.
+_WHOLE_BYTES = 64 * 2**20
+_BLOCKS, _BLOCK_BYTES = 256, 64 * 2**10
+
+# Source: megatron.core.datasets.indexed_dataset, _IndexReader.
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+
+# Megatron's, if --split is not given.
+_DEFAULT_SPLIT = "969, 30, 1"
+
+# Training reads these.
+_ALL, _TRAIN = "all splits", "train"
+
+# What a checkpoint keeps: plain containers, which unpickle without our code.
+Dataset = dict[str, Any]
+Identity = dict[str, list[Dataset]]
+
+
+def read_identity(args: argparse.Namespace) -> Identity | None:
+    """The datasets of each split, known by their content.
+
+    Args:
+        args: Of the run.
+
+    Returns:
+        For each split (or for all of them, where ``--split`` cuts one) its datasets in the order of
+        the blend, each with ``prefix``, ``weight``, ``documents``, ``tokens`` and ``content``,
+        a fingerprint; None for mock data.
+
+    Raises:
+        UserError: A file is missing or no dataset of Megatron; names it and the remedy.
+    """
+    if args.mock_data:
+        return None
+    try:
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except AssertionError:  # flags that exclude each other, which Megatron's own check names
+        return None
+    known: dict[str, Dataset] = {}
+    if blend is not None:
+        split = parse_and_normalize_split(args.split or _DEFAULT_SPLIT)
+        return {_ALL: [{**item, "split": split} for item in _read_blend(blend, known)]}
+    if per_split is None:
+        return None
+    names = (_TRAIN, "validation", "test")
+    blends = zip(names, per_split, strict=True)
+    return {name: _read_blend(blend, known) for name, blend in blends if blend is not None}
+
+
+def _read_blend(blend: Any, known: dict[str, Dataset]) -> list[Dataset]:
+    prefixes, weights = blend
+    # One dataset is read as it is, whatever its weight.
+    shares = normalize(weights) if weights and len(weights) > 1 else [None] * len(prefixes)
+    for prefix in prefixes:
+        if prefix not in known:
+            known[prefix] = describe_dataset(prefix)
+    return [
+        {"prefix": prefix, "weight": share, **known[prefix]}
+        for prefix, share in zip(prefixes, shares, strict=True)
+    ]
+
+
+def describe_dataset(prefix: str) -> Dataset:
+    """Size and fingerprint of a dataset; without them if it lies in an object storage.
+
+    Args:
+        prefix: Of its files ``.idx`` and ``.bin``.
+
+    Raises:
+        UserError: A file is missing or no dataset of Megatron.
+    """
+    if is_object_storage_path(prefix):
+        return {"documents": None, "tokens": None, "content": None}
+    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    try:
+        with index.open("rb") as file:
+            head = file.read(_HEADER.size).ljust(_HEADER.size, b"\0")
+        magic, _, code, documents, _ = _HEADER.unpack(head)
+        if magic != _MAGIC or code not in {item.value for item in DType}:
+            raise UserError(
+                f"{index} does not begin as an index of Megatron does. Remedy: prepare the data "
+                "again, or name another path."
+            )
+        digest = hashlib.sha256()
+        for path in (index, tokens):
+            _add_file(digest, path)
+        count = tokens.stat().st_size // DType.size(code)
+    except OSError as error:
+        raise UserError(
+            f"the data {prefix} cannot be read ({error}). Remedy: the path of both files, .idx and "
+            ".bin, without that ending."
+        ) from error
+    return {"documents": documents, "tokens": count, "content": digest.hexdigest()}
+
+
+def _add_file(digest: Any, path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(struct.pack("<Q", size))
+    with path.open("rb", buffering=0) as file:
+        if size <= _WHOLE_BYTES:
+            while block := file.read(2**20):
+                digest.update(block)
+            return
+        for index in range(_BLOCKS):
+            start = (size - _BLOCK_BYTES) * index // (_BLOCKS - 1)
+            digest.update(os.pread(file.fileno(), _BLOCK_BYTES, start))
+
+
+def share_identity(args: argparse.Namespace) -> dict[str, str]:
+    """Give every rank the identity that rank 0 has read; call it on all ranks.
+
+    ``args.data_identity`` is saved in every checkpoint, as all of ``args``.
+
+    Returns:
+        Fingerprint of each dataset, by its prefix.
+    """
+    shared = [getattr(args, "data_identity", None)]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(shared)
+    args.data_identity = shared[0]
+    datasets = [item for items in (shared[0] or {}).values() for item in items]
+    return {item["prefix"]: item["content"] for item in datasets if item["content"]}
+
+
+def check_data(saved: object, step: int | None, args: argparse.Namespace) -> None:
+    """Refuse a resume with other training data than those of the checkpoint.
+
+    What does not change what is read, but its order, or is not trained on, is said.
+
+    Args:
+        saved: Arguments of the run that saved the checkpoint.
+        step: Its iteration.
+        args: Of the run that resumes, with ``data_identity``.
+
+    Raises:
+        UserError: Names both data and the remedy.
+    """
+    before, now = getattr(saved, "data_identity", None), getattr(args, "data_identity", None)
+    consumed = getattr(saved, "consumed_train_samples", 0)
+    if now is None or not consumed:
+        return
+    if before is None:
+        _say_old_order(saved, args, now)
+        return
+    changed = differences(before, now)
+    what = "; ".join(line for name in (_ALL, _TRAIN) for line in changed.pop(name, []))
+    passed = f"the first {consumed} sequences of its order, as many as the run has read, are passed"
+    if _begins_phase(step, args):
+        print(f"> a phase ends with step {step}; the next one reads its data from their start")
+    elif what and not args.allow_data_change:
+        raise UserError(
+            f"--load {args.load} was trained on other data: {what}. Remedy: the data of that run; "
+            "or another --out (or --finetune) to start anew; or --allow-data-change to go on with "
+            f"these: a new order begins, and {passed} over."
+        )
+    elif what:
+        print(f"> the training data have changed: {what}. A new order begins; {passed} over")
+    for name, lines in changed.items():
+        print(f"> the {name} data have changed: {'; '.join(lines)}")
+    _say_other_order(saved, args)
+
+
+def _begins_phase(step: int | None, args: argparse.Namespace) -> bool:
+    """Whether Megatron expects other data from here on, and counts their samples from 0."""
+    phases = args.phase_transition_iterations or ""
+    return step is not None and str(step) in phases.replace(" ", "").split(",")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What differs between two identities, in words, by split.
+
+    Where a dataset lies does not matter.
+    """
+    found = {}
+    for name in {**before, **now}:
+        old, new = before.get(name, []), now.get(name, [])
+        lines = _different_datasets(old, new)
+        if lines:
+            more = [f"and {len(lines) - 3} more"] if len(lines) > 3 else []
+            found[name] = lines[:3] + more
+    return found
+
+
+def _different_datasets(old: Sequence[Dataset], new: Sequence[Dataset]) -> list[str]:
+    lines = []
+    for index, (one, other) in enumerate(zip_longest(old, new)):
+        which = f"dataset {index + 1}, " if max(len(old), len(new)) > 1 else ""
+        if one is None or other is None:
+            lines.append(f"{which}{_in_words(one)} -> {_in_words(other)}")
+            continue
+        contents = one["content"], other["content"]
+        if None not in contents and contents[0] != contents[1]:
+            lines.append(f"{which}{_in_words(one)} -> {_in_words(other)}")
+        for key in ("weight", "split"):
+            if one.get(key) != other.get(key):
+                lines.append(f"{which}{key} {one.get(key)} -> {other.get(key)}")
+    return lines
+
+
+def _in_words(dataset: Dataset | None) -> str:
+    if dataset is None:
+        return "none"
+    if dataset["content"] is None:
+        return dataset["prefix"]
+    numbers = f"{dataset['documents']} documents, {dataset['tokens']} tokens"
+    return f"{numbers} (fingerprint {dataset['content'][:12]})"
+
+
+def _say_other_order(saved: object, args: argparse.Namespace) -> None:
+    for name in ("seed", "seq_length"):
+        before, now = getattr(saved, name, None), getattr(args, name)
+        if before is not None and before != now:
+            print(
+                f"> {name} is {now} and was {before}: the data have another order, in which a part "
+                "of what was read comes again before the rest"
+            )
+
+
+def _say_old_order(saved: object, args: argparse.Namespace, now: Identity) -> None:
+    """Say that a checkpoint of an earlier release has shuffled several epochs together."""
+    steps, batch = getattr(saved, "train_iters", None), getattr(saved, "global_batch_size", None)
+    samples = getattr(saved, "train_samples", None) or (steps or 0) * (batch or 0)
+    datasets = now.get(_TRAIN) or now.get(_ALL) or []
+    for item in datasets:
+        if item["tokens"] is None or (item["weight"] is None and len(datasets) > 1):
+            continue  # not known, or never repeated
+        has = item["tokens"] * item.get("split", [1])[0]
+        if samples * (item["weight"] or 1) * args.seq_length >= has:
+            print(
+                "> the checkpoint is of an earlier release, which shuffled all epochs of a run "
+                "together; from here on each epoch has its own order, so of the present one a part "
+                "comes again and another not at all"
+            )
+            return

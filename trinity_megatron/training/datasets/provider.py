@@ -1,0 +1,148 @@
+"""Megatron's GPT datasets from the arguments."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.training import get_args, get_tokenizer
+from megatron.training.utils import (
+    get_blend_and_blend_per_split,
+    is_first_or_last_pipeline_stage,
+)
+
+from trinity_megatron.errors import UserError
+from trinity_megatron.training.datasets.data_identity import share_identity
+from trinity_megatron.training.datasets.epoch_order import (
+    EpochOrderConfig,
+    EpochOrderGPTDataset,
+    EpochOrderMockGPTDataset,
+    check_is_long_enough,
+)
+from trinity_megatron.training.datasets.splits import check_unweighted, needed_splits
+
+
+def gpt_dataset_config_from_args(args: Any) -> EpochOrderConfig:
+    """Megatron's dataset config from Megatron's arguments; call it on all ranks."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return EpochOrderConfig(
+        fingerprints=share_identity(args),
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        object_storage_cache_path=args.object_storage_cache_path,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        hybrid_context_parallel=args.hybrid_context_parallel,
+        inter_document_masking=args.dataloader_inter_document_masking,
+    )
+
+
+def _is_built_on_rank(vp_stage: int | None, is_packed: bool) -> bool:
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return False
+    return is_packed or is_first_or_last_pipeline_stage(vp_stage)
+
+
+def _leave_out(config: EpochOrderConfig, needed: Sequence[bool]) -> None:
+    """Build no set that the run does not read: it may be too short for one sequence."""
+    for splits in (config.split_matrix, config.blend_per_split):
+        if splits is None or config.mock:
+            continue
+        for index, is_needed in enumerate(needed):
+            if not is_needed:
+                splits[index] = None
+
+
+def samples_to_build(args: Any, num_samples: list[int]) -> list[int]:
+    """What Megatron asks for, and what a resume has behind it and still reads.
+
+    A resume counts on from the samples that are consumed.  They are more than Megatron thinks if
+    the run has evaluated more often before, or is complete.
+
+    Args:
+        args: Of the run, with the checkpoint's state.
+        num_samples: Samples of train, validation and test.
+    """
+    train, valid, test = num_samples
+    if args.skip_train or args.phase_transition_iterations:
+        return [train, valid, test]
+    if args.consumed_train_samples >= train:
+        train = args.consumed_train_samples + 1
+    if valid and args.train_iters:
+        passed = args.iteration // args.eval_interval
+        ahead = max(0, args.train_iters // args.eval_interval - passed) + 1
+        batch = args.eval_global_batch_size or args.global_batch_size
+        valid = max(valid, args.consumed_valid_samples + ahead * args.eval_iters * batch)
+    return [train, valid, test]
+
+
+def train_valid_test_datasets_provider(
+    num_samples: list[int], vp_stage: int | None = None
+) -> tuple[Any, Any, Any]:
+    """Build the datasets; called by ``pretrain()`` on every rank.
+
+    Args:
+        num_samples: Samples of train, validation and test.
+        vp_stage: Virtual pipeline stage, if any.
+
+    Raises:
+        UserError: A flag takes the index for granted, and it is not in the cache.
+    """
+    args = get_args()
+    config = gpt_dataset_config_from_args(args)
+    _leave_out(config, needed_splits(args))
+    if not config.mock and args.rank == 0:
+        check_unweighted(args, num_samples)
+    num_samples = samples_to_build(args, num_samples)
+    dataset_type = EpochOrderMockGPTDataset if args.mock_data else EpochOrderGPTDataset
+    is_built = partial(_is_built_on_rank, vp_stage, args.dataloader_inter_document_masking)
+    with _named_index_errors(args):
+        made = BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config).build()
+    if not args.skip_train:
+        check_is_long_enough(made[0], num_samples[0])
+    return made
+
+
+@contextmanager
+def _named_index_errors(args: Any) -> Iterator[None]:
+    """Name why the index of the samples cannot be written, or is not there.
+
+    Raises:
+        UserError: Names the flag, the folder and the remedy.
+    """
+    try:
+        yield
+    except Exception as error:  # Megatron's own has no type
+        if isinstance(error.__cause__, OSError):
+            raise UserError(
+                f"--data-cache-path {args.data_cache_path}: the order of the samples cannot be "
+                f"written: {error.__cause__}. Remedy: mend that, or name a folder with free space."
+            ) from error
+        if not (args.dataloader_fast_cache_load or args.dataloader_defer_npy_index_mmap):
+            raise
+        flag = "fast-cache-load" if args.dataloader_fast_cache_load else "defer-npy-index-mmap"
+        raise UserError(
+            f"--dataloader-{flag}: --data-cache-path {args.data_cache_path} has no index of these "
+            f"samples ({error}). Remedy: one run of this length without the flag, which writes it."
+        ) from error
+
+
+train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
