@@ -13,10 +13,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 SCRIPT = """
 import os
 import time
-from trinity_megatron.training import heartbeat, pretrain
+from trinity_megatron.training import pretrain
+from trinity_megatron.training.callbacks import hang_watchdog
 from megatron.training import get_args, training
 
-heartbeat.SECONDS = 2.0
+hang_watchdog.SECONDS = 2.0
 train_step = training.train_step
 
 def hang_in_here(*args, **kwargs):

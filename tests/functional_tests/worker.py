@@ -20,11 +20,8 @@ def train(job: dict[str, Any]) -> None:
     """Run the training entry once, and leave the process as it was before."""
     from megatron.training import get_tensorboard_writer, training
 
-    from trinity_megatron.model.moe import bias_update
     from trinity_megatron.training import pretrain
-    from trinity_megatron.training.callbacks import end_of_run
 
-    initialize_megatron = training.initialize_megatron
     sys.argv = ["worker.py", *job["flags"]]
     try:
         with probed(**job["probe"]):
@@ -32,10 +29,6 @@ def train(job: dict[str, Any]) -> None:
     except SystemExit as stop:  # --exit-interval
         if stop.code:
             raise
-    finally:
-        training.initialize_megatron = initialize_megatron
-        bias_update._Pending.routers, bias_update._Pending.tokens_per_expert = (), None
-        end_of_run.ValidationTokens.counts = None
     if writer := get_tensorboard_writer():
         writer.close()
     training.destroy_global_state()
@@ -102,7 +95,7 @@ def traced(prefix: str | None) -> Iterator[None]:
     The file has ``calls``: (step, layer, logits, padding mask or None, routing map) of each call
     with gradients, and ``updates``: what each committed update says of this rank's layers.
     """
-    from trinity_megatron.model.moe.bias_update import observe_bias_updates
+    from trinity_megatron.model.moe.bias_update import ExpertBiasUpdater
     from trinity_megatron.model.moe.router import TrinityRouter
 
     if prefix is None:
@@ -125,13 +118,19 @@ def traced(prefix: str | None) -> Iterator[None]:
     def observe(update: Any) -> None:
         updates.append({**vars(update), "dtype": str(update.expert_bias.dtype)})
 
-    remove = observe_bias_updates(observe)
+    make = ExpertBiasUpdater.__init__
+
+    def make_observed(self: Any) -> None:
+        make(self)
+        self.observers.append(observe)
+
+    ExpertBiasUpdater.__init__ = make_observed
     TrinityRouter.routing = recorded
     try:
         yield
     finally:
         TrinityRouter.routing = routing
-        remove()
+        ExpertBiasUpdater.__init__ = make
         content = {"calls": calls, "updates": updates}
         torch.save(content, f"{prefix}.{torch.distributed.get_rank()}.pt")
 

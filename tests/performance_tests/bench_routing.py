@@ -40,7 +40,8 @@ GOAL, WARM_UP = 1.03, 10
 
 def alternate() -> None:
     """Let odd steps neither count, nor move the bias, nor measure anything."""
-    collect_counts, is_logging_step = bias_update.collect_counts, step_metrics.is_logging_step
+    updater = bias_update.ExpertBiasUpdater
+    collect, is_logging_step = updater.collect, step_metrics.is_logging_step
     state = {"is_on": True}
     wandb_seconds.clear()
 
@@ -51,10 +52,10 @@ def alternate() -> None:
 
     def counts_in_even_steps(*args: Any) -> None:
         if state["is_on"]:
-            collect_counts(*args)
+            collect(*args)
 
     step_metrics.is_logging_step = in_even_steps
-    bias_update.collect_counts = counts_in_even_steps
+    updater.collect = counts_in_even_steps
 
 
 def train(folder: Path, steps: int) -> list[float]:

@@ -26,6 +26,8 @@ FLOORS = (
 # Arrows inside a floor, none of which has a way back.
 SIDEWAYS = {
     ("process", "errors"),
+    ("upstream", "errors"),
+    ("cpu_host", "upstream"),
     ("data", "errors"),
     ("telemetry", "errors"),
     ("optimizer", "model"),

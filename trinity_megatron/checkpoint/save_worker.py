@@ -7,6 +7,13 @@ ends the writing process without a word.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trinity_megatron.upstream.registry import replaced
+
+_WRITE = (
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:"
+    "FileSystemWriterAsync.write_preloaded_data"
+)
+
 
 class _Results:
     """Takes the place of the queue."""
@@ -38,30 +45,27 @@ def write_or_say(write: Callable[..., None], rank: int, buckets: Sequence[Any], 
         buckets: What to write.
         queue: Gets the results by bucket, or an exception with the text of the first error.
     """
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    original = vars(FileSystemWriterAsync)["write_preloaded_data"]
     failures: list[Exception] = []
 
     def note(output: Any) -> None:
         if isinstance(output[1], Exception):
             failures.append(output[1])
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        if kwargs["results_queue"] is not None:
-            return original.__func__(
-                *args, **{**kwargs, "results_queue": _Outputs(kwargs["results_queue"], note)}
-            )
-        output = original.__func__(*args, **kwargs)
-        note(output)
-        return output
+    def noting(write_one: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if kwargs["results_queue"] is not None:
+                kwargs["results_queue"] = _Outputs(kwargs["results_queue"], note)
+                return write_one(*args, **kwargs)
+            output = write_one(*args, **kwargs)
+            note(output)
+            return output
+
+        return wrapper
 
     results = _Results()
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(noting)
-    try:
-        write(rank, buckets, results)
-    except Exception as error:
-        failures.append(error)
-    finally:
-        FileSystemWriterAsync.write_preloaded_data = original
+    with replaced(_WRITE, noting):
+        try:
+            write(rank, buckets, results)
+        except Exception as error:
+            failures.append(error)
     queue.put(RuntimeError(str(failures[0])) if failures else results.latest)

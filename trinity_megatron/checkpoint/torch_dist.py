@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from torch.distributed.checkpoint import FileSystemWriter, filesystem
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -62,7 +62,7 @@ from trinity_megatron.checkpoint.integrity.safe_pickle import BadCheckpoint, saf
 from trinity_megatron.checkpoint.page_cache import WriteBehind, forget
 from trinity_megatron.checkpoint.transforms import Shape
 from trinity_megatron.errors import UserError
-from trinity_megatron.upstream import replaced
+from trinity_megatron.upstream.registry import replaced
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 # Megatron's word for weights without optimizer and iteration.
@@ -438,7 +438,10 @@ class TorchDistWriter:
         objects = self._write(self._plans[-1], _Resolve(objects=serialise))
         save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
         tensors = [[_from_json(stored) for stored in file] for file in results]
-        with replaced(filesystem, "pickle", lambda before: MetadataPickle(Checks())):
+        with replaced(
+            "torch.distributed.checkpoint.filesystem:pickle",
+            lambda before: MetadataPickle(Checks()),
+        ):
             self._writer().finish(self._metadata, [*tensors, objects])
 
 

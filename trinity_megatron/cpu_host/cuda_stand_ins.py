@@ -23,13 +23,13 @@ import torch
 
 from trinity_megatron.cpu_host.malloc import keep_freed_memory
 from trinity_megatron.cpu_host.matmul import choose_fp32_matmul
+from trinity_megatron.upstream.registry import replace
 
 CPU = torch.device("cpu")
 _FACTORIES = (
     "tensor as_tensor empty zeros ones full arange linspace rand randn randint randperm eye "
     "empty_like zeros_like ones_like full_like rand_like randn_like"
 ).split()
-_entered = False
 
 
 def enter_host() -> bool:
@@ -40,27 +40,29 @@ def enter_host() -> bool:
     Returns:
         True if the stand-ins are in place (a CPU host), False on a CUDA machine.
     """
-    global _entered
     _skip_needless_helper_build()
     if torch.cuda.is_available():
         return False
-    if not _entered:
-        _set_environment()
-        _stand_in_for_devices()
-        _stand_in_for_streams()
-        _stand_in_for_random_state()
-        _stand_in_for_memory_and_properties()
-        _stand_in_for_collectives()
-        _stand_in_for_megatron_paths()
-        choose_fp32_matmul()
-        keep_freed_memory()
-        _entered = True
+    _stand_in_for_cuda()
     return True
+
+
+@functools.cache  # once a process
+def _stand_in_for_cuda() -> None:
+    _set_environment()
+    _stand_in_for_devices()
+    _stand_in_for_streams()
+    _stand_in_for_random_state()
+    _stand_in_for_memory_and_properties()
+    _stand_in_for_collectives()
+    _stand_in_for_megatron_paths()
+    choose_fp32_matmul()
+    keep_freed_memory()
 
 
 def is_cpu_host() -> bool:
     """Whether the CPU stand-ins are in place in this process."""
-    return _entered
+    return _stand_in_for_cuda.cache_info().currsize > 0
 
 
 def _set_environment() -> None:
@@ -251,29 +253,26 @@ def _stand_in_for_collectives() -> None:
 
 
 def _stand_in_for_megatron_paths() -> None:
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-    from megatron.core.optimizer import clip_grads
-    from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer.moe import token_dispatcher
-
     # It ends in torch._C._cuda_setRNGState, which a build may have although no device exists.
     def set_rng_state(new_state: Any, device: int = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    megatron_random._set_cuda_rng_state = set_rng_state
+    replace("megatron.core.tensor_parallel.random:_set_cuda_rng_state", set_rng_state)
 
     # Its default is the factory of before; --ckpt-fully-parallel-load calls it with "cuda".
-    ShardedTensor.init_data.__defaults__ = (torch.empty,)
+    init_data = "megatron.core.dist_checkpointing.mapping:ShardedTensor.init_data"
+    replace(f"{init_data}.__defaults__", (torch.empty,))
 
     # Returns a CPU tensor as it is; its callers need host numbers (split sizes, list lengths).
     def move_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    token_dispatcher.maybe_move_tensor_to_cpu = move_to_host
+    dispatcher = "megatron.core.transformer.moe.token_dispatcher"
+    replace(f"{dispatcher}:maybe_move_tensor_to_cpu", move_to_host)
     # On a CPU one running fp32 sum over a large tensor (torch.norm) is wrong in the fifth digit,
     # so that the gradient norm depended on how tensors are cut; scaling made a copy of each.
-    clip_grads.l2_norm_impl = _multi_tensor_l2_norm
-    clip_grads.multi_tensor_scale_impl = _multi_tensor_scale
+    replace("megatron.core.optimizer.clip_grads:l2_norm_impl", _multi_tensor_l2_norm)
+    replace("megatron.core.optimizer.clip_grads:multi_tensor_scale_impl", _multi_tensor_scale)
 
 
 def _multi_tensor_l2_norm(
@@ -322,6 +321,4 @@ def _skip_needless_helper_build() -> None:
     """
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
         return
-    from megatron.core.datasets import utils
-
-    utils.compile_helpers = lambda: None
+    replace("megatron.core.datasets.utils:compile_helpers", lambda: None)

@@ -24,7 +24,7 @@ from trinity_megatron.process.rank import (
     hang_up_with_shell,
 )
 from trinity_megatron.process.world import refuse_worlds_in_tasks, single_rank_environment
-from trinity_megatron.upstream import replaced
+from trinity_megatron.upstream.registry import replaced
 
 TRAINING_MODULE = "trinity_megatron.training"
 # Importing the presets imports Megatron, which takes seconds: these are known to be there.
@@ -32,6 +32,7 @@ _RELEASED_PRESETS = ("tiny", "nano", "mini", "large")
 # A save takes as long as it takes; supervisors send SIGKILL when their patience is over.
 _SHUTDOWN_SECONDS = 24 * 3600
 _SECONDS_AFTER_FAILURE = 3
+_CLOSE = "torch.distributed.elastic.multiprocessing.api:PContext.close"
 _FORWARDED = ("SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
@@ -227,7 +228,7 @@ class _SignalForwarder:
 
 def _run_torchrun(torchrun_arguments: Sequence[str], signals: Sequence[signal.Signals]) -> int:
     from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     forwarder = _SignalForwarder()
@@ -247,7 +248,7 @@ def _run_torchrun(torchrun_arguments: Sequence[str], signals: Sequence[signal.Si
         return wrapper
 
     try:
-        with replaced(PContext, "close", noting_exit_codes):
+        with replaced(_CLOSE, noting_exit_codes):
             run.run(run.parse_args(list(torchrun_arguments)))
     except ChildFailedError as error:
         return _report_failure(error)

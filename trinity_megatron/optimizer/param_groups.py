@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from torch import Tensor
 from torch.nn import Module
 
@@ -157,13 +156,12 @@ def _query_group_rows(config: Any) -> tuple[int, ...]:
 def label_gradient_groups(model: list[Module]) -> list[Module]:
     """Set ``gradient_group`` on every trained parameter: a Megatron ``pre_wrap_hook``.
 
-    Megatron copies the attribute to the optimizer's own copies and shards of the parameter, once
-    its table of such attributes has the name.
+    Megatron copies the attribute to the optimizer's own copies and shards of the parameter
+    (`registered_muon` adds the name to Megatron's table of such attributes).
 
     Raises:
         ValueError: A parameter is in no row of the table.
     """
-    tensor_parallel_layers._MODEL_PARALLEL_ATTRIBUTE_DEFAULTS["gradient_group"] = None
     for chunk in model:
         for name, param in chunk.named_parameters():
             if param.requires_grad:

@@ -5,8 +5,12 @@ parameter groups, mixed precision, gradient clipping, checkpoints.  Our Muon tak
 registered one, also where emerging-optimizers is installed.
 """
 
+from __future__ import annotations
+
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -17,18 +21,23 @@ from megatron.core.optimizer.emerging_optimizers import EmergingOptimizerEntry
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 
 from trinity_megatron.errors import UserError
 from trinity_megatron.optimizer.muon import SCALES, Muon
 from trinity_megatron.optimizer.newton_schulz import COEFFICIENTS, coefficient_schedule
 from trinity_megatron.optimizer.param_groups import attach_muon_splits, is_adam_parameter
-from trinity_megatron.optimizer.sharded.buffer_layout import align_expert_buffers
+from trinity_megatron.optimizer.sharded.buffer_layout import aligned_expert_buffers
 from trinity_megatron.optimizer.sharded.distributed_optimizer import (
     ResumableDistributedOptimizer,
     SkippingOptimizer,
     build_sharded,
 )
+from trinity_megatron.upstream.registry import replaced
+
+_OPTIMIZER = "megatron.core.optimizer"
+_EMERGING = "megatron.core.optimizer.emerging_optimizers"
+# What Megatron copies from a weight to its float32 master: how Muon splits it, and its group.
+_PARAM_ATTRIBUTES = "megatron.core.tensor_parallel.layers:_MODEL_PARALLEL_ATTRIBUTE_DEFAULTS"
 
 # Arguments (by dest) whose defaults in Megatron are not Trinity's.
 MUON_ARGUMENT_DEFAULTS: dict[str, Any] = {
@@ -62,37 +71,78 @@ _REFUSED = {
 }
 
 
-def register_muon() -> None:
-    """Make our Muon what ``--optimizer muon`` means.  Call it before the optimizer is built.
+@dataclass(frozen=True)
+class MuonSettings:
+    """What the builders of optimizers need that is not in Megatron's ``OptimizerConfig``.
 
-    AdamW's distributed optimizer is mended too where it is torch's.
-    Changes names of ``megatron.core.optimizer``, each once; a second call changes nothing.
+    Attributes:
+        momentum_dtype: Key of ``MOMENTUM_DTYPES``.
+        use_gloo_process_groups: ``--disable-gloo-process-groups`` turns it off.
+        timeout: Of the process groups.
     """
-    entries = registry._EMERGING_OPTIMIZERS
-    if "muon" in entries and entries["muon"].optimizer_cls is Muon:
-        return
+
+    momentum_dtype: str = "fp32"
+    use_gloo_process_groups: bool = True
+    timeout: timedelta = timedelta(minutes=10)
+
+    @classmethod
+    def from_args(cls, args: Any) -> MuonSettings:
+        """The settings of a run.
+
+        Args:
+            args: Megatron's arguments.
+        """
+        return cls(
+            momentum_dtype=args.muon_momentum_dtype,
+            use_gloo_process_groups=args.use_gloo_process_groups,
+            timeout=timedelta(minutes=args.distributed_timeout_minutes),
+        )
+
+
+@contextmanager
+def registered_muon(settings: MuonSettings | None = None) -> Iterator[None]:
+    """Let ``--optimizer muon`` mean our Muon while an optimizer is built in the block.
+
+    AdamW's distributed optimizer is replaced too where it is torch's.
+
+    Args:
+        settings: Defaults to those of Megatron's defaults.
+    """
+    settings = settings or MuonSettings()
+    entries = dict(registry._EMERGING_OPTIMIZERS)
+    replacements: dict[str, Callable[[Any], Any]] = {}
     if registry.OrthogonalizedOptimizer is object:
         # The package is missing: without it this entry is an empty shell that the flag below would
         # declare usable.  `--optimizer adaptive_muon` now says "Unsupported emerging optimizer".
         entries.pop("adaptive_muon", None)
-        registry.get_supported_coefficient_types = lambda: tuple(COEFFICIENTS)
+        replacements[f"{_EMERGING}:get_supported_coefficient_types"] = lambda _: (
+            lambda: tuple(COEFFICIENTS)
+        )
     entries["muon"] = EmergingOptimizerEntry(
         optimizer_cls=Muon,
         init_state_fn=_init_state,
-        config_to_kwargs=_muon_kwargs,
+        config_to_kwargs=functools.partial(_muon_kwargs, settings=settings),
         default_param_overrides={_ADAM_PARAMETERS: {"optimizer": "adam"}},
     )
-    # Both modules hold the name, and each checks its own.
-    registry.HAVE_EMERGING_OPTIMIZERS = True
-    core_optimizer.HAVE_EMERGING_OPTIMIZERS = True
-    # What Megatron copies from a weight to its float32 master; Muon needs the split on the master.
-    tensor_parallel_layers._MODEL_PARALLEL_ATTRIBUTE_DEFAULTS["muon_split"] = None
-    core_optimizer._get_megatron_emerging_optimizer = _build_muon_or(
-        core_optimizer._get_megatron_emerging_optimizer
+    # Both modules hold the names, and each reads its own.
+    for module in (_EMERGING, _OPTIMIZER):
+        replacements[f"{module}:_EMERGING_OPTIMIZERS"] = lambda _: entries
+        replacements[f"{module}:HAVE_EMERGING_OPTIMIZERS"] = lambda _: True
+    replacements[_PARAM_ATTRIBUTES] = lambda attributes: {
+        **attributes,
+        "muon_split": None,
+        "gradient_group": None,
+    }
+    replacements[f"{_OPTIMIZER}:_get_megatron_emerging_optimizer"] = lambda build: _build_muon_or(
+        build, entries, settings
     )
-    align_expert_buffers()
     if core_optimizer.Adam is torch.optim.AdamW:  # neither Transformer Engine nor apex
-        core_optimizer.DistributedOptimizer = ResumableDistributedOptimizer
+        replacements[f"{_OPTIMIZER}:DistributedOptimizer"] = lambda _: ResumableDistributedOptimizer
+    with ExitStack() as stack:
+        for target, make in replacements.items():
+            stack.enter_context(replaced(target, make))
+        stack.enter_context(aligned_expert_buffers())
+        yield
 
 
 def muon_param_overrides(config: Any) -> dict[ParamKey, ParamGroupOverride]:
@@ -145,26 +195,23 @@ _ADAM_PARAMETERS = ParamKey(
 )
 
 
-_training_arguments: Any = None  # what Megatron does not hand to the builders of optimizers
-
-
 def finish_muon_arguments(args: Any) -> None:
     """Undo what Megatron's checks turned ``--use-distributed-optimizer`` into for Muon.
 
-    They replace it by its layer-wise optimizer; see `optimizer/distributed.py` for why not that.
-    The arguments are kept for what is not in ``OptimizerConfig``.
+    They replace it by its layer-wise optimizer; see `optimizer/sharded/distributed_optimizer.py`
+    for why not that.
 
     Args:
         args: Megatron's arguments after ``validate_args``.
     """
-    global _training_arguments
-    _training_arguments = args
     if args.optimizer == "muon" and args.use_layer_wise_distributed_optimizer:
         args.use_layer_wise_distributed_optimizer = False
         args.use_distributed_optimizer = True
 
 
-def _build_muon_or(build: Callable[..., Any]) -> Callable[..., Any]:
+def _build_muon_or(
+    build: Callable[..., Any], entries: dict[str, EmergingOptimizerEntry], settings: MuonSettings
+) -> Callable[..., Any]:
     """Build Muon sharded, or as Megatron does with our overrides; other optimizers as before."""
 
     @functools.wraps(build)
@@ -179,32 +226,30 @@ def _build_muon_or(build: Callable[..., Any]) -> Callable[..., Any]:
         overrides = muon_param_overrides(config)
         if not config.use_distributed_optimizer:
             # Megatron wants constants here; ours follow the config.
-            registry._EMERGING_OPTIMIZERS["muon"].default_param_overrides = overrides
+            entries["muon"].default_param_overrides = overrides
             chain = build(config, model_chunks, config_overrides, pg_collection)
             return SkippingOptimizer(chain.chained_optimizers)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        kwargs = _muon_kwargs(config, model_chunks, groups)
+        kwargs = _muon_kwargs(config, model_chunks, groups, settings=settings)
         return build_sharded(
             config,
             model_chunks,
             {**(config_overrides or {}), **overrides},
             lambda param_groups: Muon(param_groups, **kwargs),
-            use_gloo_process_groups=_argument("use_gloo_process_groups", True),
-            timeout=timedelta(minutes=_argument("distributed_timeout_minutes", 10)),
+            use_gloo_process_groups=settings.use_gloo_process_groups,
+            timeout=settings.timeout,
         )
 
     return wrapper
-
-
-def _argument(name: str, default: Any) -> Any:
-    return getattr(_training_arguments, name, default)
 
 
 def _init_state(optimizer: Muon, config: Any = None) -> None:
     optimizer.init_state()
 
 
-def _muon_kwargs(config: Any, model_chunks: list[Any], pg_collection: Any) -> dict[str, Any]:
+def _muon_kwargs(
+    config: Any, model_chunks: list[Any], pg_collection: Any, *, settings: MuonSettings
+) -> dict[str, Any]:
     """Translate Megatron's ``OptimizerConfig``; split the model's fused parameters."""
     expert_tp = getattr(pg_collection, "expt_tp", pg_collection.tp)
     _check_settings(config, tensor_parallel_size=max(pg_collection.tp.size(), expert_tp.size()))
@@ -221,7 +266,7 @@ def _muon_kwargs(config: Any, model_chunks: list[Any], pg_collection: Any) -> di
         "num_ns_steps": config.muon_num_ns_steps,
         "coefficients": config.muon_coefficient_type,
         "dtype": _MATMUL_DTYPES[config.muon_fp32_matmul_prec],
-        "momentum_dtype": MOMENTUM_DTYPES[_argument("muon_momentum_dtype", "fp32")],
+        "momentum_dtype": MOMENTUM_DTYPES[settings.momentum_dtype],
         "tp_group": pg_collection.tp,
         "expert_tp_group": expert_tp,
     }
@@ -244,7 +289,12 @@ def _check_settings(settings: Any, *, tensor_parallel_size: int) -> None:
                 f"{field}={getattr(settings, field)!r} is not known to trinity_megatron's "
                 f"Muon. Remedy: choose one of {sorted(known)}."
             )
-    coefficient_schedule(settings.muon_coefficient_type, settings.muon_num_ns_steps)
+    try:
+        coefficient_schedule(settings.muon_coefficient_type, settings.muon_num_ns_steps)
+    except ValueError as error:
+        raise UserError(
+            f"muon_num_ns_steps={settings.muon_num_ns_steps}: {error}. Remedy: --muon-num-ns-steps."
+        ) from error
     if tensor_parallel_size > 1 and settings.muon_tp_mode != "duplicated":
         raise UserError(
             f"muon_tp_mode={settings.muon_tp_mode!r} with tensor parallelism: our Muon "

@@ -23,7 +23,7 @@ from trinity_megatron.errors import UserError
 from trinity_megatron.model.config import TrinityConfig
 from trinity_megatron.optimizer.muon import make_stack
 from trinity_megatron.optimizer.param_groups import attach_muon_splits
-from trinity_megatron.optimizer.sharded.buffer_layout import align_expert_buffers, tag_for_buffers
+from trinity_megatron.optimizer.sharded.buffer_layout import aligned_expert_buffers, tag_for_buffers
 from trinity_megatron.optimizer.sharded.distributed_optimizer import shard_bounds
 from trinity_megatron.optimizer.sharded.ownership import Assignment, Stack, own_dense, relieve
 
@@ -86,7 +86,6 @@ def plan_muon(
     Raises:
         UserError: The sizes do not divide each other.
     """
-    align_expert_buffers()
     stages = stages or [range(config.num_layers)]
     per_stage = world_size // len(stages)
     if per_stage * len(stages) != world_size or per_stage % expert_parallel:
@@ -100,6 +99,19 @@ def plan_muon(
             f"expert_parallel={expert_parallel}"
         )
     bucket_size = bucket_size or max(40_000_000, 1_000_000 * per_stage)
+    with aligned_expert_buffers():
+        return _plan_stages(config, vocab_size, world_size, expert_parallel, stages, bucket_size)
+
+
+def _plan_stages(
+    config: TrinityConfig,
+    vocab_size: int,
+    world_size: int,
+    expert_parallel: int,
+    stages: Sequence[Sequence[int]],
+    bucket_size: int,
+) -> MuonPlan:
+    per_stage = world_size // len(stages)
     dense: list[Stack] = []
     experts: list[Stack] = []
     state = np.zeros(world_size)

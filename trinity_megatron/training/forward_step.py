@@ -177,14 +177,22 @@ def loss_func(
     return loss, num_tokens, report
 
 
-def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-    """Run the model on the next micro-batch: Megatron's forward step function."""
+def forward_step(
+    validation: ValidationTokens, data_iterator: Iterator, model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable]:
+    """Run the model on the next micro-batch: Megatron's forward step function, with one more.
+
+    Args:
+        validation: Sees the labels of an evaluation.
+        data_iterator: Of the samples.
+        model: A chunk of the model.
+    """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     batch = get_batch(data_iterator, vp_stage, training=model.training)
     timers("batch-generator").stop()
-    ValidationTokens.observe(model, batch["labels"])
+    validation.observe(model, batch["labels"])
     output = model(
         batch["tokens"],
         batch["position_ids"],

@@ -32,21 +32,23 @@ ON_CPU = enter_host()  # before anything of Megatron is imported
 
 import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
-from megatron.training import get_wandb_writer, pretrain, training  # noqa: E402
+from megatron.training import get_wandb_writer, pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
-from tensorboard.summary.writer import event_file_writer  # noqa: E402
+from megatron.training.utils import print_rank_0  # noqa: E402
 
 from trinity_megatron.checkpoint.hf_assets import inherit_assets, keep_tokenizer  # noqa: E402
 from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads  # noqa: E402
 from trinity_megatron.model.lm_head_loss import attach_language_model_loss  # noqa: E402
-from trinity_megatron.model.moe.bias_update import set_step_source  # noqa: E402
+from trinity_megatron.model.moe.bias_update import get_expert_bias_updater  # noqa: E402
 from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
-from trinity_megatron.optimizer.register import register_muon  # noqa: E402
+from trinity_megatron.optimizer.register import MuonSettings, registered_muon  # noqa: E402
 from trinity_megatron.optimizer.sharded.buffer_layout import separate_muon_buffers  # noqa: E402
 from trinity_megatron.telemetry.forgiving_writer import ForgivingRecordWriter  # noqa: E402
+from trinity_megatron.telemetry.wandb_run import open_writer  # noqa: E402
 from trinity_megatron.training.arguments.parser import megatron_refusals, parse_trinity_args  # noqa: E402
-from trinity_megatron.training.callbacks.end_of_run import finish_run  # noqa: E402
-from trinity_megatron.training.callbacks.finite_check import refuse_spoilt_saves  # noqa: E402
+from trinity_megatron.training.callbacks.callback import callbacks_in_training_loop  # noqa: E402
+from trinity_megatron.training.callbacks.end_of_run import ValidationTokens, finish_run  # noqa: E402
+from trinity_megatron.training.callbacks.finite_check import FiniteCheck  # noqa: E402
 from trinity_megatron.training.callbacks.hang_watchdog import watch_steps  # noqa: E402
 from trinity_megatron.training.callbacks.oom_report import explain, is_out_of_memory  # noqa: E402
 from trinity_megatron.training.callbacks.retention import old_checkpoints_deleted  # noqa: E402
@@ -60,7 +62,7 @@ from trinity_megatron.training.callbacks.signals import (  # noqa: E402
     save_on_signals,
 )
 from trinity_megatron.training.callbacks.step_metrics import StepMetrics  # noqa: E402
-from trinity_megatron.training.checkpoint_worker import enter_host_in_worker  # noqa: E402
+from trinity_megatron.training.checkpoint_worker import host_in_worker  # noqa: E402
 from trinity_megatron.training.datasets.index_cache import plain_index_cache  # noqa: E402
 from trinity_megatron.training.datasets.provider import train_valid_test_datasets_provider  # noqa: E402
 from trinity_megatron.training.datasets.splits import check_splits  # noqa: E402
@@ -69,34 +71,48 @@ from trinity_megatron.training.model_builder import model_config_from_args  # no
 from trinity_megatron.training.preflight import check_folders, check_space  # noqa: E402
 from trinity_megatron.training.resume import advise_other_step, get_tokenizer_folder  # noqa: E402
 from trinity_megatron.training.run_writer import recorded  # noqa: E402
-from trinity_megatron.upstream import replaced  # noqa: E402
+from trinity_megatron.upstream.entries import REGISTRY  # noqa: E402
+from trinity_megatron.upstream.registry import check_upstream, replaced  # noqa: E402
 
 # A run that was stopped may still be ending.
 _PATIENCE_SECONDS = 20
+_WANDB_WRITER = "megatron.training.global_vars:_GLOBAL_WANDB_WRITER"
 
 
 def main() -> None:
     """Parse the arguments, build the configuration, train, show what came of it."""
-    if ON_CPU:
-        # pretrain() never passes allow_no_cuda on.
-        training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
-        enter_host_in_worker()
-    register_muon()
-    with contextlib.ExitStack() as held:
-        held.enter_context(
-            replaced(event_file_writer, "RecordWriter", lambda _: ForgivingRecordWriter)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            replaced(
+                "tensorboard.summary.writer.event_file_writer:RecordWriter",
+                lambda _: ForgivingRecordWriter,
+            )
         )
 
         def begin(args: argparse.Namespace) -> None:
             check_exit_signal(args)
-            held.enter_context(_alone_in(args))
+            stack.enter_context(_alone_in(args))
 
         args = parse_trinity_args(begin)
+        for line in check_upstream(REGISTRY.values(), allow_changes=args.allow_upstream_changes):
+            print_rank_0(f"> Megatron-Core differs from the one this was written for: {line}")
+        if ON_CPU:
+            stack.enter_context(_training_without_cuda())
         check_folders(args)
         check_space(args)
         if args.rank == 0:
             check_splits(args)
+        stack.enter_context(replaced(_WANDB_WRITER, lambda _: open_writer(args)))
+        stack.enter_context(registered_muon(MuonSettings.from_args(args)))
         _train(args)
+
+
+@contextlib.contextmanager
+def _training_without_cuda() -> Iterator[None]:
+    # pretrain() never passes allow_no_cuda on.
+    initialize = "megatron.training.training:initialize_megatron"
+    with replaced(initialize, lambda before: partial(before, allow_no_cuda=True)), host_in_worker():
+        yield
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -106,39 +122,32 @@ def _train(args: argparse.Namespace) -> None:
                 inherit_assets(Path(start), Path(args.save))
         if tokenizer := get_tokenizer_folder(args):
             keep_tokenizer(tokenizer, Path(args.save))
-    set_step_source(lambda: args.curr_iteration + 1)
     config = model_config_from_args(args)
+    metrics = StepMetrics(config.transformer)
+    validation = ValidationTokens()
     config.pre_wrap_hooks += [label_gradient_groups, attach_language_model_loss]
     if args.optimizer == "muon" and args.use_distributed_optimizer:
         config.pre_wrap_hooks.append(separate_muon_buffers)
     trained: list = []
 
-    def keep(model: list) -> list:
+    def connect(model: list) -> list:
         trained.extend(model)
+        updater = get_expert_bias_updater(model)
+        updater.current_step = lambda: args.curr_iteration + 1
+        updater.observers.append(metrics.observe_bias_update)
         return model
 
-    config.post_wrap_hooks.append(keep)
+    config.post_wrap_hooks.append(connect)
     writer = get_wandb_writer()
     with writer.kept_open() if writer else contextlib.nullcontext():
         end: SystemExit | None = None
         try:
-            with (
-                guarded_loads(verify_checksums=args.verify_checksums, advise=advise_other_step),
-                plain_index_cache(),
-                recorded(),
-                StepMetrics(config.transformer).installed(),
-                named_save_errors(),
-                refuse_spoilt_saves(),
-                old_checkpoints_deleted(args),
-                watch_steps(),
-                save_on_signals(args),
-                megatron_refusals((ValueError,), lambda: hasattr(args, "curr_iteration")),
-            ):
+            with _prepared_loop(args, metrics):
                 pretrain(
                     pretrain_cfg_container_from_args(args, config),
                     train_valid_test_datasets_provider,
                     ModelType.encoder_or_decoder,
-                    forward_step,
+                    partial(forward_step, validation),
                 )
         except EndedBySignal:
             raise
@@ -147,9 +156,32 @@ def _train(args: argparse.Namespace) -> None:
                 raise
             end = early
         if args.out:
-            finish_run(trained, _last_step(args, end is not None), is_complete=end is None)
+            last = _last_step(args, end is not None)
+            finish_run(trained, last, validation, is_complete=end is None)
         if end is not None:
             raise end
+
+
+@contextlib.contextmanager
+def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[None]:
+    """Megatron's training loop with the callbacks, and the checks of what it reads and writes."""
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(guarded_loads(verify_checksums=args.verify_checksums, advise=advise_other_step))
+        enter(plain_index_cache())
+        recorder = enter(recorded())
+        callbacks = [
+            enter(metrics.installed()),
+            enter(named_save_errors()),
+            FiniteCheck(),
+            enter(old_checkpoints_deleted(args)),
+            enter(watch_steps()),
+            enter(save_on_signals(args)),
+        ]
+        # The clock of the metrics starts last and stops first; signals are noted first.
+        enter(callbacks_in_training_loop([*reversed(callbacks), recorder]))
+        enter(megatron_refusals((ValueError,), lambda: hasattr(args, "curr_iteration")))
+        yield
 
 
 def _last_step(args: argparse.Namespace, has_ended_early: bool) -> int:

@@ -7,8 +7,8 @@ whose numbers are no steps, have a folder of their own for that: ``by_samples``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ from megatron.training import (
     get_tensorboard_writer,
     get_wandb_writer,
     global_vars,
-    training,
 )
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from torch.utils import tensorboard
 from torch.utils.tensorboard import SummaryWriter
 
 from trinity_megatron.telemetry.tensorboard_log import RunLog
-from trinity_megatron.upstream import replaced
+from trinity_megatron.training.callbacks.callback import Callback
+from trinity_megatron.upstream.registry import replaced
 
 BY_SAMPLES = "by_samples"
 _SAMPLES_SUFFIX = " vs samples"
@@ -130,20 +129,28 @@ def _write_session_start(writer: SummaryWriter, step: int) -> None:
         writer._get_file_writer().add_event(start, step)
 
 
-def opened_later() -> AbstractContextManager[None]:
-    """Keep Megatron from opening TensorBoard's files, while a start may still be refused."""
-    return replaced(global_vars, "_set_tensorboard_writer", lambda _: lambda args: None)
+@contextmanager
+def opened_later() -> Iterator[None]:
+    """Keep Megatron from opening TensorBoard's files and W&B, while a start may be refused."""
+    with (
+        replaced("megatron.training.global_vars:_set_tensorboard_writer", lambda _: _open_nothing),
+        replaced("megatron.training.global_vars:_set_wandb_writer", lambda _: _open_nothing),
+    ):
+        yield
+
+
+def _open_nothing(args: Any) -> None:
+    """Leave the writer to the start of the training loop."""
 
 
 @contextmanager
-def recorded() -> Iterator[None]:
-    """Begin TensorBoard's record and W&B's run with the training loop; end the former.
+def recorded() -> Iterator[Callback]:
+    """A callback that opens TensorBoard's files and W&B's run; the block closes the former.
 
     A start that is refused before leaves no trace in either.
     """
     try:
-        with replaced(training, "train", _begun):
-            yield
+        yield _Opener()
     except BaseException:
         with suppress(Exception):  # the first one is to be seen
             _end()
@@ -159,18 +166,15 @@ def _end() -> None:
 
 
 def _open_writer() -> None:
-    with replaced(tensorboard, "SummaryWriter", lambda _: RunWriter):
+    with replaced("torch.utils.tensorboard:SummaryWriter", lambda _: RunWriter):
         global_vars._set_tensorboard_writer(get_args())
 
 
-def _begun(train: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
+class _Opener(Callback):
+    def on_train_start(self) -> None:
         _open_writer()
-        settings = get_args()
+        args = get_args()
         if isinstance(writer := get_tensorboard_writer(), RunWriter):
-            writer.begin(settings.iteration, settings.consumed_train_samples)
+            writer.begin(args.iteration, args.consumed_train_samples)
         if wandb_writer := get_wandb_writer():
             wandb_writer.start()
-        return train(*args, **kwargs)
-
-    return wrapper

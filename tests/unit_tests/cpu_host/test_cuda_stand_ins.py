@@ -22,7 +22,7 @@ def snapshot():
     return {{(space, name): id(value)
             for space, owner in spaces.items() for name, value in list(vars(owner).items())}}
 
-from trinity_megatron import host
+from trinity_megatron.cpu_host import cuda_stand_ins as host
 # Importing Megatron may load parts of torch lazily: before the first snapshot.
 import megatron.core.optimizer, megatron.core.datasets.utils
 import megatron.core.transformer.moe.token_dispatcher

@@ -26,7 +26,7 @@ from trinity_megatron.optimizer.muon import MatrixSplit, Muon
 from trinity_megatron.optimizer.register import (
     MUON_ARGUMENT_DEFAULTS,
     muon_param_overrides,
-    register_muon,
+    registered_muon,
     validate_muon_arguments,
 )
 from trinity_megatron.optimizer.sharded.distributed_optimizer import ShardedOptimizer
@@ -51,24 +51,24 @@ def optimizer_config(**changes: Any) -> OptimizerConfig:
 # --- without ranks --------------------------------------------------------------------------------
 
 
-def test_registration_is_idempotent_and_leaves_no_empty_shells() -> None:
-    register_muon()
-    build = core_optimizer._get_megatron_emerging_optimizer
-    entry = emerging_optimizers._EMERGING_OPTIMIZERS["muon"]
-    register_muon()
-    assert emerging_optimizers._EMERGING_OPTIMIZERS["muon"] is entry
-    assert core_optimizer._get_megatron_emerging_optimizer is build
-    assert entry.optimizer_cls is Muon
-    assert core_optimizer.HAVE_EMERGING_OPTIMIZERS and emerging_optimizers.HAVE_EMERGING_OPTIMIZERS
-    emerging_optimizers.validate_coefficient_type("dion")
-    with pytest.raises(ValueError, match="cans"):
-        emerging_optimizers.validate_coefficient_type("cans")
-    # Usable only with the package, which --optimizer muon no longer asks for.
-    for name in ("adaptive_muon", "lion", "soap"):
-        with pytest.raises(ValueError, match=f"Unsupported emerging optimizer: {name}"):
-            core_optimizer.get_megatron_optimizer(
-                optimizer_config(optimizer=name), [None], {}, False
-            )
+def test_registration_ends_with_its_block_and_leaves_no_empty_shells() -> None:
+    modules = (core_optimizer, emerging_optimizers)
+    before = [dict(vars(module)) for module in modules]
+    with registered_muon():
+        entry = emerging_optimizers._EMERGING_OPTIMIZERS["muon"]
+        assert entry.optimizer_cls is Muon
+        assert core_optimizer._EMERGING_OPTIMIZERS["muon"] is entry
+        assert all(module.HAVE_EMERGING_OPTIMIZERS for module in modules)
+        emerging_optimizers.validate_coefficient_type("dion")
+        with pytest.raises(ValueError, match="cans"):
+            emerging_optimizers.validate_coefficient_type("cans")
+        # Usable only with the package, which --optimizer muon does not need.
+        for name in ("adaptive_muon", "lion", "soap"):
+            with pytest.raises(ValueError, match=f"Unsupported emerging optimizer: {name}"):
+                core_optimizer.get_megatron_optimizer(
+                    optimizer_config(optimizer=name), [None], {}, False
+                )
+    assert [dict(vars(module)) for module in modules] == before
 
 
 def test_the_parameters_of_adam_get_the_decoupled_rate() -> None:
@@ -179,13 +179,13 @@ def rank_main(rank: int, world: int, store: str) -> None:
         "gloo", init_method=init_method, rank=rank, world_size=world
     )
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    register_muon()
-    if world == 1:
-        check_command_line()
-    else:
-        check_tensor_parallel_step(bf16=False)
-        check_tensor_parallel_step(bf16=True)
-        check_refusals()
+    with registered_muon():
+        if world == 1:
+            check_command_line()
+        else:
+            check_tensor_parallel_step(bf16=False)
+            check_tensor_parallel_step(bf16=True)
+            check_refusals()
     torch.distributed.destroy_process_group()
 
 

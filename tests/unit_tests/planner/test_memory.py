@@ -26,9 +26,8 @@ def train_step(model: Any, weight_bytes: int, optimizer: str, **ddp: Any) -> tup
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    from trinity_megatron.optimizer.register import register_muon
+    from trinity_megatron.optimizer.register import registered_muon
 
-    register_muon()
     wrapped = DistributedDataParallel(
         model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, **ddp), model
     )
@@ -39,7 +38,8 @@ def train_step(model: Any, weight_bytes: int, optimizer: str, **ddp: Any) -> tup
         muon_scale_mode="shape_scaling",
         muon_tp_mode="duplicated",
     )
-    chain = get_megatron_optimizer(settings, [wrapped])
+    with registered_muon():
+        chain = get_megatron_optimizer(settings, [wrapped])
     wrapped.zero_grad_buffer()
     tokens = torch.randint(model.config.vocab_size, (2, 24))
     wrapped(tokens, torch.arange(24).expand(2, -1), None, labels=tokens).float().mean().backward()

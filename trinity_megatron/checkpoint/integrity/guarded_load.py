@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
-from torch.distributed.checkpoint import FileSystemReader, filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trinity_megatron.checkpoint.integrity.checked_reader import (
@@ -27,8 +22,10 @@ from trinity_megatron.checkpoint.integrity.checked_reader import (
 )
 from trinity_megatron.checkpoint.integrity.checksums import add_checksums
 from trinity_megatron.checkpoint.integrity.safe_pickle import BadCheckpoint, safe_torch_load
-from trinity_megatron.upstream import replaced
+from trinity_megatron.upstream.registry import replaced
 
+_TORCH = "torch.distributed.checkpoint.filesystem"
+_MEGATRON = "megatron.core.dist_checkpointing"
 # Advice for a checkpoint that cannot be loaded, from its folder.
 Advise = Callable[[Path], str]
 
@@ -67,20 +64,23 @@ def guarded_loads(
         return safe_torch_load(load_in_place(before), verify_checksums=verify_checksums)
 
     places = (
-        (filesystem, "pickle", lambda before: MetadataPickle(checks)),
-        (torch, "load", load),
-        (FileSystemReader, "read_data", lambda read: reading_ahead(read, lambda _: checks)),
-        (FileSystemReader, "_slice_file", slicing_checked),
-        (FileSystemWriterAsync, "retrieve_write_results", adding_checksums),
-        (TorchDistLoadShardedStrategy, "load", raise_together),
-        (serialization, "verify_integrity_manifest", _plain),
+        (f"{_TORCH}:pickle", lambda before: MetadataPickle(checks)),
+        ("torch:load", load),
+        (f"{_TORCH}:FileSystemReader.read_data", lambda r: reading_ahead(r, lambda _: checks)),
+        (f"{_TORCH}:FileSystemReader._slice_file", slicing_checked),
+        (
+            f"{_MEGATRON}.strategies.filesystem_async:FileSystemWriterAsync.retrieve_write_results",
+            adding_checksums,
+        ),
+        (f"{_MEGATRON}.strategies.torch:TorchDistLoadShardedStrategy.load", raise_together),
+        (f"{_MEGATRON}.serialization:verify_integrity_manifest", _plain),
         # Megatron calls it by both names.
-        (dist_checkpointing, "load_common_state_dict", load_common),
-        (serialization, "load_common_state_dict", load_common),
+        (f"{_MEGATRON}:load_common_state_dict", load_common),
+        (f"{_MEGATRON}.serialization:load_common_state_dict", load_common),
     )
     with contextlib.ExitStack() as stack:
-        for owner, name, make in places:
-            stack.enter_context(replaced(owner, name, make))
+        for target, make in places:
+            stack.enter_context(replaced(target, make))
         try:
             yield
         except (CheckpointException, SystemExit) as error:

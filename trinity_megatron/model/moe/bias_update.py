@@ -1,4 +1,4 @@
-"""When the expert bias moves: once per successful optimizer step, for all layers at once.
+"""Update of the expert bias: once per successful optimizer step, for all layers at once.
 
     counters of all routers -> one all-reduce -> pending  (finalize_model_grads, after backward)
     pending -> pure bias rule -> committed                (the optimizer has stepped)
@@ -8,7 +8,8 @@ finalize replaces them: bias and momentum stay as if the step had not been.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.core.distributed.finalize_model_grads import (
     finalize_model_grads as megatron_finalize_model_grads,
 )
 from megatron.core.parallel_state import get_tensor_and_data_parallel_group
+from megatron.core.utils import unwrap_model
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from trinity_megatron.model.config import TrinityConfig
@@ -41,34 +43,116 @@ class BiasUpdate:
     bias_momentum: torch.Tensor
 
 
-class _Pending:
-    """Counts between the backward pass and the optimizer step; observers of committed updates."""
-
-    routers: Sequence[TrinityRouter] = ()
-    tokens_per_expert: torch.Tensor | None = None
-    hook: Any = None
-    observers: list[Callable[[BiasUpdate], None]] = []
-    # Number of the running step, from 1.  The training loop knows it; where nobody says it, the
-    # schedule of the bias (which only our own entry has flags for) is over.
-    current_step: Callable[[], int] = staticmethod(lambda: sys.maxsize)
+def find_routers(model: Sequence[torch.nn.Module]) -> list[TrinityRouter]:
+    """Routers with an expert bias that are in training mode, in the order of the layers."""
+    return [
+        module
+        for chunk in model
+        for module in chunk.modules()
+        if isinstance(module, TrinityRouter) and module.enable_expert_bias and module.training
+    ]
 
 
-def observe_bias_updates(observer: Callable[[BiasUpdate], None]) -> Callable[[], None]:
-    """Call ``observer`` after every committed update, on every rank (also one without routers).
+class ExpertBiasUpdater:
+    """Updates the expert bias of one model after the steps of that model's optimizer.
 
-    Returns:
-        A function that removes the observer.
+    Attributes:
+        current_step: Returns the number of the running optimizer step, from 1.  The schedule of
+            the bias (warm-up, freezing) follows it; defaults to ``sys.maxsize``, i.e. after
+            warm-up.
+        observers: Called after every committed update, on every rank, also one without routers.
     """
-    _Pending.observers.append(observer)
-    return lambda: _Pending.observers.remove(observer)
+
+    def __init__(self) -> None:
+        self.current_step: Callable[[], int] = lambda: sys.maxsize
+        self.observers: list[Callable[[BiasUpdate], None]] = []
+        self._routers: Sequence[TrinityRouter] = ()
+        self._tokens_per_expert: torch.Tensor | None = None
+        self._followed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._follows_any = False
+
+    @torch.no_grad()
+    def collect(self, model: Sequence[torch.nn.Module], group: Any) -> None:
+        """Sum the counters of all layers over ``group`` in one all-reduce; reset them.
+
+        The sums are pending until the model's optimizer has stepped.
+
+        Args:
+            model: Pipeline chunks of this rank.
+            group: Tensor x context x data parallel group: every rank that saw other tokens.
+        """
+        routers = find_routers(model)
+        counts = torch.zeros(0, 0, dtype=torch.int64)
+        if routers:
+            counts = torch.stack([router.local_tokens_per_expert for router in routers])
+        for router in routers:
+            router.local_tokens_per_expert.zero_()
+        if routers and group.size() > 1:
+            torch.distributed.all_reduce(counts, group=group)
+        self._routers, self._tokens_per_expert = routers, counts
+        self._follow_optimizer(model)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Apply the pending counts, if any, to bias and momentum of all layers.
+
+        Runs after the first inner optimizer's step: Megatron does not get there in a step it skips.
+        """
+        counts, routers = self._tokens_per_expert, self._routers
+        if counts is None:
+            return
+        self._tokens_per_expert, self._routers = None, ()
+        bias, momentum = torch.zeros(0, 0), torch.zeros(0, 0)
+        if routers:
+            bias, momentum = _apply_rule(routers, counts, self.current_step())
+        numbers = tuple(int(router.layer_number or 0) for router in routers)
+        for observer in self.observers:
+            observer(BiasUpdate(numbers, counts, bias, momentum))
+
+    def _follow_optimizer(self, model: Sequence[torch.nn.Module]) -> None:
+        """Commit after the steps of the optimizer that trains the model."""
+        # Megatron's training loop sets it to a method of the optimizer.
+        config = getattr(unwrap_model(model[0]), "config", None)
+        scale = getattr(config, "grad_scale_func", None)
+        optimizer = getattr(scale, "__self__", None)
+        if optimizer is None:
+            if not self._follows_any:
+                self._follow_any(model)
+            return
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            inner = getattr(part, "optimizer", None)
+            if inner is not None and inner not in self._followed:
+                inner.register_step_post_hook(lambda *args: self.commit())
+                self._followed.add(inner)
+
+    def _follow_any(self, model: Sequence[torch.nn.Module]) -> None:
+        """Commit after the steps of any optimizer that holds parameters of the model.
+
+        For training loops that do not set ``grad_scale_func``.
+        """
+        self._follows_any = True
+        chunks = [weakref.ref(chunk) for chunk in model]
+        updater = weakref.ref(self)
+
+        def hook(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+            this, alive = updater(), [chunk for ref in chunks if (chunk := ref())]
+            is_pending = this is not None and this._tokens_per_expert is not None
+            if this is not None and is_pending and _trains(optimizer, alive):
+                this.commit()
+
+        weakref.finalize(self, register_optimizer_step_post_hook(hook).remove)
 
 
-def set_step_source(current_step: Callable[[], int]) -> None:
-    """Say where the number of the running optimizer step (from 1) comes from.
+def get_expert_bias_updater(model: Sequence[torch.nn.Module]) -> ExpertBiasUpdater:
+    """The updater of a model; made when first asked for.
 
-    The warm-up and the freezing of the bias follow it, also after a resume.
+    Args:
+        model: Pipeline chunks of this rank, wrapped or not.
     """
-    _Pending.current_step = staticmethod(current_step)
+    first: Any = unwrap_model(model[0])
+    if "expert_bias_updater" not in first.__dict__:
+        first.__dict__["expert_bias_updater"] = ExpertBiasUpdater()
+    return first.__dict__["expert_bias_updater"]
 
 
 def finalize_model_grads(
@@ -93,68 +177,32 @@ def finalize_model_grads(
     group = get_tensor_and_data_parallel_group(with_context_parallel=True)
     if groups is not None:
         group = groups.tp_dp_cp
-    collect_counts(model, group)
+    get_expert_bias_updater(model).collect(model, group)
     megatron_finalize_model_grads(
         model, num_tokens, pg_collection, force_all_reduce=force_all_reduce, **kwargs
     )
 
 
-def find_routers(model: Sequence[torch.nn.Module]) -> list[TrinityRouter]:
-    """Routers with an expert bias that are in training mode, in the order of the layers."""
-    return [
-        module
-        for chunk in model
-        for module in chunk.modules()
-        if isinstance(module, TrinityRouter) and module.enable_expert_bias and module.training
-    ]
+def _trains(optimizer: torch.optim.Optimizer, model: Sequence[torch.nn.Module]) -> bool:
+    held = {param for group in optimizer.param_groups for param in group["params"]}
+    return any(param in held for param in _params_and_masters(model))
 
 
-@torch.no_grad()
-def collect_counts(model: Sequence[torch.nn.Module], group: Any) -> None:
-    """Sum the counters of all layers over ``group`` in one all-reduce; reset them; set pending.
-
-    Args:
-        model: Pipeline chunks of this rank.
-        group: Tensor x context x data parallel group: every rank that saw other tokens.
-    """
-    routers = find_routers(model)
-    counts = torch.zeros(0, 0, dtype=torch.int64)
-    if routers:
-        counts = torch.stack([router.local_tokens_per_expert for router in routers])
-    for router in routers:
-        router.local_tokens_per_expert.zero_()
-    if routers and group.size() > 1:
-        torch.distributed.all_reduce(counts, group=group)
-    _Pending.routers, _Pending.tokens_per_expert = routers, counts
-    if _Pending.hook is None:
-        _Pending.hook = register_optimizer_step_post_hook(lambda *args: commit_bias_update())
-
-
-@torch.no_grad()
-def commit_bias_update() -> None:
-    """Apply the pending counts, if any, to bias and momentum of all layers.
-
-    Runs after the first inner optimizer's step: Megatron does not get there in a step it skips.
-    """
-    counts, routers = _Pending.tokens_per_expert, _Pending.routers
-    if counts is None:
-        return
-    _Pending.tokens_per_expert, _Pending.routers = None, ()
-    bias, momentum = torch.zeros(0, 0), torch.zeros(0, 0)
-    if routers:
-        bias, momentum = _apply_rule(routers, counts)
-    numbers = tuple(int(router.layer_number or 0) for router in routers)
-    for observer in _Pending.observers:
-        observer(BiasUpdate(numbers, counts, bias, momentum))
+def _params_and_masters(model: Sequence[torch.nn.Module]) -> Iterator[torch.Tensor]:
+    for chunk in model:
+        for param in chunk.parameters():
+            yield param
+            if (master := getattr(param, "main_param", None)) is not None:
+                yield master
 
 
 def _apply_rule(
-    routers: Sequence[TrinityRouter], counts: torch.Tensor
+    routers: Sequence[TrinityRouter], counts: torch.Tensor, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     config: TrinityConfig = routers[0].config
     bias = torch.stack([router.expert_bias for router in routers])
     momentum = torch.stack([router.expert_bias_momentum for router in routers])
-    step, last = _Pending.current_step(), config.moe_router_bias_freeze_step
+    last = config.moe_router_bias_freeze_step
     if last is not None and step > last:
         return bias, momentum
     bias, momentum = BIAS_RULES[config.moe_router_bias_update_rule](

@@ -7,14 +7,15 @@ it cut none of them, and nothing has to travel to be orthogonalized.
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.param_layout import PerBufferParamLayout
 from torch import Tensor
 from torch.nn import Module
 
 from trinity_megatron.optimizer.param_groups import find_row
+from trinity_megatron.upstream.registry import replaced
 
 # Padding at the end of a bucket, of its size, below which a bucket may end, and that of a whole
 # buffer above which the matrices are not worth it.
@@ -56,15 +57,13 @@ def tag_for_buffers(named_parameters: Iterable[tuple[str, Tensor]], config: Any)
             param.muon_matrix_numel = param.numel() // matrices  # type: ignore[attr-defined]
 
 
-def align_expert_buffers() -> None:
-    """Make Megatron lay out buffers of experts by `matrix_aligned_layout`.
-
-    A second call changes nothing.
-    """
-    original = DistributedOptimizer._compute_per_buffer_param_layout
-    if not hasattr(original, "__wrapped__"):
-        aligned = staticmethod(_aligned_where_whole(original))
-        DistributedOptimizer._compute_per_buffer_param_layout = aligned  # type: ignore[method-assign]
+def aligned_expert_buffers() -> AbstractContextManager[None]:
+    """Let Megatron lay out buffers of experts by `matrix_aligned_layout` in the block."""
+    return replaced(
+        "megatron.core.optimizer.distrib_optimizer:"
+        "DistributedOptimizer._compute_per_buffer_param_layout",
+        _aligned_where_whole,
+    )
 
 
 def matrix_aligned_layout(

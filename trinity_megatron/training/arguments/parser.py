@@ -44,7 +44,6 @@ from trinity_megatron.optimizer.register import (
     finish_muon_arguments,
     validate_muon_arguments,
 )
-from trinity_megatron.telemetry.wandb_run import open_writer
 from trinity_megatron.training.arguments.schedule import fit_schedule
 from trinity_megatron.training.arguments.unsupported import refuse_flags, refuse_host
 from trinity_megatron.training.arguments.value_ranges import check_keep_last, check_values
@@ -99,7 +98,6 @@ def parse_trinity_args(
     with _argument_dump(args), megatron_refusals():
         validate_args(args, {"tokenizer_type": "HuggingFaceTokenizer"})
     finish_muon_arguments(args)
-    global_vars._set_wandb_writer = _set_wandb_writer
     rows = args.padded_vocab_size
     with opened_later():
         global_vars.set_global_variables(args)
@@ -171,11 +169,6 @@ def _statement_of(frame: traceback.FrameSummary) -> str:
     return " ".join(" ".join(lines).split()).removeprefix("assert ")
 
 
-def _set_wandb_writer(args: argparse.Namespace) -> None:
-    """In the place of Megatron's, which starts W&B here, in the foreground, and lets it fail."""
-    global_vars._GLOBAL_WANDB_WRITER = open_writer(args)
-
-
 @contextlib.contextmanager
 def _argument_dump(args: argparse.Namespace) -> Iterator[None]:
     """Send Megatron's list of some 900 arguments to a file of the run instead of the screen."""
@@ -237,6 +230,11 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         type=float,
         default=0.0,
         help="Coefficient of the mean squared logsumexp of the LM head's logits; 0: off.",
+    )
+    group.add_argument(
+        "--allow-upstream-changes",
+        action="store_true",
+        help="Train although the installed Megatron-Core differs in what this package replaces.",
     )
     group.add_argument(
         "--no-verify-checksums",

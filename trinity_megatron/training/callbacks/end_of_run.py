@@ -38,29 +38,33 @@ def _complete(args: argparse.Namespace) -> int:
 
 
 class ValidationTokens:
-    """Histogram of the label tokens of the latest evaluation."""
+    """Histogram of the label tokens of the latest evaluation.
 
-    counts: torch.Tensor | None = None
-    samples = 0
+    Attributes:
+        counts: int64 ``[padded vocabulary size]``; None before the first evaluation.
+        samples: Samples of it so far.
+    """
 
-    @classmethod
-    def observe(cls, model: torch.nn.Module, labels: torch.Tensor | None) -> None:
+    def __init__(self) -> None:
+        self.counts: torch.Tensor | None = None
+        self.samples = 0
+
+    def observe(self, model: torch.nn.Module, labels: torch.Tensor | None) -> None:
         """Count the labels of a validation batch; ``[b, s / cp]`` on this rank."""
         if model.training or labels is None:
             return
         args = get_args()
-        if cls.counts is None or cls.samples >= _complete(args):  # another evaluation begins
-            cls.samples = 0
-            cls.counts = torch.zeros(
+        if self.counts is None or self.samples >= _complete(args):  # another evaluation begins
+            self.samples = 0
+            self.counts = torch.zeros(
                 args.padded_vocab_size, dtype=torch.int64, device=labels.device
             )
-        cls.samples += labels.shape[0]
+        self.samples += labels.shape[0]
         flat = labels.flatten()
         # Not bincount, which waits for the device to learn the largest label.
-        cls.counts.scatter_add_(0, flat, torch.ones_like(flat))
+        self.counts.scatter_add_(0, flat, torch.ones_like(flat))
 
-    @classmethod
-    def entropy(cls) -> float | None:
+    def entropy(self) -> float | None:
         """Unigram entropy in nats per token over all ranks' tokens.
 
         Call it on every rank of the last pipeline stage.
@@ -68,16 +72,22 @@ class ValidationTokens:
         Returns:
             None without evaluation, and after one that ended early (--exit-duration-in-mins).
         """
-        if cls.counts is None or cls.samples < _complete(get_args()):
+        if self.counts is None or self.samples < _complete(get_args()):
             return None
-        counts = cls.counts.clone()
+        counts = self.counts.clone()
         torch.distributed.all_reduce(
             counts, group=mpu.get_data_parallel_group(with_context_parallel=True)
         )
         return unigram_entropy(counts.cpu().numpy())
 
 
-def finish_run(model: list[torch.nn.Module], reached: int, *, is_complete: bool = True) -> None:
+def finish_run(
+    model: list[torch.nn.Module],
+    reached: int,
+    validation: ValidationTokens,
+    *,
+    is_complete: bool = True,
+) -> None:
     """Write the pictures and say how the run went; call it on every rank after ``pretrain()``.
 
     The run is complete and saved: what fails here is said, and changes nothing about that.
@@ -85,11 +95,12 @@ def finish_run(model: list[torch.nn.Module], reached: int, *, is_complete: bool 
     Args:
         model: The model chunks that were trained.
         reached: The last step.
+        validation: What the validation has seen.
         is_complete: Whether that is the last of ``--train-iters``.
     """
     args = get_args()
     try:
-        entropy = attempt("the unigram entropy", ValidationTokens.entropy)
+        entropy = attempt("the unigram entropy", validation.entropy)
         text = continue_text(model)
         if is_last_rank():
             _finish_on_last_rank(args, entropy, text or (), reached, is_complete)

@@ -1,37 +1,33 @@
-"""Keep what is no number out of the checkpoints.
+"""Refuse to save a checkpoint that contains NaN or Inf.
 
-Megatron stops at a loss or a gradient that is none, one step after the weights were spoilt: a save
-in between would make the spoilt state the latest one.
+Megatron stops at a loss or gradient that is NaN or Inf, one step after the weights became so: a
+save in between would make that state the latest checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import torch
-from megatron.training import get_args, training
+from megatron.training import get_args
 from torch import Tensor
 
 from trinity_megatron.errors import UserError
-from trinity_megatron.upstream import replaced
+from trinity_megatron.training.callbacks.callback import Callback
 
 _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def refuse_spoilt_saves() -> AbstractContextManager[None]:
-    """Look at weights, buffers and the optimizer's state before each of Megatron's saves."""
-    return replaced(training, "save_checkpoint", _checked)
+class FiniteCheck(Callback):
+    """Checks weights, buffers and the optimizer's state before each save."""
 
-
-def _checked(save: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapper(iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    def on_checkpoint_save_start(
+        self, iteration: int, model: Any, optimizer: Any, *, non_persistent: bool
+    ) -> None:
+        """See :func:`check_is_finite`."""
         check_is_finite(iteration, model, optimizer)
-        return save(iteration, model, optimizer, *args, **kwargs)
-
-    return wrapper
 
 
 def check_is_finite(iteration: int, model: Any, optimizer: Any) -> None:

@@ -12,14 +12,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron.training import get_args, training
+from megatron.training import get_args
 
-from trinity_megatron.upstream import replaced
+from trinity_megatron.training.callbacks.callback import Callback
 
 # Source: report section 3.3, an alarm if no step completes within three minutes.
 SECONDS = 180.0
@@ -28,7 +28,7 @@ STACKS_NAME = "stacks"
 _WAITING = ("/torch/", "/megatron/", "/trinity_megatron/")
 
 
-class Heartbeat:
+class HangWatchdog(Callback):
     """Watches the steps of this rank from a thread of its own.
 
     Args:
@@ -42,18 +42,18 @@ class Heartbeat:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def begin(self, step: int) -> None:
-        """Note that a step begins; watching begins with the first one."""
-        self._where, self._last = f"in step {step}", time.monotonic()
+    def on_train_step_start(self, iteration: int, model: Any, optimizer: Any) -> None:
+        """Record the start of a step; the first one starts the thread."""
+        self._where, self._last = f"in step {iteration}", time.monotonic()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
+            self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
             self._thread.start()
 
-    def end(self, step: int) -> None:
-        """Note that a step has ended."""
+    def on_train_step_end(self, iteration: int, model: Any, optimizer: Any, result: Any) -> None:
+        """Record the end of a step."""
         now = time.monotonic()
         self._longest = max(self._longest, now - self._last)
-        self._where, self._last = f"after step {step}", now
+        self._where, self._last = f"after step {iteration}", now
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -92,23 +92,11 @@ class Heartbeat:
 
 
 @contextmanager
-def watch_steps() -> Iterator[None]:
-    """Watch Megatron's training loop while the block runs."""
+def watch_steps() -> Iterator[HangWatchdog]:
+    """A watchdog of the run, which stops at the end of the block."""
     args = get_args()
-    heart = Heartbeat(args.rank, Path(args.out) / STACKS_NAME if args.out else None)
-
-    def around(train_step: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*given: Any, **settings: Any) -> Any:
-            step = args.curr_iteration + 1
-            heart.begin(step)
-            result = train_step(*given, **settings)
-            heart.end(step)
-            return result
-
-        return wrapper
-
+    watchdog = HangWatchdog(args.rank, Path(args.out) / STACKS_NAME if args.out else None)
     try:
-        with replaced(training, "train_step", around):
-            yield
+        yield watchdog
     finally:
-        heart.stop()
+        watchdog.stop()

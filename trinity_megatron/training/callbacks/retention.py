@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron.training import checkpointing, training
 from megatron.training.async_utils import is_empty_async_queue
 
 from trinity_megatron.checkpoint.torch_dist import TorchDistReader, iteration_name, read_tracker
-from trinity_megatron.upstream import replaced
+from trinity_megatron.training.callbacks.callback import Callback
+from trinity_megatron.upstream.registry import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -28,34 +28,30 @@ _DOOMED = "deleting_"
 
 
 @contextmanager
-def old_checkpoints_deleted(args: argparse.Namespace) -> Iterator[None]:
-    """Delete old checkpoints after each save while the block runs; nothing without the flag.
+def old_checkpoints_deleted(args: argparse.Namespace) -> Iterator[Callback]:
+    """A callback that deletes old checkpoints after each save; nothing without the flag.
 
     Args:
         args: Of the run.
     """
     if args.keep_last is None:
-        yield
+        yield Callback()
         return
-    with ExitStack() as stack:
-        # Megatron's own deletion knows --save-retain-interval only, and keeps one beside.
-        stack.enter_context(
-            replaced(checkpointing, "_async_delete_checkpoint_impl", lambda _: _leave)
-        )
-        if args.rank == 0:
-            retention = stack.enter_context(Retention(args))
-            stack.enter_context(replaced(training, "save_checkpoint", retention.after_save))
-            stack.enter_context(
-                replaced(training, "maybe_finalize_async_save", retention.after_finalize)
-            )
-        yield
+    # Megatron's own deletion knows --save-retain-interval only, and keeps one more.
+    delete = "megatron.training.checkpointing:_async_delete_checkpoint_impl"
+    with replaced(delete, lambda _: _leave):
+        if args.rank != 0:
+            yield Callback()
+            return
+        with Retention(args) as retention:
+            yield retention
 
 
 def _leave(*args: Any, **kwargs: Any) -> None:
     """Delete nothing, in the place of Megatron's function."""
 
 
-class Retention:
+class Retention(Callback):
     """Deletes the older checkpoints of a run; a context manager, whose end waits for it.
 
     Args:
@@ -75,28 +71,13 @@ class Retention:
     def __exit__(self, *error: object) -> None:
         self._worker.shutdown()
 
-    def after_save(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        """Stand around Megatron's ``save_checkpoint``."""
+    def on_checkpoint_save_end(self, iteration: int) -> None:
+        """Delete once the save is complete."""
+        self._is_saving = True
+        self.on_checkpoint_finalize_end()
 
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = save(*args, **kwargs)
-            self._is_saving = True
-            self._look()
-            return result
-
-        return wrapper
-
-    def after_finalize(self, finalize: Callable[..., Any]) -> Callable[..., Any]:
-        """Stand around Megatron's ``maybe_finalize_async_save``, which every step calls."""
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = finalize(*args, **kwargs)
-            self._look()
-            return result
-
-        return wrapper
-
-    def _look(self) -> None:
+    def on_checkpoint_finalize_end(self) -> None:
+        """Delete old checkpoints if a save has become complete."""
         if not self._is_saving or not is_empty_async_queue():
             return
         self._is_saving = False

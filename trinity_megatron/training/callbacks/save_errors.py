@@ -15,17 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.training import get_args, training
+from megatron.training import get_args
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trinity_megatron.checkpoint.save_worker import write_or_say
 from trinity_megatron.checkpoint.torch_dist import TorchDistReader, iteration_name, read_tracker
 from trinity_megatron.errors import UserError
+from trinity_megatron.training.callbacks.callback import Callback
 from trinity_megatron.training.preflight import checkpoint_bytes, format_bytes
 from trinity_megatron.training.resume import mend_tracker
-from trinity_megatron.upstream import replaced
+from trinity_megatron.upstream.registry import replaced
 
 _REMEDIES = {
     errno.ENOSPC: "make space there",
@@ -44,19 +44,14 @@ _PROBE_BYTES = 1 << 20
 
 
 @contextmanager
-def named_save_errors() -> Iterator[None]:
-    """Name what a save of Megatron's training loop fails of, while the block runs."""
-    saves = _Saves()
-    writer = filesystem_async.FileSystemWriterAsync
-    with (
-        replaced(training, "save_checkpoint", saves.around_save),
-        replaced(training, "maybe_finalize_async_save", saves.around_finalize),
-        replaced(writer, "get_save_function_and_args", _saying),
-    ):
-        yield
+def named_save_errors() -> Iterator[Callback]:
+    """A callback that explains why a save has failed."""
+    writer = "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync"
+    with replaced(f"{writer}.get_save_function_and_args", _with_error_text):
+        yield SaveErrors()
 
 
-def _saying(get: Callable[..., Any]) -> Callable[..., Any]:
+def _with_error_text(get: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any) -> Any:
         write, preload, arguments = get(self)
         return (None if write is None else partial(write_or_say, write)), preload, arguments
@@ -64,60 +59,56 @@ def _saying(get: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-class _Saves:
-    """The saves that have begun, and may not be complete."""
+class SaveErrors(Callback):
+    """Keeps the saves that have begun and may not be complete."""
 
     def __init__(self) -> None:
         self._begun: list[tuple[int, Path]] = []
 
-    def around_save(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(iteration: int, *given: Any, **settings: Any) -> Any:
-            args = get_args()
-            is_loaded = iteration == args.iteration and not args.finetune
-            if is_loaded and args.load and Path(args.load).resolve() == Path(args.save).resolve():
-                print_rank_0(f"> step {iteration} is saved already")
-                return None
-            if not args.async_save:
-                self._begun.clear()
-            is_passing = settings.get("non_persistent_ckpt", False)
-            self._begun.append((iteration, save_folder(args, is_passing)))
-            return self._named(partial(save, iteration, *given, **settings))
+    def should_save(self, iteration: int) -> bool:
+        """Whether the step is not the one that was loaded from the same folder."""
+        args = get_args()
+        is_loaded = iteration == args.iteration and not args.finetune
+        if is_loaded and args.load and Path(args.load).resolve() == Path(args.save).resolve():
+            print_rank_0(f"> step {iteration} is saved already")
+            return False
+        return True
 
-        return wrapper
+    def on_checkpoint_save_start(
+        self, iteration: int, model: Any, optimizer: Any, *, non_persistent: bool
+    ) -> None:
+        """Record where the step is saved."""
+        args = get_args()
+        if not args.async_save:
+            self._begun.clear()
+        self._begun.append((iteration, save_folder(args, non_persistent)))
 
-    def around_finalize(self, finalize: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *given, **settings: self._named(partial(finalize, *given, **settings))
+    def on_checkpoint_error(self, error: BaseException) -> None:
+        """Raise a ``UserError`` where the disk is at fault.
 
-    def _named(self, call: Callable[[], Any]) -> Any:
-        """Call; what the disk is at fault for becomes a ValueError.
-
-        Torch's error of a save is no Exception.
+        Raises:
+            UserError: Names the folder, the free space and the last complete checkpoint.
         """
-        try:
-            return call()
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            begun = [(step, folder) for step, folder in self._begun if step > _latest(folder)]
-            if not (begun := begun or self._begun[-1:]):
-                raise
-            args, (step, folder) = get_args(), begun[0]
-            reason = find_reason(error, folder)
-            if reason is None and args.rank and isinstance(error, CheckpointException):
-                raise UserError(f"the save of step {step} failed; rank 0 says why") from error
-            if reason is None:
-                raise
-            message = describe(args, step, folder, reason)
-            if args.rank == 0 and args.ckpt_format == "torch_dist":
-                discard_incomplete([folder / iteration_name(step) for step, folder in begun])
-                with contextlib.suppress(OSError, ValueError):
-                    mend_tracker(folder)
-            latest = _latest(folder)
-            stands = f"The checkpoint of step {latest} stands" if latest else "None stands"
-            raise UserError(
-                f"{message} {stands}. Remedy: {_REMEDIES.get(reason, 'mend that')}; the same "
-                "command then goes on from the latest checkpoint."
-            ) from error
+        begun = [(step, folder) for step, folder in self._begun if step > _latest(folder)]
+        if not (begun := begun or self._begun[-1:]):
+            return
+        args, (step, folder) = get_args(), begun[0]
+        reason = find_reason(error, folder)
+        if reason is None and args.rank and isinstance(error, CheckpointException):
+            raise UserError(f"the save of step {step} failed; rank 0 says why") from error
+        if reason is None:
+            return
+        message = describe(args, step, folder, reason)
+        if args.rank == 0 and args.ckpt_format == "torch_dist":
+            discard_incomplete([folder / iteration_name(step) for step, folder in begun])
+            with contextlib.suppress(OSError, ValueError):
+                mend_tracker(folder)
+        latest = _latest(folder)
+        stands = f"The checkpoint of step {latest} stands" if latest else "None stands"
+        raise UserError(
+            f"{message} {stands}. Remedy: {_REMEDIES.get(reason, 'mend that')}; the same "
+            "command then goes on from the latest checkpoint."
+        ) from error
 
 
 def save_folder(args: argparse.Namespace, is_passing: bool) -> Path:

@@ -12,18 +12,18 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.training import training
 from megatron.training.dist_signal_handler import DistributedSignalHandler, all_gather_item
 from megatron.training.global_vars import get_signal_handler
 
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.rank import SECONDS_BETWEEN_INTERRUPTS
-from trinity_megatron.upstream import replaced
+from trinity_megatron.training.callbacks.callback import Callback
+from trinity_megatron.upstream.registry import replaced
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
@@ -139,8 +139,8 @@ def check_exit_signal(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def save_on_signals(args: argparse.Namespace) -> Iterator[None]:
-    """Note signals from the start of Megatron's training loop to the end of its last save.
+def save_on_signals(args: argparse.Namespace) -> Iterator[Callback]:
+    """A callback that notes signals from the start of the training loop to the end of its save.
 
     Args:
         args: Of the run, after Megatron has set its globals.
@@ -149,12 +149,12 @@ def save_on_signals(args: argparse.Namespace) -> Iterator[None]:
         EndedBySignal: A signal has come, and what there was to save is saved.
     """
     if not args.exit_signal_handler:
-        yield
+        yield Callback()
         return
     notes = SignalNotes(args)
     try:
-        with _noting(notes, args.async_save):
-            yield
+        with replaced("megatron.training.training:get_signal_handler", lambda _: lambda: notes):
+            yield _SignalCallback(notes, args.async_save)
             notes.finish()
     except SystemExit as end:
         # Megatron's is 0, as if the run had come to its end.
@@ -165,33 +165,19 @@ def save_on_signals(args: argparse.Namespace) -> Iterator[None]:
         notes.release()
 
 
-@contextmanager
-def _noting(notes: SignalNotes, saves_until_end: bool) -> Iterator[None]:
-    is_in_loop = False
+class _SignalCallback(Callback):
+    def __init__(self, notes: SignalNotes, saves_until_end: bool) -> None:
+        self._notes, self._saves_until_end = notes, saves_until_end
+        self._is_in_loop = False
 
-    def around_train(train: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*given: Any, **settings: Any) -> Any:
-            nonlocal is_in_loop
-            notes.listen()
-            is_in_loop = True
-            result = train(*given, **settings)
-            is_in_loop = False
-            return result
+    def on_train_start(self) -> None:
+        self._notes.listen()
+        self._is_in_loop = True
 
-        return wrapper
+    def on_train_end(self) -> None:
+        self._is_in_loop = False
 
-    def before_evaluation(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*given: Any, **settings: Any) -> Any:
-            # The save after the loop is done, unless it goes on in the background.
-            if not is_in_loop and not saves_until_end:
-                notes.finish()
-            return evaluate(*given, **settings)
-
-        return wrapper
-
-    with (
-        replaced(training, "get_signal_handler", lambda _: lambda: notes),
-        replaced(training, "train", around_train),
-        replaced(training, "evaluate_and_print_results", before_evaluation),
-    ):
-        yield
+    def on_evaluation_start(self) -> None:
+        # The save after the loop is complete, unless it goes on in the background.
+        if not self._is_in_loop and not self._saves_until_end:
+            self._notes.finish()

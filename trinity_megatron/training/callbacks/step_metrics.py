@@ -1,13 +1,13 @@
 """The metrics of a step: collected in the modules, exchanged once, written by Megatron's writers.
 
-Around Megatron's ``train_step``: in a logging step the modules observe (``tracking.statistics``);
+In a logging step the modules observe (``telemetry.step_statistics``);
 afterwards one all-gather over all ranks brings the statistics, the micro-batch losses and the
 gradient norms of all layers together, and, with pipeline parallelism, one all-reduce the counts and
 biases of all stages.  In other steps nothing is exchanged or copied to the host.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,10 +22,10 @@ from megatron.core.transformer.moe.moe_logging import (
     get_moe_metrics_tracker,
     set_moe_metrics_tracker,
 )
-from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
 from trinity_megatron.model.config import TrinityConfig
-from trinity_megatron.model.moe.bias_update import BiasUpdate, observe_bias_updates
+from trinity_megatron.model.moe.bias_update import BiasUpdate
 from trinity_megatron.optimizer.muon import Muon, UpdateStatistics
 from trinity_megatron.optimizer.param_groups import local_gradient_squares
 from trinity_megatron.planner.flops import peak_flops, training_flops_per_token
@@ -38,10 +38,11 @@ from trinity_megatron.telemetry.metrics import (
 )
 from trinity_megatron.telemetry.step_statistics import GRADIENT_GROUPS, STATISTICS
 from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, LAYER_NUMBERS_TAG, TOKENS_TAG
-from trinity_megatron.upstream import replaced
+from trinity_megatron.training.callbacks.callback import Callback
+from trinity_megatron.upstream.registry import replaced
 
 
-class StepMetrics:
+class StepMetrics(Callback):
     """Collects and writes the metrics of the steps of one training.
 
     Args:
@@ -56,54 +57,53 @@ class StepMetrics:
         self._tokens = 0
         self._peak: float | None = None
         self._has_layer_numbers = False
+        self._rates: dict[str, float] = {}
+        self._muons: list[Muon] = []
+        self._start = 0.0
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Stand around Megatron's training step and its MoE metrics while the block runs.
+    def installed(self) -> Iterator[Callback]:
+        """Replace Megatron's MoE metrics and its count of FLOPs while the block runs.
 
-        Megatron's own count of FLOPs, which its log, its checkpoints and ``--log-throughput``
-        read, gives way to ours: it knows no windows.
+        The count, which the log, the checkpoints and ``--log-throughput`` read, accounts for
+        sliding-window attention.
         """
-        remove = observe_bias_updates(self._observe)
         tracker = get_moe_metrics_tracker()
         set_moe_metrics_tracker(_LoggingStepTracker())
+        flops = "megatron.training.training:num_floating_point_operations"
         try:
-            with (
-                replaced(training, "train_step", self._around),
-                replaced(training, "num_floating_point_operations", lambda _: self._count_flops),
-            ):
-                yield
+            with replaced(flops, lambda _: self._count_flops):
+                yield self
         finally:
             set_moe_metrics_tracker(tracker)
-            remove()
             STATISTICS.is_collecting = False
             STATISTICS.clear()
 
-    def _around(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(step: Any, data: Any, model: Any, optimizer: Any, *args: Any, **kw: Any) -> Any:
-            self._update = None
-            STATISTICS.clear()
-            STATISTICS.is_collecting = is_logging_step(get_args().curr_iteration + 1)
-            rates = learning_rates(optimizer) if STATISTICS.is_collecting else {}
-            muons = find_muons(optimizer) if STATISTICS.is_collecting else []
-            for muon in muons:
-                muon.statistics = UpdateStatistics()
-            start = time.perf_counter()
-            result = train_step(step, data, model, optimizer, *args, **kw)
-            seconds = time.perf_counter() - start
-            self._seconds += seconds
-            self._tokens += get_args().seq_length * get_current_running_global_batch_size()
-            if STATISTICS.is_collecting:
-                STATISTICS.is_collecting = False
-                measured = [muon.statistics for muon in muons]
-                for muon in muons:
-                    muon.statistics = None
-                if self._update is not None:  # not a step that was skipped
-                    rates.update(muon_share(measured, seconds))
-                    self._write(optimizer, self._update, rates, measured, grad_norm=result[5])
-            return result
+    def on_train_step_start(self, iteration: int, model: Any, optimizer: Any) -> None:
+        """Let the modules and Muon observe a step that is logged."""
+        self._update = None
+        STATISTICS.clear()
+        STATISTICS.is_collecting = is_logging_step(iteration)
+        self._rates = learning_rates(optimizer) if STATISTICS.is_collecting else {}
+        self._muons = find_muons(optimizer) if STATISTICS.is_collecting else []
+        for muon in self._muons:
+            muon.statistics = UpdateStatistics()
+        self._start = time.perf_counter()
 
-        return wrapper
+    def on_train_step_end(self, iteration: int, model: Any, optimizer: Any, result: Any) -> None:
+        """Exchange and write the metrics of a step that is logged."""
+        seconds = time.perf_counter() - self._start
+        self._seconds += seconds
+        self._tokens += get_args().seq_length * get_current_running_global_batch_size()
+        if not STATISTICS.is_collecting:
+            return
+        STATISTICS.is_collecting = False
+        measured = [muon.statistics for muon in self._muons if muon.statistics is not None]
+        for muon in self._muons:
+            muon.statistics = None
+        if self._update is not None:  # not a step that was skipped
+            rates = {**self._rates, **muon_share(measured, seconds)}
+            self._write(optimizer, self._update, rates, measured, grad_norm=result[5])
 
     def _count_flops(
         self,
@@ -119,7 +119,8 @@ class StepMetrics:
         tokens = total_real_tokens_in_batch or batch_size * args.seq_length
         return tokens * training_flops_per_token(self.config, args.seq_length)
 
-    def _observe(self, update: BiasUpdate) -> None:
+    def observe_bias_update(self, update: BiasUpdate) -> None:
+        """Keep the update of the step, and count the steps in which an expert was idle."""
         self._update = update
         counts = update.tokens_per_expert
         if self._idle_steps is None:

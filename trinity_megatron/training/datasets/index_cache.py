@@ -5,18 +5,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
-from megatron.core.datasets import blended_dataset, gpt_dataset
 
 from trinity_megatron.errors import UserError
-from trinity_megatron.upstream import replaced
+from trinity_megatron.upstream.registry import replaced
 
 
 @contextlib.contextmanager
 def plain_index_cache() -> Iterator[None]:
     """Unpickle nothing of ``--data-cache-path`` while the block runs."""
     with (
-        replaced(gpt_dataset, "safe_numpy_load", _load_numbers),
-        replaced(blended_dataset, "safe_numpy_load", _load_numbers),
+        replaced("megatron.core.datasets.gpt_dataset:safe_numpy_load", _load_numbers),
+        replaced("megatron.core.datasets.blended_dataset:safe_numpy_load", _load_numbers),
     ):
         yield
 

@@ -35,11 +35,13 @@ def run_rank(rank: int, store: str) -> None:
         return all_reduce(tensor, *args, **kwargs)
 
     torch.distributed.all_reduce = counted
-    bias_update.collect_counts([torch.nn.ModuleList(routers)], torch.distributed.group.WORLD)
+    model = [torch.nn.ModuleList(routers)]
+    updater = bias_update.get_expert_bias_updater(model)
+    updater.collect(model, torch.distributed.group.WORLD)
     assert calls == [(3, 4)]
     # Summed as integers: exact above 2**53.
     sums = [[20 * layer + 1 + 2**54] * 4 for layer in range(3)]
-    assert bias_update._Pending.tokens_per_expert.tolist() == sums
+    assert updater._tokens_per_expert.tolist() == sums
     assert all(not router.local_tokens_per_expert.any() for router in routers)
     torch.distributed.destroy_process_group()
 

@@ -10,7 +10,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from trinity_megatron.model.presets import get_preset, trinity_preset
 from trinity_megatron.optimizer.sharded.buffer_layout import (
-    align_expert_buffers,
+    aligned_expert_buffers,
     matrix_aligned_layout,
 )
 from trinity_megatron.optimizer.sharded.distributed_optimizer import shard_bounds
@@ -114,11 +114,11 @@ def test_shards_of_experts_are_whole_matrices(bucket_size: int | None) -> None:
     assert matrix_aligned_layout(params, matrix, bucket_size, ranks=50) is None
 
 
-def test_the_layout_is_for_experts_only() -> None:
-    align_expert_buffers()
-    layout = DistributedOptimizer._compute_per_buffer_param_layout
-    align_expert_buffers()
-    assert DistributedOptimizer._compute_per_buffer_param_layout is layout
+def test_the_layout_of_megatron_comes_back() -> None:
+    before = DistributedOptimizer._compute_per_buffer_param_layout
+    with aligned_expert_buffers():
+        assert DistributedOptimizer._compute_per_buffer_param_layout is not before
+    assert DistributedOptimizer._compute_per_buffer_param_layout is before
 
 
 @pytest.mark.parametrize("pipeline", [1, 8])

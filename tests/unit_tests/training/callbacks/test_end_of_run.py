@@ -84,7 +84,6 @@ def run_args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         writer.add_scalar("lm loss", 3.0 - step, step)
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
     monkeypatch.setattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER", writer)
-    monkeypatch.setattr(ValidationTokens, "counts", None)
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield args
@@ -92,13 +91,13 @@ def run_args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_a_run_without_validation(run_args: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    finish_run([], 4)
+    finish_run([], 4, ValidationTokens())
     shown = capsys.readouterr()
     assert "Steps                 4, of which 0 before this start" in shown.out
     assert "with a larger --train-iters N" in shown.out
     assert (Path(run_args.out) / "report" / "report.html").is_file()
     assert "Validation" not in shown.out and shown.err == ""
-    finish_run([], 2, is_complete=False)
+    finish_run([], 2, ValidationTokens(), is_complete=False)
     assert "To go on              the same command\n" in capsys.readouterr().out
 
 
@@ -111,7 +110,7 @@ def test_a_report_that_cannot_be_written(
         path.symlink_to("/proc/self/fdinfo")  # where root cannot write either
     else:
         path.mkdir(parents=True)
-    finish_run([], 4)
+    finish_run([], 4, ValidationTokens())
     shown = capsys.readouterr()
     assert (
         f"> the report is not made: {'' if blocker == 'report' else 'Is a directory'}" in shown.err
@@ -125,7 +124,7 @@ def test_a_missing_validation_file_costs_the_continuation_only(
     run_args: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_args.valid_data_path = ["/no/such/set"]
-    finish_run([], 4)
+    finish_run([], 4, ValidationTokens())
     shown = capsys.readouterr()
     assert "> a continuation is not made: --valid-data-path /no/such/set: there is no" in shown.err
     assert "Report  " in shown.out
@@ -135,7 +134,7 @@ def test_a_bug_of_ours_keeps_its_trace(
     run_args: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_args.valid_data_path = [make_set(tmp_path / "v", 9)]
-    finish_run([object()], 4)  # type: ignore[list-item]
+    finish_run([object()], 4, ValidationTokens())  # type: ignore[list-item]
     shown = capsys.readouterr()
     assert "> a continuation is not made: 'object' object has no attribute 'eval'" in shown.err
     assert "Traceback" in shown.err and "Report  " in shown.out
@@ -149,7 +148,7 @@ def test_an_interrupt_names_the_way_to_the_report(
 
     monkeypatch.setattr(end_of_run, "RunLog", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        finish_run([], 4)
+        finish_run([], 4, ValidationTokens())
     said = capsys.readouterr().err
     assert f"complete; trinity-megatron report {run_args.out} writes the report" in said
 
@@ -159,12 +158,13 @@ def test_an_evaluation_that_ended_early_has_no_entropy(run_args: Any) -> None:
     model = torch.nn.Linear(1, 1).eval()
     labels = torch.arange(16).repeat(4, 1)
     batches = run_args.eval_iters * run_args.eval_global_batch_size // 4
+    validation = ValidationTokens()
     for _ in range(batches - 1):
-        ValidationTokens.observe(model, labels)
-    assert ValidationTokens.entropy() is None
-    ValidationTokens.observe(model, labels)
-    assert ValidationTokens.counts is not None
-    assert ValidationTokens.counts.tolist() == [4 * batches] * 16
+        validation.observe(model, labels)
+    assert validation.entropy() is None
+    validation.observe(model, labels)
+    assert validation.counts is not None
+    assert validation.counts.tolist() == [4 * batches] * 16
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ enter_host()
 from megatron.training import checkpointing, training  # noqa: E402
 
 from trinity_megatron.training.arguments.value_ranges import check_keep_last  # noqa: E402
+from trinity_megatron.training.callbacks.callback import callbacks_in_training_loop  # noqa: E402
 from trinity_megatron.training.callbacks.retention import (  # noqa: E402
     choose_old,
     delete_old,
@@ -124,12 +125,12 @@ def run(folder: Path, **given: Any) -> Namespace:
 
 
 def test_after_each_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "save_checkpoint", lambda step: save(folder, step))
+    monkeypatch.setattr(training, "save_checkpoint", lambda step, *given: save(folder, step))
     before = checkpointing._async_delete_checkpoint_impl
-    with old_checkpoints_deleted(run(folder)):
+    with old_checkpoints_deleted(run(folder)) as callback, callbacks_in_training_loop([callback]):
         assert checkpointing._async_delete_checkpoint_impl is not before
         for step in (60, 70):
-            training.save_checkpoint(step)  # type: ignore[call-arg, arg-type]
+            training.save_checkpoint(step, [], None)  # type: ignore[call-arg]
     assert iterations(folder) == [60, 70]
     assert checkpointing._async_delete_checkpoint_impl is before
 
@@ -138,9 +139,12 @@ def test_after_each_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_rank_0_and_only_if_asked(
     given: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "save_checkpoint", lambda step: save(folder, step))
-    with old_checkpoints_deleted(run(folder, **given)):
-        training.save_checkpoint(60)  # type: ignore[call-arg, arg-type]
+    monkeypatch.setattr(training, "save_checkpoint", lambda step, *given: save(folder, step))
+    with (
+        old_checkpoints_deleted(run(folder, **given)) as callback,
+        callbacks_in_training_loop([callback]),
+    ):
+        training.save_checkpoint(60, [], None)  # type: ignore[call-arg]
     assert iterations(folder) == [10, 20, 30, 40, 50, 60]
 
 
@@ -150,11 +154,11 @@ def test_a_failure_is_said_once(
     def fail(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(training, "save_checkpoint", lambda step: save(folder, step))
+    monkeypatch.setattr(training, "save_checkpoint", lambda step, *given: save(folder, step))
     monkeypatch.setattr(shutil, "rmtree", fail)
-    with old_checkpoints_deleted(run(folder)):
+    with old_checkpoints_deleted(run(folder)) as callback, callbacks_in_training_loop([callback]):
         for step in (60, 70, 80):
-            training.save_checkpoint(step)  # type: ignore[call-arg, arg-type]
+            training.save_checkpoint(step, [], None)  # type: ignore[call-arg]
     said = [r.getMessage() for r in caplog.records if "--keep-last" in r.getMessage()]
     assert len(said) == 1 and "Permission denied" in said[0]
 

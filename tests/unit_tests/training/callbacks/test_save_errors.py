@@ -5,6 +5,8 @@ import os
 import pickle
 import resource
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from megatron.training import global_vars, training  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 from trinity_megatron.training.callbacks import save_errors  # noqa: E402
+from trinity_megatron.training.callbacks.callback import callbacks_in_training_loop  # noqa: E402
 from trinity_megatron.training.callbacks.save_errors import (  # noqa: E402
     explain_disk_error,
     find_reason,
@@ -106,6 +109,12 @@ def test_an_error_without_a_number_is_probed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@contextmanager
+def saves_of_the_loop() -> Iterator[None]:
+    with named_save_errors() as callback, callbacks_in_training_loop([callback]):
+        yield
+
+
 def save_with(error: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A save of Megatron's that leaves half a checkpoint and fails."""
 
@@ -126,10 +135,10 @@ def save_with(error: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> A
 @pytest.mark.parametrize("error", [FULL, failure_of_a_rank(FULL)])
 def test_a_full_disk(args: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     save_with(None, monkeypatch)
-    with named_save_errors():
+    with saves_of_the_loop():
         training.save_checkpoint(2, [], None)
     save_with(error, monkeypatch)
-    with named_save_errors(), pytest.raises(ValueError) as caught:
+    with saves_of_the_loop(), pytest.raises(ValueError) as caught:
         training.save_checkpoint(4, [], None)
     message = str(caught.value)
     assert message.startswith(f"the save of step 4 to {args.save} failed: No space left on device")
@@ -142,14 +151,14 @@ def test_a_full_disk(args: Any, monkeypatch: pytest.MonkeyPatch, error: BaseExce
 
 def test_nothing_stands_yet(args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     save_with(OSError(errno.EDQUOT, "over"), monkeypatch)
-    with named_save_errors(), pytest.raises(ValueError, match=r"None stands.*raise the quota"):
+    with saves_of_the_loop(), pytest.raises(ValueError, match=r"None stands.*raise the quota"):
         training.save_checkpoint(7, [], None)
     assert list(Path(args.save).iterdir()) == []
 
 
 def test_another_folder(args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     save_with(FULL, monkeypatch)
-    with named_save_errors(), pytest.raises(ValueError, match=r"non_persistent failed: No space"):
+    with saves_of_the_loop(), pytest.raises(ValueError, match=r"non_persistent failed: No space"):
         training.save_checkpoint(3, [], None, non_persistent_ckpt=True)
 
 
@@ -160,7 +169,7 @@ def test_what_is_not_the_disk_is_as_it_was(
     args: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     save_with(error, monkeypatch)
-    with named_save_errors(), pytest.raises(type(error)) as caught:
+    with saves_of_the_loop(), pytest.raises(type(error)) as caught:
         training.save_checkpoint(1, [], None)
     assert caught.value is error
     assert (Path(args.save) / "iter_0000001").exists()
@@ -169,7 +178,7 @@ def test_what_is_not_the_disk_is_as_it_was(
 def test_other_ranks_leave_the_word_to_rank_0(args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     args.rank = 1
     save_with(CheckpointException("write", {}), monkeypatch)
-    with named_save_errors(), pytest.raises(ValueError, match=r"step 5 failed; rank 0 says why"):
+    with saves_of_the_loop(), pytest.raises(ValueError, match=r"step 5 failed; rank 0 says why"):
         training.save_checkpoint(5, [], None)
     assert (Path(args.save) / "iter_0000005").exists()
 
@@ -184,7 +193,7 @@ def test_an_asynchronous_save(args: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
     save_with(None, monkeypatch)
     monkeypatch.setattr(training, "maybe_finalize_async_save", finalize)
-    with named_save_errors():
+    with saves_of_the_loop():
         for step in (2, 4, 6):
             training.save_checkpoint(step, [], None)
         (Path(args.save) / TRACKER).write_text("2")
@@ -200,7 +209,7 @@ def test_a_step_that_was_loaded_is_not_written_again(
     """A full disk would spoil the only copy."""
     save_with(FULL, monkeypatch)
     args.iteration = 40
-    with named_save_errors():
+    with saves_of_the_loop():
         training.save_checkpoint(40, [], None)
         with pytest.raises(ValueError, match="step 41"):
             training.save_checkpoint(41, [], None)
@@ -230,6 +239,6 @@ def test_a_disk_that_refuses_another_file(error: OSError, words: str | None) -> 
 
 def test_megatron_is_as_before() -> None:
     before = training.save_checkpoint, training.maybe_finalize_async_save
-    with named_save_errors():
+    with saves_of_the_loop():
         assert training.save_checkpoint is not before[0]
     assert (training.save_checkpoint, training.maybe_finalize_async_save) == before

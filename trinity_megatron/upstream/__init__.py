@@ -1,0 +1,1 @@
+"""The one registry of what is replaced in Megatron and its libraries."""

@@ -1,0 +1,244 @@
+"""The entries of the registry: everything that this package replaces in its upstream packages."""
+
+from trinity_megatron.upstream.replacement import Replacement
+
+_TRAINING = "megatron.training.training"
+_OPTIMIZER = "megatron.core.optimizer"
+_EMERGING = "megatron.core.optimizer.emerging_optimizers"
+_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+_SERIALIZATION = "megatron.core.dist_checkpointing.serialization"
+_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync"
+_TORCH_DIST = "megatron.core.dist_checkpointing.strategies.torch:TorchDistLoadShardedStrategy"
+_ASYNC = "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller"
+
+_ENTRIES = (
+    # The training loop: callbacks.
+    Replacement(
+        f"{_TRAINING}:train",
+        "callbacks run at the begin and the end of the loop",
+        fingerprint="3c2299658ae7",
+    ),
+    Replacement(
+        f"{_TRAINING}:train_step",
+        "callbacks run before and after each step",
+        fingerprint="68989d425b23",
+    ),
+    Replacement(
+        f"{_TRAINING}:save_checkpoint",
+        "callbacks run before and after each save",
+        fingerprint="b652984ca8c8",
+    ),
+    Replacement(
+        f"{_TRAINING}:maybe_finalize_async_save",
+        "callbacks run when an asynchronous save ends",
+        fingerprint="403a01e56d5a",
+    ),
+    Replacement(
+        f"{_TRAINING}:evaluate_and_print_results",
+        "callbacks run before each evaluation",
+        fingerprint="699dfbe69cf2",
+    ),
+    Replacement(
+        f"{_TRAINING}:get_signal_handler",
+        "several signals request a save, on any rank",
+        fingerprint="b0b789345f8b",
+    ),
+    Replacement(
+        f"{_TRAINING}:num_floating_point_operations",
+        "FLOPs account for sliding-window attention",
+        fingerprint="f9ed9b380e17",
+    ),
+    Replacement(
+        f"{_TRAINING}:initialize_megatron",
+        "pretrain() does not pass allow_no_cuda on",
+        fingerprint="d9b467adcaed",
+    ),
+    # Writers.
+    Replacement(
+        "megatron.training.global_vars:_set_tensorboard_writer",
+        "TensorBoard's files are opened when the loop begins, not while a start may be refused",
+        fingerprint="9eec040faaed",
+    ),
+    Replacement(
+        "megatron.training.global_vars:_set_wandb_writer",
+        "W&B starts in the background and may fail without ending the training",
+        fingerprint="45900feb85c3",
+    ),
+    Replacement(
+        "megatron.training.global_vars:_GLOBAL_WANDB_WRITER",
+        "the writer that starts in the background",
+        source_of="megatron.training.global_vars:get_wandb_writer",
+        fingerprint="1133d0460bb6",
+    ),
+    Replacement(
+        "torch.utils.tensorboard:SummaryWriter", "each step is in the record once after a resume"
+    ),
+    Replacement(
+        "tensorboard.summary.writer.event_file_writer:RecordWriter",
+        "a full disk does not end the thread that writes events",
+    ),
+    # The data.
+    Replacement(
+        "megatron.core.datasets.gpt_dataset:safe_numpy_load",
+        "the index cache is not unpickled",
+        fingerprint="0e6b43640f8a",
+    ),
+    Replacement(
+        "megatron.core.datasets.blended_dataset:safe_numpy_load",
+        "the index cache is not unpickled",
+        fingerprint="0e6b43640f8a",
+    ),
+    # The optimizer.
+    Replacement(
+        f"{_EMERGING}:_EMERGING_OPTIMIZERS",
+        "`--optimizer muon` is this package's Muon",
+        source_of=f"{_EMERGING}:_create_emerging_optimizer",
+        fingerprint="5b6794be8f8d",
+    ),
+    Replacement(
+        f"{_EMERGING}:get_supported_coefficient_types",
+        "the coefficients of Newton-Schulz are known without the emerging-optimizers package",
+        fingerprint="d9f8c690df07",
+    ),
+    Replacement(
+        f"{_EMERGING}:HAVE_EMERGING_OPTIMIZERS",
+        "Muon does not need the emerging-optimizers package",
+        source_of=f"{_OPTIMIZER}:_get_megatron_emerging_optimizer",
+        fingerprint="bb0185983746",
+    ),
+    Replacement(
+        f"{_OPTIMIZER}:_EMERGING_OPTIMIZERS",
+        "the same table under the name that the builder reads",
+        source_of=f"{_OPTIMIZER}:_get_megatron_emerging_optimizer",
+        fingerprint="bb0185983746",
+    ),
+    Replacement(
+        f"{_OPTIMIZER}:HAVE_EMERGING_OPTIMIZERS",
+        "the same flag under the name that the builder reads",
+        source_of=f"{_OPTIMIZER}:_get_megatron_emerging_optimizer",
+        fingerprint="bb0185983746",
+    ),
+    Replacement(
+        f"{_OPTIMIZER}:_get_megatron_emerging_optimizer",
+        "Muon is sharded by the distributed optimizer",
+        fingerprint="bb0185983746",
+    ),
+    Replacement(
+        f"{_OPTIMIZER}:DistributedOptimizer",
+        "torch's AdamW resumes bit for bit",
+        source_of=_DISTRIBUTED,
+        fingerprint="cd54fd90549c",
+    ),
+    Replacement(
+        f"{_DISTRIBUTED}._compute_per_buffer_param_layout",
+        "no shard of a buffer of experts cuts a matrix",
+        fingerprint="68d85cf9f1fe",
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.layers:_MODEL_PARALLEL_ATTRIBUTE_DEFAULTS",
+        "the float32 master of a weight keeps how Muon splits it",
+        source_of="megatron.core.tensor_parallel.layers:copy_tensor_model_parallel_attributes",
+        fingerprint="6537018adbec",
+    ),
+    # Checkpoints: saving.
+    Replacement(
+        f"{_WRITER}.get_save_function_and_args",
+        "an error of a writer keeps its text",
+        fingerprint="91b193455aa9",
+    ),
+    Replacement(
+        f"{_WRITER}.write_preloaded_data",
+        "an error of a writer keeps its text",
+        fingerprint="d6182c03ee67",
+    ),
+    Replacement(
+        f"{_WRITER}.retrieve_write_results",
+        "checksums are saved with the shards",
+        fingerprint="344f081b9cd4",
+    ),
+    Replacement(
+        f"{_ASYNC}.async_loop",
+        "the process that saves needs the stand-ins for CUDA too",
+        fingerprint="8511da332fcc",
+    ),
+    Replacement(
+        "megatron.training.checkpointing:_async_delete_checkpoint_impl",
+        "--keep-last deletes complete checkpoints only",
+        fingerprint="be821becfe6f",
+    ),
+    # Checkpoints: loading, without running code, with checksums.
+    Replacement(
+        f"{_TORCH_DIST}.load",
+        "a damaged shard is one error on all ranks",
+        fingerprint="422f2d0ba4ff",
+    ),
+    Replacement(
+        f"{_SERIALIZATION}:verify_integrity_manifest",
+        "an unreadable manifest is one error",
+        fingerprint="c0eff384961b",
+    ),
+    Replacement(
+        f"{_SERIALIZATION}:load_common_state_dict",
+        "metadata are checked first",
+        fingerprint="969bf1cc5ec1",
+    ),
+    Replacement(
+        "megatron.core.dist_checkpointing:load_common_state_dict",
+        "the same function under its other name",
+        source_of=f"{_SERIALIZATION}:load_common_state_dict",
+        fingerprint="969bf1cc5ec1",
+    ),
+    Replacement(
+        "torch.distributed.checkpoint.filesystem:pickle", "metadata are unpickled by an allow-list"
+    ),
+    Replacement("torch:load", "shards are loaded by an allow-list, with checksums"),
+    Replacement(
+        "torch.distributed.checkpoint.filesystem:FileSystemReader.read_data",
+        "shards are read ahead and compared with their checksums",
+    ),
+    Replacement(
+        "torch.distributed.checkpoint.filesystem:FileSystemReader._slice_file",
+        "names in a checkpoint cannot lead out of its folder",
+    ),
+    # A CPU as the host of a training (cpu_host/cuda_stand_ins.py).
+    Replacement(
+        "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+        "without CUDA there is no device generator",
+        fingerprint="b179c9d95438",
+    ),
+    Replacement(
+        "megatron.core.dist_checkpointing.mapping:ShardedTensor.init_data.__defaults__",
+        "its default is torch.empty of before the stand-ins",
+        source_of="megatron.core.dist_checkpointing.mapping:ShardedTensor.init_data",
+        fingerprint="6790a965b32d",
+    ),
+    Replacement(
+        "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+        "callers need host numbers, and the tensors are on the host",
+        fingerprint="8fc5847a887d",
+    ),
+    Replacement(
+        "megatron.core.optimizer.clip_grads:l2_norm_impl",
+        "a running fp32 sum over a large tensor is wrong in the fifth digit on a CPU",
+        source_of="megatron.core.optimizer.clip_grads:get_grad_norm_fp32",
+        fingerprint="810944e99b1e",
+    ),
+    Replacement(
+        "megatron.core.optimizer.clip_grads:multi_tensor_scale_impl",
+        "gradients are scaled in place, without a copy",
+        source_of="megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32",
+        fingerprint="cf07b488fb76",
+    ),
+    Replacement(
+        "megatron.core.datasets.utils:compile_helpers",
+        "the wheel has the compiled helper but no Makefile",
+        fingerprint="84029a50ae8c",
+    ),
+    # The launcher.
+    Replacement(
+        "torch.distributed.elastic.multiprocessing.api:PContext.close",
+        "the exit codes of all ranks are known after a signal",
+    ),
+)
+
+REGISTRY = {entry.target: entry for entry in _ENTRIES}
