@@ -13,12 +13,14 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 # From the third step on no file may have more than 100 kB.
 SCRIPT = """
+import functools
 import resource
 from trinity_megatron.training import pretrain
 from megatron.training import get_args, training
 
 train_step = training.train_step
 
+@functools.wraps(train_step)  # the registry knows what it wraps
 def fill_disk(*args, **kwargs):
     if get_args().curr_iteration == 2:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

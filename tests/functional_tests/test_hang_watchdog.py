@@ -11,6 +11,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 # In its third step rank 1 sleeps for longer than the alarm waits.
 SCRIPT = """
+import functools
 import os
 import time
 from trinity_megatron.training import pretrain
@@ -20,6 +21,7 @@ from megatron.training import get_args, training
 hang_watchdog.SECONDS = 2.0
 train_step = training.train_step
 
+@functools.wraps(train_step)  # the registry knows what it wraps
 def hang_in_here(*args, **kwargs):
     if get_args().curr_iteration == 2 and os.environ["RANK"] == "1":
         time.sleep(6)

@@ -10,6 +10,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 # Rank 1 spoils a weight of its experts when the third step has been made.
 SCRIPT = """
+import functools
 import os
 import torch
 from trinity_megatron.training import pretrain
@@ -17,6 +18,7 @@ from megatron.training import get_args, training
 
 train_step = training.train_step
 
+@functools.wraps(train_step)  # the registry knows what it wraps
 def spoil(step, data, model, *args, **kwargs):
     result = train_step(step, data, model, *args, **kwargs)
     if get_args().curr_iteration == 2 and os.environ["RANK"] == "1":

@@ -6,6 +6,7 @@ The exit codes of the jobs go to ``PLAN.json.codes``.
 """
 
 import atexit
+import functools
 import json
 import os
 import signal
@@ -48,6 +49,7 @@ def disturbed(train_step: Any, job: dict[str, Any]) -> Any:
     """Before step ``at`` wait until W&B has the step ``has``; then act."""
     steps = 0
 
+    @functools.wraps(train_step)  # the registry knows what it wraps
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
