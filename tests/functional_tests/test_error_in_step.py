@@ -1,0 +1,55 @@
+"""Who mends an error decides how it ends: a bug keeps its trace, a user reads one paragraph."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.functional_tests.launch import SMALL, environment
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+# In its second step torch raises a ValueError, or this package a UserError.
+SCRIPT = """
+import functools
+import sys
+import torch
+from trinity_megatron.errors import UserError
+from trinity_megatron.training import pretrain
+from megatron.training import get_args, training
+
+train_step = training.train_step
+kind = sys.argv.pop(1)
+
+@functools.wraps(train_step)
+def fail(*args, **kwargs):
+    if get_args().curr_iteration == 1 and kind == "torch":
+        torch.distributions.Normal(torch.tensor(float("nan")), 1.0)
+    if get_args().curr_iteration == 1:
+        raise UserError("--flag 3 is wrong. Remedy: --flag 4.")
+    return train_step(*args, **kwargs)
+
+if __name__ == "__main__":
+    training.train_step = fail
+    pretrain.run()
+"""
+
+
+@pytest.mark.parametrize(("kind", "code"), [("torch", 1), ("user", 2)])
+def test_an_error_in_a_step(kind: str, code: int, data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    flags = [*SMALL, "--data", str(data), "--out", str(tmp_path / "run")]
+    result = subprocess.run(
+        [sys.executable, str(path), kind, *flags],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == code, result.stderr[-3000:]
+    has_trace = "Traceback (most recent call last)" in result.stderr
+    assert has_trace == (kind == "torch")
+    words = "Expected parameter loc" if kind == "torch" else "error: --flag 3 is wrong. Remedy:"
+    assert words in result.stderr
