@@ -163,7 +163,7 @@ def test_no_data(parse: Parse, tmp_path: Path) -> None:
 
 def test_other_vocabulary_than_the_checkpoint(parse: Parse, data: Path, tmp_path: Path) -> None:
     from trinity_megatron.checkpoint.hf_assets import keep_tokenizer
-    from trinity_megatron.data.prepare import load_manifest
+    from trinity_megatron.data.manifest import load_manifest
     from trinity_megatron.training.resume import check_checkpoint_vocabulary
 
     manifest, checkpoints = load_manifest(data), tmp_path / "out" / "checkpoints"

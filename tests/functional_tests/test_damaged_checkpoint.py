@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from tests.functional_tests.launch import run_script
 from trinity_megatron.checkpoint.integrity.checksums import add_checksums, get_checksum, seal
-from trinity_megatron.checkpoint.torch_dist import TorchDistReader
+from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

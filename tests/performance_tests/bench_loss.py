@@ -39,7 +39,8 @@ from megatron.core.tensor_parallel.cross_entropy import (  # noqa: E402
     vocab_parallel_cross_entropy as megatron_cross_entropy,
 )
 
-from trinity_megatron.model.lm_head_loss import add_z_loss, vocab_parallel_cross_entropy  # noqa: E402
+from trinity_megatron.model.cross_entropy import vocab_parallel_cross_entropy  # noqa: E402
+from trinity_megatron.model.lm_head_loss import add_z_loss  # noqa: E402
 
 NUM_TOKENS, VOCAB_SIZE, HIDDEN_SIZE = 2048, 32768, 16
 COEFF = 1e-4

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from trinity_megatron.checkpoint.hf_weights import check_file_names, parse_header
-from trinity_megatron.checkpoint.integrity.checked_reader import check_stays_inside
+from trinity_megatron.checkpoint.integrity.checks import check_stays_inside
 from trinity_megatron.data.corpus import hash_file
-from trinity_megatron.data.tokenizer import get_special_token, is_tokenizer_file
+from trinity_megatron.data.given_tokenizer import get_special_token, is_tokenizer_file
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.hf_config import read_hf_config
 

@@ -6,11 +6,12 @@ conversion has finished is taken up again; after an error nothing is left.
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +30,32 @@ from rich.progress import (
 from trinity_megatron.cpu_host.matmul import one_thread
 from trinity_megatron.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _SUFFIX = ".incomplete"
 _FINGERPRINT, _LOCK = "source.json", "lock"
 # One reads while the other writes or waits for the disk.
 _NUM_THREADS = 2
+# Size of a job: the work that is repeated after an interruption.
+_JOB_BYTES = 512 * 2**20
+
+
+def group_into_jobs[T](items: Iterable[T], num_bytes: Callable[[T], int]) -> list[list[T]]:
+    """Group consecutive items into jobs of about ``_JOB_BYTES``.
+
+    Args:
+        items: What to write.
+        num_bytes: Returns the size of an item.
+    """
+    jobs: list[list[T]] = []
+    size = _JOB_BYTES
+    for item in items:
+        if size >= _JOB_BYTES:
+            jobs.append([])
+            size = 0
+        jobs[-1].append(item)
+        size += num_bytes(item)
+    return jobs
 
 
 class Interrupted(Exception):
@@ -89,6 +112,8 @@ class Staging:
         except BaseException:
             self._discard()
             raise
+        if self.resumed:
+            logger.info("Going on with an interrupted conversion.")
         return self
 
     def __exit__(

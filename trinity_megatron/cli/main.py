@@ -279,7 +279,8 @@ def _prepare_data(args: argparse.Namespace, others: Sequence[str]) -> int:
             "has its own vocabulary; leave out --vocab-size, or leave out --tokenizer to train one"
         )
     quiet_megatron()
-    from trinity_megatron.data.prepare import ReadOptions, prepare_data
+    from trinity_megatron.data.formats import ReadOptions
+    from trinity_megatron.data.prepare import prepare_data
 
     options = ReadOptions(
         text_key=args.text_key,
@@ -350,11 +351,8 @@ def _convert(args: argparse.Namespace, others: Sequence[str]) -> int:
     if all(to_megatron) and not args.verify_checksums:
         raise UserError("--no-verify-checksums belongs to --from-megatron. Remedy: drop it.")
     quiet_megatron()
-    from trinity_megatron.checkpoint.convert import (
-        MAX_SHARD_SIZE,
-        hf_to_megatron,
-        megatron_to_hf,
-    )
+    from trinity_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+    from trinity_megatron.checkpoint.hf_export import MAX_SHARD_SIZE
 
     if all(to_megatron):
         hf_to_megatron(*to_megatron)

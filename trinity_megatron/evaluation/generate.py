@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from trinity_megatron.checkpoint.convert import config_from_args, find_vocab_size
 from trinity_megatron.checkpoint.hf_assets import check_tokenizer, find_assets, find_tokenizer
-from trinity_megatron.checkpoint.model_io import load_transformers_model
-from trinity_megatron.checkpoint.torch_dist import TorchDistReader
+from trinity_megatron.checkpoint.model_args import config_from_args
+from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
+from trinity_megatron.checkpoint.transformers_model import load_transformers_model
+from trinity_megatron.checkpoint.vocabulary import find_vocab_size
 from trinity_megatron.errors import UserError
 
 

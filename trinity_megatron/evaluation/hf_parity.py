@@ -34,10 +34,8 @@ quiet_megatron()  # before anything of Megatron is imported
 make_screen_safe()
 
 from trinity_megatron.checkpoint.hf_weights import HFWeights  # noqa: E402
-from trinity_megatron.checkpoint.model_io import (  # noqa: E402
-    load_megatron_model,
-    transformers_config,
-)
+from trinity_megatron.checkpoint.model_io import load_megatron_model  # noqa: E402
+from trinity_megatron.checkpoint.transformers_model import transformers_config  # noqa: E402
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host  # noqa: E402
 from trinity_megatron.evaluation.verify_flags import add_verify_flags  # noqa: E402
 from trinity_megatron.model.hf_config import (  # noqa: E402

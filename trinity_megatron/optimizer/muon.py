@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
-from trinity_megatron.cpu_host.cuda_stand_ins import sum_of_squares
+from trinity_megatron.cpu_host.numerics import sum_of_squares
 from trinity_megatron.optimizer.newton_schulz import coefficient_schedule, orthogonalize
 from trinity_megatron.optimizer.sharded.exchange import (
     Placement,

@@ -7,17 +7,16 @@ import os
 from pathlib import Path
 
 from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME, check_tokenizer, read_stamp
-from trinity_megatron.checkpoint.integrity.checked_reader import Checks
-from trinity_megatron.checkpoint.torch_dist import (
+from trinity_megatron.checkpoint.integrity.checks import Checks
+from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader, find_whole
+from trinity_megatron.checkpoint.torch_dist.tracker import (
     RELEASE,
     TRACKER_NAME,
-    TorchDistReader,
-    find_whole,
     iteration_name,
     read_tracker,
 )
 from trinity_megatron.data.corpus import hash_file
-from trinity_megatron.data.prepare import DataManifest
+from trinity_megatron.data.manifest import DataManifest
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.config import ARGUMENT_DEST, MODEL_FIELDS, SHAPE_FIELDS
 from trinity_megatron.model.hf_config import plain

@@ -19,13 +19,11 @@ from tests.reference.hf_random import (
 )
 from trinity_megatron.checkpoint import load_hf_model, save_hf_model
 from trinity_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from trinity_megatron.checkpoint.model_io import (
-    LiveModel,
-    load_megatron_model,
-    load_transformers_model,
-)
+from trinity_megatron.checkpoint.live_model import LiveModel
+from trinity_megatron.checkpoint.model_io import load_megatron_model
 from trinity_megatron.checkpoint.param_mapping import resolve
-from trinity_megatron.checkpoint.torch_dist import TorchDistReader
+from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
+from trinity_megatron.checkpoint.transformers_model import load_transformers_model
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -211,8 +209,8 @@ def test_loss_and_gradients_equal_transformers(seed: int, tmp_path: Path) -> Non
 
 
 def test_generation_uses_the_same_model(bf16: Path, tmp_path: Path) -> None:
-    from trinity_megatron.checkpoint.convert import config_from_args
     from trinity_megatron.checkpoint.hf_assets import find_assets
+    from trinity_megatron.checkpoint.model_args import config_from_args
 
     hf_to_megatron(bf16, tmp_path / "megatron")
     source = TorchDistReader(tmp_path / "megatron")

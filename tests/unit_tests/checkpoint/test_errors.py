@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.reference.hf_random import random_config, random_model
-from trinity_megatron.checkpoint import convert
+from trinity_megatron.checkpoint import convert, staging
 from trinity_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from trinity_megatron.checkpoint.hf_weights import HFWriter
 from trinity_megatron.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -204,17 +205,17 @@ def test_killed_conversion_goes_on(
     hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL in the middle: nothing at the target; the next one finishes the work."""
-    monkeypatch.setattr(convert, "_PART_BYTES", 50_000)
+    monkeypatch.setattr(staging, "_JOB_BYTES", 50_000)
     target = tmp_path / "target"
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from trinity_megatron.checkpoint import convert, staging\n"
-        "convert._PART_BYTES = 50_000; staging._NUM_THREADS = 1\n"
-        "real = convert.TorchDistWriter.write\n"
+        "from trinity_megatron.checkpoint import convert, megatron_export, staging\n"
+        "staging._JOB_BYTES = 50_000; staging._NUM_THREADS = 1\n"
+        "real = megatron_export.TorchDistWriter.write\n"
         "def write(self, index, read):\n"
         "    if index == 3: os.kill(os.getpid(), 9)\n"
         "    return real(self, index, read)\n"
-        "convert.TorchDistWriter.write = write\n"
+        "megatron_export.TorchDistWriter.write = write\n"
         "convert.hf_to_megatron(Path(sys.argv[1]), Path(sys.argv[2]))\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", code, str(hf), str(target)]
@@ -300,19 +301,19 @@ def test_a_model_that_has_changed_is_saved_anew(
     from trinity_megatron.checkpoint import load_hf_model, save_hf_model
 
     model, target = load_hf_model(hf), tmp_path / "target"
-    monkeypatch.setattr(convert, "_PART_BYTES", 50_000)
-    real = convert.HFWriter.sync
+    monkeypatch.setattr(staging, "_JOB_BYTES", 50_000)
+    real = HFWriter.sync
 
-    def stop(self: convert.HFWriter, names: set[str]) -> None:
+    def stop(self: HFWriter, names: set[str]) -> None:
         real(self, names)
         if "lm_head.weight" in names:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert.HFWriter, "sync", stop)
+    monkeypatch.setattr(HFWriter, "sync", stop)
     with pytest.raises(KeyboardInterrupt):
         save_hf_model(model, target)
     assert not target.exists()
-    monkeypatch.setattr(convert.HFWriter, "sync", real)
+    monkeypatch.setattr(HFWriter, "sync", real)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(2.0)

@@ -11,12 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing import load_common_state_dict
 
-from trinity_megatron.checkpoint.torch_dist import (
-    Part,
-    TorchDistReader,
-    TorchDistWriter,
-    find_checkpoint,
-)
+from trinity_megatron.checkpoint.torch_dist.parts import Part
+from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
+from trinity_megatron.checkpoint.torch_dist.tracker import find_checkpoint
+from trinity_megatron.checkpoint.torch_dist.writer import TorchDistWriter
 from trinity_megatron.checkpoint.transforms import cut
 
 COMMON = {"args": argparse.Namespace(num_layers=3, window_size=(7, 0)), "iteration": 12}

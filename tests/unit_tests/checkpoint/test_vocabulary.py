@@ -13,15 +13,12 @@ from transformers import AfmoeForCausalLM
 
 from tests.reference.hf_random import random_config, random_model, random_tokens, read_tensors
 from trinity_megatron.checkpoint import load_hf_model, save_hf_model
-from trinity_megatron.checkpoint.convert import (
-    config_from_args,
-    find_vocab_size,
-    hf_to_megatron,
-    megatron_to_hf,
-    write_hf,
-)
-from trinity_megatron.checkpoint.model_io import load_transformers_model
-from trinity_megatron.checkpoint.torch_dist import TorchDistReader
+from trinity_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from trinity_megatron.checkpoint.hf_export import write_hf
+from trinity_megatron.checkpoint.model_args import config_from_args
+from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
+from trinity_megatron.checkpoint.transformers_model import load_transformers_model
+from trinity_megatron.checkpoint.vocabulary import find_vocab_size
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from trinity_megatron.data.corpus import Skipped
+from trinity_megatron.data.inputs import DataInputs
 from trinity_megatron.data.manifest import (
-    DataInputs,
     DataManifest,
     SplitSummary,
     UnsupportedFormatError,

@@ -19,16 +19,17 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
 
-from trinity_megatron.data.prepare import (
+from trinity_megatron.data.formats import ReadOptions
+from trinity_megatron.data.manifest import load_manifest
+from trinity_megatron.data.prepare import prepare_data
+from trinity_megatron.data.split import (
+    MAX_WANTED_SHARE,
     MIN_SPLIT_TOKENS,
-    ReadOptions,
-    load_manifest,
-    prepare_data,
+    WANTED_VALIDATION_TOKENS,
     select_validation,
-    unigram_entropy,
 )
-from trinity_megatron.data.split import MAX_WANTED_SHARE, WANTED_VALIDATION_TOKENS
 from trinity_megatron.data.tokenizer import save_tokenizer, train_tokenizer
+from trinity_megatron.data.unigram import unigram_entropy
 
 VOCAB_SIZE = 300
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

@@ -10,14 +10,13 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from trinity_megatron.data.given_tokenizer import copy_tokenizer, load_tokenizer
+from trinity_megatron.data.pre_tokenizer import get_pre_tokenizer
 from trinity_megatron.data.tokenizer import (
     END_OF_TEXT,
     MIN_VOCAB_SIZE,
-    copy_tokenizer,
     encode_documents,
     get_eod_id,
-    get_pre_tokenizer,
-    load_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )

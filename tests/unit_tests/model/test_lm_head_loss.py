@@ -9,12 +9,12 @@ from megatron.core.tensor_parallel.cross_entropy import (
     vocab_parallel_cross_entropy as megatron_cross_entropy,
 )
 
-from trinity_megatron.model import lm_head_loss as loss_module
+from trinity_megatron.model import cross_entropy
+from trinity_megatron.model.cross_entropy import vocab_parallel_cross_entropy
 from trinity_megatron.model.lm_head_loss import (
     LanguageModelLoss,
     add_z_loss,
     attach_language_model_loss,
-    vocab_parallel_cross_entropy,
     z_loss,
 )
 from trinity_megatron.telemetry.step_statistics import STATISTIC_NAMES, STATISTICS
@@ -76,7 +76,7 @@ def non_leaf(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four or five of the 14 rows of a case in a chunk: the last chunk has fewer."""
-    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 5 * 101 * 4 + 1)
+    monkeypatch.setitem(cross_entropy._CHUNK_BYTES, "cpu", 5 * 101 * 4 + 1)
 
 
 @pytest.mark.parametrize("overwrite_logits", [False, True])

@@ -10,11 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trinity_megatron.model.lm_head_loss import (
-    LogitStatistics,
-    vocab_parallel_cross_entropy,
-    z_loss,
-)
+from trinity_megatron.model.cross_entropy import vocab_parallel_cross_entropy
+from trinity_megatron.model.lm_head_loss import z_loss
+from trinity_megatron.model.logit_statistics import LogitStatistics
 
 WORLD = 4
 COEFF = 1e-2

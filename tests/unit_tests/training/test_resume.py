@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from trinity_megatron.checkpoint.torch_dist import TRACKER_NAME
+from trinity_megatron.checkpoint.torch_dist.tracker import TRACKER_NAME
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 from trinity_megatron.model.config import ARGUMENT_DEST, MODEL_FIELDS
 

@@ -13,14 +13,13 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trinity_megatron.checkpoint.integrity.checked_reader import (
-    Checks,
-    MetadataPickle,
     load_in_place,
-    read_metadata,
     reading_ahead,
     slicing_checked,
 )
+from trinity_megatron.checkpoint.integrity.checks import Checks
 from trinity_megatron.checkpoint.integrity.checksums import add_checksums
+from trinity_megatron.checkpoint.integrity.metadata import MetadataPickle, read_metadata
 from trinity_megatron.checkpoint.integrity.safe_pickle import BadCheckpoint, safe_torch_load
 from trinity_megatron.upstream.registry import replaced
 

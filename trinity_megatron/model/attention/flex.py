@@ -1,4 +1,4 @@
-"""The attention of ``attention.py`` in one fused kernel on a GPU: torch's FlexAttention.
+"""Attention in one fused kernel on a GPU: torch's FlexAttention.
 
 Whatever the window, the documents and the part of the sequence that a rank has, a query sees one
 range of consecutive keys.  That range is the whole mask, and the blocks of the kernel that lie
@@ -33,7 +33,7 @@ def key_ranges(
 
     Args:
         segments: Position of the first query, number of queries, first key of the document, of each
-            run of consecutive queries (``attention.Segment``).
+            run of consecutive queries (:class:`.segments.Segment`).
         window: Keys that a query sees, itself included; None for all earlier ones.
         device: Of the result.
 

@@ -27,7 +27,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.utils import print_rank_0
 
 from trinity_megatron.cpu_host.cuda_stand_ins import is_cpu_host
-from trinity_megatron.data.prepare import DataManifest, load_manifest
+from trinity_megatron.data.manifest import DataManifest, load_manifest
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.config import (
     ARGUMENT_DEST,

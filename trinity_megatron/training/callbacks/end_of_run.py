@@ -22,7 +22,7 @@ from megatron.training import (
 )
 from megatron.training.utils import is_last_rank
 
-from trinity_megatron.data.prepare import unigram_entropy
+from trinity_megatron.data.unigram import unigram_entropy
 from trinity_megatron.telemetry.tensorboard_log import RunLog
 from trinity_megatron.training.datasets.splits import split_sources
 

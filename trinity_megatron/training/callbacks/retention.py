@@ -17,7 +17,8 @@ from typing import Any
 
 from megatron.training.async_utils import is_empty_async_queue
 
-from trinity_megatron.checkpoint.torch_dist import TorchDistReader, iteration_name, read_tracker
+from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
+from trinity_megatron.checkpoint.torch_dist.tracker import iteration_name, read_tracker
 from trinity_megatron.training.callbacks.callback import Callback
 from trinity_megatron.upstream.registry import replaced
 

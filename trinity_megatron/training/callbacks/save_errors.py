@@ -20,7 +20,8 @@ from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trinity_megatron.checkpoint.save_worker import write_or_say
-from trinity_megatron.checkpoint.torch_dist import TorchDistReader, iteration_name, read_tracker
+from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
+from trinity_megatron.checkpoint.torch_dist.tracker import iteration_name, read_tracker
 from trinity_megatron.errors import UserError
 from trinity_megatron.training.callbacks.callback import Callback
 from trinity_megatron.training.preflight import checkpoint_bytes, format_bytes

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from trinity_megatron.checkpoint.integrity.checksums import get_checksum
 from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads
 from trinity_megatron.checkpoint.integrity.safe_pickle import BadCheckpoint
-from trinity_megatron.checkpoint.torch_dist import TorchDistReader, find_whole
+from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader, find_whole
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 
 COMMON = {"iteration": 3, "words": "of the run"}

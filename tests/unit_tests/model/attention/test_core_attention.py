@@ -15,17 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 
 from tests.reference import attention as oracle
 from trinity_megatron.cpu_host import cuda_stand_ins
+from trinity_megatron.model.attention.blocked import band_mask, blocked_attention, query_blocks
+from trinity_megatron.model.attention.checks import check_causal_mask
+from trinity_megatron.model.attention.context_parallel import zigzag_segments
 from trinity_megatron.model.attention.core_attention import (
-    Segment,
     TrinityDotProductAttention,
-    band_mask,
-    blocked_attention,
     causal_attention,
-    check_causal_mask,
-    document_segments,
-    query_blocks,
-    zigzag_segments,
 )
+from trinity_megatron.model.attention.segments import Segment, document_segments
 
 # fp32 sums of some hundred products of unit normals: the errors seen are below 3e-6.
 TOLERANCE = 1e-5

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.unit_tests.training.test_resume import save
-from trinity_megatron.checkpoint.torch_dist import TRACKER_NAME
+from trinity_megatron.checkpoint.torch_dist.tracker import TRACKER_NAME
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 
 enter_host()

@@ -1,0 +1,1 @@
+"""Megatron's ``torch_dist`` format, read and written part by part without a model."""

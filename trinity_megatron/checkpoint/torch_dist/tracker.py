@@ -1,0 +1,59 @@
+"""Folders of a run's checkpoints: iteration names and the tracker file of the latest one."""
+
+from pathlib import Path
+
+from trinity_megatron.errors import UserError
+
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+# Megatron's name for a checkpoint of weights alone, without optimizer and iteration.
+RELEASE = "release"
+
+
+def read_tracker(folder: Path) -> str | None:
+    """Read the tracker file, which names the latest checkpoint.
+
+    Args:
+        folder: Value of ``--save``.
+
+    Returns:
+        An iteration, `RELEASE`, or other text if the file is damaged; None if there is no file.
+    """
+    tracker = folder / TRACKER_NAME
+    return tracker.read_text(errors="replace").strip() if tracker.is_file() else None
+
+
+def iteration_name(step: int) -> str:
+    """Name of the folder of an iteration."""
+    return f"iter_{step:07d}"
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """Find the folder of the latest checkpoint.
+
+    Args:
+        folder: Value of ``--save``, or the folder of one iteration.
+
+    Raises:
+        UserError: There is no checkpoint, or it has another format.
+    """
+    if (folder / ".metadata").is_file():
+        return folder
+    tracker, word = folder / TRACKER_NAME, read_tracker(folder)
+    if word is None:
+        raise UserError(
+            f"{folder} holds no Megatron checkpoint: it has no {TRACKER_NAME}. Remedy: give the "
+            "folder of --save (for a run made with --out: OUT/checkpoints)."
+        )
+    name = word if word == RELEASE else iteration_name(int(word)) if word.isdigit() else None
+    if name is None:
+        raise UserError(
+            f"{tracker} says {word!r}, which is neither an iteration nor {RELEASE!r}. Remedy: "
+            "write the number of a complete iteration into it."
+        )
+    found = folder / name
+    if not (found / ".metadata").is_file():
+        raise UserError(
+            f"{found} is no complete torch_dist checkpoint: it has no .metadata. Remedy: save with "
+            "--ckpt-format torch_dist, or name a complete iteration in " + str(tracker) + "."
+        )
+    return found
