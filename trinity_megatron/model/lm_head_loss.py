@@ -6,7 +6,7 @@ import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from trinity_megatron.model.cross_entropy import vocab_parallel_cross_entropy
-from trinity_megatron.telemetry.step_statistics import STATISTICS
+from trinity_megatron.telemetry.step_statistics import statistics_of
 
 
 def z_loss(logsumexp: torch.Tensor, coeff: float) -> torch.Tensor:
@@ -43,8 +43,8 @@ class LanguageModelLoss:
 
     ``cross_entropy_loss_fusion`` has no effect: neither of Megatron's implementations returns the
     logsumexp, which z-loss and statistics need.  In training, the z-loss is added if
-    ``config.lm_head_z_loss_coeff``, read at each call, is not zero.  ``STATISTICS`` collects
-    statistics in training steps that are logged.
+    ``config.lm_head_z_loss_coeff``, read at each call, is not zero.  The collector
+    of the model observes training steps that are logged.
 
     Args:
         model: Pipeline chunk with an output layer.  Nothing else may use its logits afterwards.
@@ -71,17 +71,18 @@ class LanguageModelLoss:
         """
         loss_mask, self.loss_mask = self.loss_mask, None
         is_training = self.model.training and torch.is_grad_enabled()
+        collector = statistics_of(self.model.config)
         loss, logsumexp, statistics = vocab_parallel_cross_entropy(
             logits,
             labels.transpose(0, 1),
             tp_group=self.model.tp_group,
             overwrite_logits=True,
-            collect_statistics=is_training and STATISTICS.is_collecting,
+            collect_statistics=is_training and collector.is_collecting,
             loss_mask=None if loss_mask is None else loss_mask.transpose(0, 1),
         )
         if statistics is not None:
             for name, values in statistics._asdict().items():
-                STATISTICS.observe(f"lm_head/{name}", **vars(values))
+                collector.observe(f"lm_head/{name}", **vars(values))
         coeff = self.model.config.lm_head_z_loss_coeff
         if coeff and is_training:
             loss = add_z_loss(loss, logsumexp, coeff)

@@ -5,6 +5,8 @@ anyway.  Nothing is reduced, copied to the host or even computed outside of logg
 ask :attr:`StepStatistics.is_collecting` first.
 """
 
+from typing import Any
+
 import torch
 
 # name -> what its count, total and maximum are of.  The order is that of the exchanged tensor.
@@ -113,6 +115,10 @@ class StepStatistics:
         return losses
 
 
-# The one collector of this process, as with Megatron's metrics tracker and parallel state: modules
-# deep in the model reach it without being handed one.
-STATISTICS = StepStatistics()
+def statistics_of(config: Any) -> StepStatistics:
+    """The collector of a model, which its modules reach through their config.
+
+    Args:
+        config: Of the model, shared by its modules.
+    """
+    return config.__dict__.setdefault("step_statistics", StepStatistics())

@@ -13,12 +13,13 @@ from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
+    unwrap_model,
 )
 from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from trinity_megatron.errors import UserError
-from trinity_megatron.telemetry.step_statistics import STATISTICS
+from trinity_megatron.telemetry.step_statistics import StepStatistics, statistics_of
 from trinity_megatron.training.callbacks.end_of_run import ValidationTokens
 
 BATCH_KEYS = (
@@ -148,12 +149,13 @@ def get_packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
 
 
 def loss_func(
-    loss_mask: torch.Tensor, output_tensor: torch.Tensor
+    loss_mask: torch.Tensor, statistics: StepStatistics, output_tensor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the token losses of one micro-batch.
 
     Args:
         loss_mask: fp32 ``[b, s]``.
+        statistics: Collector of the model.
         output_tensor: Cross entropy of each token in nats, ``[b, s]``.
 
     Returns:
@@ -171,8 +173,8 @@ def loss_func(
                 tolerance=0.0,
                 fatal=True,
             )
-    if STATISTICS.is_collecting:
-        STATISTICS.observe_micro_batch(loss, num_tokens)
+    if statistics.is_collecting:
+        statistics.observe_micro_batch(loss, num_tokens)
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
     return loss, num_tokens, report
 
@@ -202,4 +204,5 @@ def forward_step(
         packed_seq_params=get_packed_seq_params(batch),
         padding_mask=batch.get("padding_mask"),
     )
-    return output, partial(loss_func, batch["loss_mask"])
+    statistics = statistics_of(unwrap_model(model).config)
+    return output, partial(loss_func, batch["loss_mask"], statistics)

@@ -1,6 +1,6 @@
 """LM-head loss on one rank, against its definition in float64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from trinity_megatron.model.lm_head_loss import (
     attach_language_model_loss,
     z_loss,
 )
-from trinity_megatron.telemetry.step_statistics import STATISTIC_NAMES, STATISTICS
+from trinity_megatron.telemetry.step_statistics import STATISTIC_NAMES, statistics_of
 
 COEFF = 1e-2  # large, so that the z-loss weighs as much as the cross entropy
 # Of the largest entry: some ten roundings of fp32 (6e-8 each).
@@ -318,18 +318,16 @@ def test_memory_is_that_of_megatrons_loss(dtype: torch.dtype, one_rank: None) ->
     assert peak_of_step(dtype, ours) <= allowed
 
 
-@pytest.fixture
-def statistics() -> Iterator[None]:
-    STATISTICS.clear()
-    STATISTICS.is_collecting = True
-    yield
-    STATISTICS.is_collecting = False
-    STATISTICS.clear()
+def observe(model: Any) -> Any:
+    """Let the collector of the model collect."""
+    statistics = statistics_of(model.config)
+    statistics.is_collecting = True
+    return statistics
 
 
-def take_statistics() -> dict[str, list[float]]:
+def take_statistics(model: Any) -> dict[str, list[float]]:
     """Count, total and maximum by name."""
-    taken = STATISTICS.take(0, torch.device("cpu"))[:, 0].tolist()
+    taken = statistics_of(model.config).take(0, torch.device("cpu"))[:, 0].tolist()
     return dict(zip(STATISTIC_NAMES, taken, strict=True))
 
 
@@ -385,17 +383,16 @@ def run_logits(model: Any) -> torch.Tensor:
     return model(tokens, torch.arange(8).expand(2, -1), None)
 
 
-def test_model_observes_tokens_whose_loss_counts(
-    build: Callable[..., Any], statistics: None
-) -> None:
+def test_model_observes_tokens_whose_loss_counts(build: Callable[..., Any]) -> None:
     model = build()
+    statistics = observe(model)
     attach_language_model_loss([model])
     logits = run_logits(model).detach().double()
     loss_mask = torch.ones(2, 8)
     loss_mask[0, :3] = 0.0
-    STATISTICS.clear()
+    statistics.clear()
     run(model, loss_mask=loss_mask)
-    seen = take_statistics()
+    seen = take_statistics(model)
     kept = logits[loss_mask.bool()]
     logsumexp = kept.logsumexp(dim=-1)
     for name, values in (
@@ -410,20 +407,23 @@ def test_model_observes_tokens_whose_loss_counts(
     # The mask was of one micro-batch.
     assert model.compute_language_model_loss.loss_mask is None
     run(model)
-    assert take_statistics()["lm_head/logsumexp"][0] == 16
+    assert take_statistics(model)["lm_head/logsumexp"][0] == 16
 
 
-def test_model_observes_training_only(build: Callable[..., Any], statistics: None) -> None:
+def test_model_observes_training_only(build: Callable[..., Any]) -> None:
     model = build()
+    statistics = observe(model)
     attach_language_model_loss([model])
     with torch.no_grad():
         run(model)
     model.eval()
     run(model)
-    STATISTICS.is_collecting = False
+    statistics.is_collecting = False
     model.train()
     run(model)
-    assert all(take_statistics()[name][0] == 0 for name in STATISTIC_NAMES if "lm_head" in name)
+    assert all(
+        take_statistics(model)[name][0] == 0 for name in STATISTIC_NAMES if "lm_head" in name
+    )
 
 
 def test_chunk_without_output_layer_is_left_alone(build: Callable[..., Any]) -> None:

@@ -38,7 +38,7 @@ from trinity_megatron.model.attention.flex import (
     range_block_mask,
 )
 from trinity_megatron.model.attention.segments import Segment, document_segments
-from trinity_megatron.telemetry.step_statistics import STATISTICS
+from trinity_megatron.telemetry.step_statistics import statistics_of
 
 # Queries per block.  CPU: of 32, 64, 128 and 256, 64 was the fastest or within 7% of it for windows
 # of 128 to 512, head sizes of 32 and 128, batch sizes of 1 and 8.  CUDA: not measured.
@@ -170,8 +170,9 @@ class TrinityDotProductAttention(MegatronModule):
         scale = query.size(-1) ** -0.5 if self.softmax_scale is None else self.softmax_scale
         num_keys = key.size(0)
         window = None if self.window is None or self.window >= num_keys else self.window
-        if STATISTICS.is_collecting and self.training and torch.is_grad_enabled():
-            STATISTICS.observe(
+        statistics = statistics_of(self.config)
+        if statistics.is_collecting and self.training and torch.is_grad_enabled():
+            statistics.observe(
                 "attention/logit_bound",
                 layer=self.layer_number,
                 count=0,

@@ -7,7 +7,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from trinity_megatron.model.config import TrinityConfig
 from trinity_megatron.model.moe.balance_loss import sequence_balance_loss
-from trinity_megatron.telemetry.step_statistics import STATISTICS
+from trinity_megatron.telemetry.step_statistics import statistics_of
 
 
 class Routing(NamedTuple):
@@ -120,7 +120,7 @@ class TrinityRouter(TopKRouter):
                 probs = self._balance(probs, scores, counted, counts, padding_mask)
             if self.enable_expert_bias:
                 self.local_tokens_per_expert += counts.sum(dim=0)
-            if STATISTICS.is_collecting:
+            if statistics_of(self.config).is_collecting:
                 self._observe(logits.detach(), padding_mask)
         return probs, routing_map
 
@@ -200,7 +200,7 @@ class TrinityRouter(TopKRouter):
             logits = logits * ~padding_mask[:, None]
         highest, count = maximum.max(), num_tokens * logits.shape[1]
         for name, values in (("router/logit", logits), ("router/logit_square", logits.square())):
-            STATISTICS.observe(
+            statistics_of(self.config).observe(
                 name,
                 layer=self.layer_number or 0,
                 count=count,

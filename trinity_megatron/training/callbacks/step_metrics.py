@@ -36,7 +36,7 @@ from trinity_megatron.telemetry.metrics import (
     logit_metrics,
     routing_metrics,
 )
-from trinity_megatron.telemetry.step_statistics import GRADIENT_GROUPS, STATISTICS
+from trinity_megatron.telemetry.step_statistics import GRADIENT_GROUPS, statistics_of
 from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, LAYER_NUMBERS_TAG, TOKENS_TAG
 from trinity_megatron.training.callbacks.callback import Callback
 from trinity_megatron.upstream.registry import replaced
@@ -51,6 +51,7 @@ class StepMetrics(Callback):
 
     def __init__(self, config: TrinityConfig) -> None:
         self.config = config
+        self._statistics = statistics_of(config)
         self._update: BiasUpdate | None = None
         self._idle_steps: torch.Tensor | None = None
         self._seconds = 0.0
@@ -76,16 +77,16 @@ class StepMetrics(Callback):
                 yield self
         finally:
             set_moe_metrics_tracker(tracker)
-            STATISTICS.is_collecting = False
-            STATISTICS.clear()
+            self._statistics.is_collecting = False
+            self._statistics.clear()
 
     def on_train_step_start(self, iteration: int, model: Any, optimizer: Any) -> None:
         """Let the modules and Muon observe a step that is logged."""
         self._update = None
-        STATISTICS.clear()
-        STATISTICS.is_collecting = is_logging_step(iteration)
-        self._rates = learning_rates(optimizer) if STATISTICS.is_collecting else {}
-        self._muons = find_muons(optimizer) if STATISTICS.is_collecting else []
+        self._statistics.clear()
+        self._statistics.is_collecting = is_logging_step(iteration)
+        self._rates = learning_rates(optimizer) if self._statistics.is_collecting else {}
+        self._muons = find_muons(optimizer) if self._statistics.is_collecting else []
         for muon in self._muons:
             muon.statistics = UpdateStatistics()
         self._start = time.perf_counter()
@@ -95,9 +96,9 @@ class StepMetrics(Callback):
         seconds = time.perf_counter() - self._start
         self._seconds += seconds
         self._tokens += get_args().seq_length * get_current_running_global_batch_size()
-        if not STATISTICS.is_collecting:
+        if not self._statistics.is_collecting:
             return
-        STATISTICS.is_collecting = False
+        self._statistics.is_collecting = False
         measured = [muon.statistics for muon in self._muons if muon.statistics is not None]
         for muon in self._muons:
             muon.statistics = None
@@ -139,8 +140,8 @@ class StepMetrics(Callback):
         device = torch.device(torch.cuda.current_device())
         squares, updates = local_gradient_squares(optimizer, _replicas), _update_sums(muon, device)
         statistics, losses, sums = _exchange(
-            STATISTICS.take(self.config.num_layers, device),
-            STATISTICS.take_micro_batches(get_num_microbatches(), device),
+            self._statistics.take(self.config.num_layers, device),
+            self._statistics.take_micro_batches(get_num_microbatches(), device),
             torch.cat([squares, updates.flatten()]),
         )
         squares, updates = sums[: len(squares)], sums[len(squares) :].view(-1, 2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trinity_megatron.model.moe.router import TrinityRouter, route
-from trinity_megatron.telemetry.step_statistics import STATISTIC_NAMES, STATISTICS
+from trinity_megatron.telemetry.step_statistics import STATISTIC_NAMES, statistics_of
 
 TOPK, SCALE = 2, 2.5
 
@@ -182,15 +182,14 @@ def test_statistics_of_the_logits(router: TrinityRouter) -> None:
     padding = torch.zeros(5, 2, dtype=torch.bool)
     padding[4] = True
     logits[4] = 1e6
+    statistics = statistics_of(router.config)
     router.routing(logits, padding)
-    assert not STATISTICS.take(4, torch.device("cpu"))[..., 0].any()  # not a logging step
-    STATISTICS.is_collecting = True
-    try:
-        router.routing(logits, padding)
-        router.routing(logits)
-    finally:
-        STATISTICS.is_collecting = False
-    table = STATISTICS.take(4, torch.device("cpu"))
+    assert not statistics.take(4, torch.device("cpu"))[..., 0].any()  # not a logging step
+    statistics.is_collecting = True
+    router.routing(logits, padding)
+    router.routing(logits)
+    statistics.is_collecting = False
+    table = statistics.take(4, torch.device("cpu"))
     seen = torch.cat([logits[:4].flatten(), logits.flatten()]).double()
     row = table[STATISTIC_NAMES.index("router/logit"), router.layer_number]
     assert row.tolist() == pytest.approx([len(seen), seen.sum().item(), 1e6])
