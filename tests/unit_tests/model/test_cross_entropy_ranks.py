@@ -1,4 +1,4 @@
-"""LM-head loss over a vocabulary that is split over ranks.
+"""Cross entropy over a vocabulary that is split over ranks.
 
 In a module of its own: the ranks are forked, and must not inherit a process group.
 """
