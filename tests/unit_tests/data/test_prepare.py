@@ -1,4 +1,4 @@
-"""Preparing a corpus: nothing is lost, nothing is mixed, and half-written never counts."""
+"""Preparing a corpus: no document is lost or mixed up, and incomplete output never counts."""
 
 import dataclasses
 import hashlib
@@ -29,7 +29,6 @@ from trinity_megatron.data.split import (
     select_validation,
 )
 from trinity_megatron.data.tokenizer import save_tokenizer, train_tokenizer
-from trinity_megatron.data.unigram import unigram_entropy
 
 VOCAB_SIZE = 300
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -83,27 +82,6 @@ def entropy_by_definition(documents) -> float:
     counts = Counter(token for document in documents for token in document)
     total = sum(counts.values())
     return -math.fsum(n / total * math.log(n / total) for n in counts.values())
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 4096])
-def test_entropy_of_equal_counts_is_the_logarithm_of_their_number(size):
-    assert unigram_entropy([3] * size) == pytest.approx(math.log(size), abs=1e-12)
-
-
-def test_entropy_ignores_absent_tokens_order_and_scale():
-    counts = np.array([5, 0, 1, 900, 0, 33])
-
-    expected = unigram_entropy(counts)
-    assert expected == pytest.approx(unigram_entropy(counts[[3, 0, 2, 5]]), rel=1e-12)
-    assert expected == pytest.approx(unigram_entropy(counts * 10**9), rel=1e-12)
-    assert 0 < expected < math.log(4)
-    assert unigram_entropy([0, 8, 0]) == 0.0
-
-
-@pytest.mark.parametrize("counts", [[], [0, 0], [3, -1]])
-def test_entropy_of_nothing_is_refused(counts):
-    with pytest.raises(ValueError, match="counts must be non-negative with a positive sum"):
-        unigram_entropy(counts)
 
 
 def random_keys(count):
