@@ -71,8 +71,9 @@ class Staging:
         num_bytes: What will be written.
 
     Raises:
-        UserError: The target is not empty, or the same conversion runs already.
-        OSError: The folder cannot be made, or the disk has no room.
+        UserError: The target is not empty, its disk has too little room, or the same conversion is
+            running.
+        OSError: The folder cannot be created.
     """
 
     def __init__(self, target: Path, fingerprint: Any, *, num_bytes: int) -> None:
@@ -131,7 +132,7 @@ class Staging:
     def _check_room(self) -> None:
         free = shutil.disk_usage(self._root).free
         if free < self._num_bytes:
-            raise OSError(
+            raise UserError(
                 f"{self._target} needs {self._num_bytes / 1e9:.2f} GB, but its disk has "
                 f"{free / 1e9:.2f} GB left. Remedy: make room, or name a folder on another disk."
             )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from trinity_megatron.checkpoint.staging import Staging, fingerprint_folder
+from trinity_megatron.errors import UserError
 
 Advance = Callable[[int], None]
 # A part that is not told to stop gives up after so many seconds.
@@ -197,7 +198,7 @@ def test_what_is_there_is_not_touched(tmp_path: Path) -> None:
 
 def test_no_room(tmp_path: Path) -> None:
     size = 2 * shutil.disk_usage(tmp_path).total
-    with pytest.raises(OSError, match=rf"target needs {size / 1e9:.2f} GB, but its disk has"):
+    with pytest.raises(UserError, match=rf"target needs {size / 1e9:.2f} GB, but its disk has"):
         with Staging(tmp_path / "target", "source", num_bytes=size):
             pass
     assert not list(tmp_path.iterdir())
