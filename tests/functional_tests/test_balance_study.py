@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.functional_tests.launch import ROOT, environment
-from trinity_megatron.report.balance_verdict import sampling_noise
+from trinity_megatron.report.balance_windows import sampling_noise
 from trinity_megatron.telemetry.metrics import max_violation
 from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, TOKENS_TAG, RunLog
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.unit_tests.report.synthetic_run import write_run
-from trinity_megatron.report import charts, figures
+from trinity_megatron.report import balance_figures, charts, figures, heat_maps
 from trinity_megatron.report.history import RunHistory, bin_steps, mean_bins, sum_bins
 from trinity_megatron.telemetry.tensorboard_log import RunLog
 
@@ -55,14 +55,14 @@ def test_one_expert_in_hundreds_is_seen() -> None:
     loads = np.ones((20, 256))
     loads[:, 77] = 9.0
     loads[:, 200] = 0.0
-    rows = charts.pool_experts(loads)
-    assert rows.shape == (20, charts.NUM_ROWS)
+    rows = heat_maps.pool_experts(loads)
+    assert rows.shape == (20, heat_maps.NUM_ROWS)
     assert (rows[:, -4:] == 9).all() and (rows[:, :4] == 0).all() and (rows[:, 4:-4] == 1).all()
 
 
 def test_up_to_64_experts_keep_their_row() -> None:
     loads = np.random.default_rng(0).random((5, 64))
-    assert charts.pool_experts(loads) is loads
+    assert heat_maps.pool_experts(loads) is loads
 
 
 def axes_titles(figure: Figure | None) -> list[str]:
@@ -74,13 +74,13 @@ def axes_titles(figure: Figure | None) -> list[str]:
 def test_every_layer_has_its_panel(size: tuple[int, int], tmp_path: Path) -> None:
     history = history_of(tmp_path, num_steps=12, num_layers=size[0], num_experts=size[1])
     names = [f"layer {number + 3}" for number in range(size[0])]
-    assert axes_titles(figures.expert_load_figure(history)) == names
-    assert axes_titles(figures.expert_bias_figure(history)) == names
+    assert axes_titles(balance_figures.expert_load_figure(history)) == names
+    assert axes_titles(balance_figures.expert_bias_figure(history)) == names
 
 
 def test_the_colours_are_those_of_the_loads(tmp_path: Path) -> None:
     history = history_of(tmp_path, "unbalanced", num_steps=12, num_layers=2, num_experts=8)
-    figure = figures.expert_load_figure(history)
+    figure = balance_figures.expert_load_figure(history)
     assert figure is not None
     counts = history.tokens_per_expert
     for layer, axis in enumerate(figure.axes[:2]):

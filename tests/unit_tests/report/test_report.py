@@ -12,8 +12,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.unit_tests.report.synthetic_run import write_run
+from trinity_megatron.report.pictures import PICTURES
 from trinity_megatron.report.report import (
-    PICTURES,
     Report,
     draw_expert_load,
     draw_loss,
