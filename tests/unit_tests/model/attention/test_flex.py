@@ -72,7 +72,7 @@ def test_blocks_cover_what_is_visible_and_skip_what_can_be_skipped(name: str) ->
 
 
 def both_attentions(name: str, device: torch.device, dtype: torch.dtype) -> list[Any]:
-    """Inputs, the fused output and that of ``attention.py``."""
+    """Inputs, the fused output and that of ``blocked_attention``."""
     from trinity_megatron.model.attention.blocked import blocked_attention
     from trinity_megatron.model.attention.segments import Segment
 
