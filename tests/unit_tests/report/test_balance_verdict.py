@@ -58,6 +58,17 @@ def test_a_smaller_batch_is_not_called_drift() -> None:
     assert judge_balance(np.arange(100), counts).state == "balanced"
 
 
+def test_bursts_are_not_called_drift() -> None:
+    # In some steps one expert gets four times its share, as often at the end as at the start.
+    generator = np.random.default_rng(0)
+    load = even(num_layers=54)
+    load[..., 3] = np.where(generator.random((100, 54)) < 0.12, 4.0, 1.0)
+    load /= load.mean(axis=-1, keepdims=True)
+    assert judge(load).state != "drifting"
+    without_errors = dataclasses.replace(THRESHOLDS, drift_errors=0.0)
+    assert judge(load, thresholds=without_errors).state == "drifting"
+
+
 def test_a_rise_that_went_away_is_not_called_drift() -> None:
     load = even()
     load[40:60, 1, 3] = 4.0
