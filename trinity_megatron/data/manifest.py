@@ -17,7 +17,7 @@ MANIFEST_NAME = "manifest.json"
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 
 
-class UnsupportedFormatError(ValueError):
+class UnsupportedFormatError(UserError):
     """A data folder written in a format that this release does not read."""
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from trinity_megatron.checkpoint.integrity.checksums import check_records
+from trinity_megatron.errors import UserError
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"
@@ -48,7 +49,7 @@ _REMEDY = (
 )
 
 
-class BadCheckpoint(ValueError):
+class BadCheckpoint(UserError):
     """A checkpoint that is not loaded: it is damaged, or names what no checkpoint holds."""
 
 
