@@ -12,6 +12,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 # In its second step torch raises a ValueError, or this package a UserError.
 SCRIPT = """
+if __name__ == "__main__":
+    from trinity_megatron.process.rank import enter_rank
+
+    enter_rank()
 import functools
 import sys
 import torch
