@@ -1,4 +1,4 @@
-"""The error that is a user's to mend."""
+"""The errors that are a user's to mend."""
 
 
 class UserError(ValueError):
@@ -8,3 +8,7 @@ class UserError(ValueError):
     it without a trace and exit with 2.  Any other exception is a bug, or a failure of the machine,
     and keeps its trace.
     """
+
+
+class MissingInputError(UserError, FileNotFoundError):
+    """A file or folder that the user has named is not there."""

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from trinity_megatron.data.corpus import Skipped, hash_file
 from trinity_megatron.data.inputs import FORMAT_VERSION, DataInputs
-from trinity_megatron.errors import UserError
+from trinity_megatron.errors import MissingInputError, UserError
 
 MANIFEST_NAME = "manifest.json"
 # First bytes of an index file.  Source: megatron.core.datasets.indexed_dataset, _INDEX_HEADER.
@@ -96,14 +96,14 @@ def load_manifest(path: Path) -> DataManifest:
         path: The folder.
 
     Raises:
-        FileNotFoundError: The folder or its manifest is missing.
+        MissingInputError: The folder or its manifest is missing.
         UnsupportedFormatError: The folder has another format.
         UserError: The manifest is corrupt, or a file is missing or differs from the manifest.
     """
     path = Path(path)
     remedy = f"run `trinity-megatron prepare-data --out {path}` to prepare it"
     if not path.is_dir():
-        raise FileNotFoundError(f"data folder {path} does not exist; {remedy}")
+        raise MissingInputError(f"data folder {path} does not exist; {remedy}")
     try:
         values = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -111,7 +111,7 @@ def load_manifest(path: Path) -> DataManifest:
         _check_version(path, values["format_version"])
         manifest = _from_json(path, values)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"data folder {path} is half-written: it has no {MANIFEST_NAME}; {remedy} again"
         ) from error
     except UnsupportedFormatError:

@@ -63,7 +63,7 @@ def enter_rank() -> None:
 
 def is_user_error(error: BaseException) -> bool:
     """Whether a user can mend an error: a ``UserError``, or a path that cannot be used."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, UserError):
         is_of_disk = error.errno in (errno.ENOSPC, errno.EDQUOT)  # write() names no file
         return error.errno in _REMEDIES and (error.filename is not None or is_of_disk)
     return isinstance(error, UserError)

@@ -8,7 +8,7 @@ from functools import partial
 from os import SEEK_CUR
 from pathlib import Path
 
-from trinity_megatron.errors import UserError
+from trinity_megatron.errors import MissingInputError, UserError
 from trinity_megatron.report import figures
 from trinity_megatron.report.balance_figures import draw_expert_load
 from trinity_megatron.report.balance_verdict import Verdict, judge_balance
@@ -126,7 +126,7 @@ def report_run(run_dir: Path | str, out: Path | str | None = None) -> Report:
         Paths and verdict.
 
     Raises:
-        FileNotFoundError: There is no event file.
+        MissingInputError: There is no event file.
         UserError: ``out`` is a file.
     """
     run_dir = Path(run_dir)
@@ -143,12 +143,12 @@ def find_events(run_dir: Path) -> Path:
     """The folder with the event files: ``run_dir/tensorboard``, or ``run_dir`` itself.
 
     Raises:
-        FileNotFoundError: Neither has one.
+        MissingInputError: Neither has one.
     """
     for folder in (run_dir / "tensorboard", run_dir):
         if any(folder.glob(EVENT_FILES)):
             return folder
-    raise FileNotFoundError(
+    raise MissingInputError(
         f"RUN_DIR {run_dir} has no TensorBoard event file, neither itself nor in its folder "
         "tensorboard. Remedy: give the folder that train --out (or --tensorboard-dir) wrote."
     )

@@ -7,6 +7,8 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
+from trinity_megatron.errors import MissingInputError
+
 EVENT_FILES = "events.out.tfevents.*"  # as TensorBoard names them
 # Tags under which training/metrics.py writes; ``[num_moe_layers, num_experts]`` each.
 TOKENS_TAG = "moe/tokens_per_expert"
@@ -22,14 +24,14 @@ class RunLog:
         tensorboard_dir: The folder given as ``--tensorboard-dir``.
 
     Raises:
-        FileNotFoundError: The folder has no event file.
+        MissingInputError: The folder has no event file.
     """
 
     def __init__(self, tensorboard_dir: Path | str) -> None:
         directory = Path(tensorboard_dir)
         files = sorted(directory.glob(EVENT_FILES), key=_start_time)
         if not files:
-            raise FileNotFoundError(
+            raise MissingInputError(
                 f"{directory} has no TensorBoard event file. Remedy: give the folder of a run that "
                 "was started with --out (or --tensorboard-dir)."
             )
