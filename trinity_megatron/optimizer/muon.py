@@ -179,6 +179,7 @@ class Muon(torch.optim.Optimizer):
         Raises:
             ValueError: As `step`.
         """
+        assert self._started is None, "the step before has been started and not finished"
         with self._timed():
             steps = self._update_momenta()
             rule = self._make_rule()

@@ -1,5 +1,6 @@
-"""The equations of Muon on lists of tensors: momentum, direction and step size."""
+"""The equations of Muon on lists of tensors: momentum, direction and update."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,7 +36,8 @@ class UpdateRule:
 
     Attributes:
         orthogonalize: Maps ``[count, fan_out, fan_in]`` to the orthogonalized matrices.
-        scale: Maps ``(fan_out, fan_in)`` to the factor of the learning rate.
+        scale: Maps fan_out and fan_in of a separate, whole matrix to the factor of its learning
+            rate.
         nesterov: Whether the direction looks one step ahead.
         dtype: What is computed in; by default bfloat16 on CUDA, elsewhere the directions' own.
         batch_elements: Elements orthogonalized at once; default 2**28 on CUDA, 2**19 on CPU.
@@ -62,15 +64,6 @@ class UpdateRule:
         if _have_equal_dtypes(gradients, momenta):
             return list(torch._foreach_lerp(gradients, momenta, momentum_factors))
         return [lerp(*each) for each in zip(gradients, momenta, momentum_factors, strict=True)]
-
-    def step_size(self, learning_rate: float, shape: tuple[int, int]) -> float:
-        """What the orthogonalized matrix is multiplied with.
-
-        Args:
-            learning_rate: Of the parameter.
-            shape: ``(fan_out, fan_in)`` of the separate, whole matrix.
-        """
-        return learning_rate * self.scale(*shape)
 
     def compute_dtype(self, device: torch.device, default: torch.dtype) -> torch.dtype:
         """What Newton-Schulz computes in on a device; ``default`` where the device has none."""
@@ -107,13 +100,13 @@ class UpdatesByStepSize:
     """Updates of one step, gathered so that those of one step size are applied in one launch."""
 
     def __init__(self) -> None:
-        self._weights: dict[float, list[Tensor]] = {}
-        self._updates: dict[float, list[Tensor]] = {}
+        self._weights: dict[float, list[Tensor]] = defaultdict(list)
+        self._updates: dict[float, list[Tensor]] = defaultdict(list)
 
     def add(self, step_size: float, weight: Tensor, update: Tensor) -> None:
         """Add a weight, or a view of one, and its update, of the same shape."""
-        self._weights.setdefault(step_size, []).append(weight)
-        self._updates.setdefault(step_size, []).append(update)
+        self._weights[step_size].append(weight)
+        self._updates[step_size].append(update)
 
     def apply(self) -> None:
         """``p <- p - step_size update`` for all of them."""

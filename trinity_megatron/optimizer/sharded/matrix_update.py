@@ -133,10 +133,13 @@ class MatrixUpdate:
         update = self._orthogonalize(self._stack_directions(batch, kind))
         if update.is_cuda:  # where another dtype would be added matrix by matrix
             update = update.to(kind.weight_dtype)
+        scale = self._rule.scale(kind.fan_out, kind.fan_in)
         updates = UpdatesByStepSize()
         for rows, part in zip(update.split([p.num_matrices for p in batch]), batch, strict=True):
-            shape = kind.fan_out, kind.fan_in
-            self._add(updates, part.param, part.weight, rows.view(part.weight.shape), shape)
+            found = rows.view(part.weight.shape)
+            step_size = part.step.learning_rate * scale
+            self._measure(part.param, found, step_size)
+            updates.add(step_size, part.weight, found)
         updates.apply()
 
     def _stack_directions(self, batch: list[MatrixPart], kind: MatrixKind) -> Tensor:
@@ -186,7 +189,9 @@ class MatrixUpdate:
             assert param is not None
             stop = interval.start + len(interval.values)
             weight = param.view(-1)[interval.start : stop]
-            self._add(updates, param, weight, interval.values, interval.matrix_shape)
+            step_size = self._steps[param].learning_rate * self._rule.scale(*interval.matrix_shape)
+            self._measure(param, interval.values, step_size)
+            updates.add(step_size, weight, interval.values)
         updates.apply()
 
     def _orthogonalize_by_shape(
@@ -211,15 +216,6 @@ class MatrixUpdate:
             self._statistics.sample_orthogonality(update)
         return update
 
-    def _add(
-        self,
-        updates: UpdatesByStepSize,
-        param: Tensor,
-        weight: Tensor,
-        update: Tensor,
-        matrix_shape: tuple[int, int],
-    ) -> None:
-        step_size = self._rule.step_size(self._steps[param].learning_rate, matrix_shape)
+    def _measure(self, param: Tensor, update: Tensor, step_size: float) -> None:
         if self._statistics is not None:
             self._statistics.add_update(param, update, step_size)
-        updates.add(step_size, weight, update)
