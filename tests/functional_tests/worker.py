@@ -147,7 +147,7 @@ def counted(prefix: str | None) -> Iterator[None]:
     from megatron.core.distributed import param_and_grad_buffer
 
     from trinity_megatron.optimizer.muon import Muon
-    from trinity_megatron.optimizer.sharded.distributed_optimizer import ShardedMuonOptimizer
+    from trinity_megatron.optimizer.sharded.optimizer_chain import ShardedMuonOptimizer
 
     if prefix is None:
         yield

@@ -1,7 +1,7 @@
 """Muon: momentum, orthogonalized matrix by matrix.
 
-Usable alone, on any torch model; `optimizer/builder.py` puts it into Megatron.  A parameter may say
-more about itself with attributes, all of them optional and all but the first Megatron's own:
+Usable alone, on any torch model; `optimizer/register.py` puts it into Megatron.  Attributes of a
+parameter describe its matrices; all of them are optional, and all but the first Megatron's own:
 
 * ``muon_split``: a `MatrixSplit`, for a parameter that holds several matrices;
 * ``tensor_model_parallel``, ``partition_dim``: the dimension of the parameter that is divided over
@@ -11,30 +11,34 @@ more about itself with attributes, all of them optional and all but the first Me
 """
 
 import math
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
-from trinity_megatron.cpu_host.numerics import sum_of_squares
+from trinity_megatron.optimizer.matrix_split import MatrixSplit, make_stack
 from trinity_megatron.optimizer.newton_schulz import coefficient_schedule, orthogonalize
-from trinity_megatron.optimizer.sharded.exchange import (
-    Placement,
-    Round,
-    RunView,
-    Sent,
-    plan_rounds,
-    plan_runs,
+from trinity_megatron.optimizer.sharded.matrix_placement import (
+    MatrixPlacement,
+    place_whole_parameters,
 )
-from trinity_megatron.optimizer.sharded.ownership import Shard, Stack, assign_dense, list_matrices
+from trinity_megatron.optimizer.sharded.matrix_update import MatrixUpdate, UpdatePlan, plan_update
+from trinity_megatron.optimizer.update_rule import ParameterStep, UpdateRule, update_momenta
+from trinity_megatron.optimizer.update_statistics import UpdateStatistics, orthogonality_error
+
+__all__ = [
+    "SCALES",
+    "MatrixSplit",
+    "Muon",
+    "UpdateStatistics",
+    "make_stack",
+    "orthogonality_error",
+]
 
 # Factor of the learning rate for a matrix [fan_out, fan_in].  The names are those of Megatron's
 # --muon-scale-mode (Emerging-Optimizers, get_muon_scale_factor).
@@ -45,115 +49,6 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "rms_match": lambda fan_out, fan_in: 0.2 * math.sqrt(max(fan_out, fan_in)),
     "unit_rms_norm": lambda fan_out, fan_in: math.sqrt(fan_out / fan_in),
 }
-
-# Elements orthogonalized at once.  On a CPU a batch should stay in the cache; on a GPU it should
-# fill the device, at about 20 bytes of scratch memory for an element.
-_CPU_BATCH_ELEMENTS = 2**19
-_CUDA_BATCH_ELEMENTS = 2**28
-
-
-@dataclass(frozen=True)
-class MatrixSplit:
-    """How the rows of a fused parameter divide into separate matrices.
-
-    The rows are one or more equal groups; a group is a row block of every matrix, in order.  Matrix
-    ``i`` is what the ``i``-th blocks of all groups form together, in the order of the groups.
-
-    Attributes:
-        sizes: Rows of each block of one group; on a tensor-parallel rank, of its own rows.
-    """
-
-    sizes: tuple[int, ...]
-
-
-class _Kind(NamedTuple):
-    """What matrices of one batch have in common."""
-
-    fan_out: int
-    fan_in: int
-    weight_dtype: torch.dtype
-    device: torch.device
-
-
-class _Part(NamedTuple):
-    """One matrix, or the same matrix of ``experts``, as `RunView` views them."""
-
-    experts: int
-    weight: Tensor
-    grad: Tensor
-    momentum: Tensor
-    param: Tensor
-
-    def narrow(self, start: int, count: int) -> "_Part":
-        weight, grad, momentum = (view.narrow(0, start, count) for view in self[1:4])
-        return _Part(count, weight, grad, momentum, self.param)
-
-
-@dataclass
-class UpdateStatistics:
-    """What one step did, measured on this rank.
-
-    Attributes:
-        squares: Sum of squares of the update, float64 ``[]``, by ``gradient_group`` of the
-            parameters.
-        numel: Elements of the update, by group.
-        orthogonality_error: `orthogonality_error` of one result; None where this rank owns no
-            matrix.
-    """
-
-    squares: dict[str, Tensor] = field(default_factory=dict)
-    numel: dict[str, int] = field(default_factory=dict)
-    orthogonality_error: Tensor | None = None
-    _marks: list[Any] = field(default_factory=list)
-
-    def mark(self) -> None:
-        """Note the time, at the start and at the end of a part of the step."""
-        if not torch.cuda.is_available():
-            self._marks.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._marks.append(event)
-
-    def seconds(self) -> float:
-        """Time between the marks, in pairs; waits for the device."""
-        total = 0.0
-        for start, stop in zip(self._marks[::2], self._marks[1::2], strict=True):
-            if isinstance(start, float):
-                total += stop - start
-            else:
-                stop.synchronize()
-                total += start.elapsed_time(stop) / 1e3
-        return total
-
-    def add(self, group: str, update: Tensor, factor: float) -> None:
-        """Take a part of the update into account.
-
-        Args:
-            group: The part of the model it belongs to.
-            update: Orthogonalized, any shape.
-            factor: What it is multiplied with: learning rate and scale.
-        """
-        square = sum_of_squares(update) * factor**2
-        self.squares[group] = self.squares[group] + square if group in self.squares else square
-        self.numel[group] = self.numel.get(group, 0) + update.numel()
-
-
-def orthogonality_error(matrix: Tensor) -> Tensor:
-    """``|X X^T - I|_F / sqrt(m)`` on the short side m: the RMS distance of the squared singular
-    values from 1.
-
-    Args:
-        matrix: ``[rows, columns]``, floating.
-
-    Returns:
-        float32 ``[]``.
-    """
-    x = matrix.float()
-    x = x.mT if x.shape[0] > x.shape[1] else x
-    gram = x @ x.mT
-    gram.diagonal().sub_(1.0)
-    return torch.linalg.vector_norm(gram) / math.sqrt(len(gram))
 
 
 class Muon(torch.optim.Optimizer):
@@ -230,23 +125,22 @@ class Muon(torch.optim.Optimizer):
         if momentum_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"momentum_dtype={momentum_dtype}: take float32 or bfloat16")
         coefficient_schedule(coefficients, num_ns_steps)  # refuses what it does not know
-        self._plans: list[_Plan] | None = None
+        self.placements: list[MatrixPlacement] = []
+        self._plans: list[UpdatePlan] | None = None
+        self._started: MatrixUpdate | None = None
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.nesterov = nesterov
         self.scale = scale
         self.extra_scale_factor = extra_scale_factor
         self.dtype = dtype
         self.momentum_dtype = momentum_dtype
-        self.statistics: UpdateStatistics | None = None
-        self.placements: list[Placement] = []
-        self._team: tuple[Muon, ...] = (self,)
-        self._pending: tuple[dict[Tensor, dict[str, Any]], list[Round], Sent | None] | None = None
-        self._newton_schulz = partial(
-            orthogonalize, steps=num_ns_steps, coefficients=coefficients, eps=eps, dtype=dtype
-        )
         self.tp_group = tp_group
         self.expert_tp_group = expert_tp_group
         self.batch_elements = batch_elements
+        self.statistics: UpdateStatistics | None = None
+        self._newton_schulz = partial(
+            orthogonalize, steps=num_ns_steps, coefficients=coefficients, eps=eps, dtype=dtype
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -266,60 +160,76 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self is self._team[0]:
-            # All of the team at once: their ranks are balanced over the sum of their work.
-            for muon in self._team:
-                muon._begin()
-            for muon in self._team:
-                muon._finish()
+        if self._started is None:
+            self.start_step()
+        update, self._started = self._started, None
+        assert update is not None
+        with self._timed():
+            update.finish()
         return loss
 
-    def step_together(self, others: Sequence["Muon"]) -> None:
-        """Let this optimizer's `step` step others too, whose own then does nothing.
+    @torch.no_grad()
+    def start_step(self) -> None:
+        """Do the first half of the next `step`, which then does the second half only.
 
-        What ranks wait for comes after the work that they do alone, of all of them.
+        The first half waits for no other rank: it updates momenta and all matrices that this rank
+        holds whole, and sends the others.  A `MuonCoordinator` calls it for several optimizers
+        before any of them waits.
 
-        Args:
-            others: Optimizers of other parameters.
+        Raises:
+            ValueError: As `step`.
         """
-        for muon in (self, *others):
-            muon._team = (self, *others)
+        assert self._started is None, "the step before has been started and not finished"
+        with self._timed():
+            steps = self._update_momenta()
+            rule = self._make_rule()
+            if self._plans is None:
+                self._plans = [plan_update(each, rule) for each in self._get_placements()]
+            update = MatrixUpdate(self._plans, rule, steps, self.statistics)
+            update.start()
+        self._started = update
 
-    def _begin(self) -> None:
-        """Send what travels, and do what does not."""
-        if self.statistics is not None:
-            self.statistics.mark()
-        settings: dict[Tensor, dict[str, Any]] = {}
+    def _update_momenta(self) -> dict[Tensor, ParameterStep]:
+        """Update momenta and decay weights of every parameter that has a gradient."""
+        steps: dict[Tensor, ParameterStep] = {}
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
-            settings.update(dict.fromkeys(params, group))
-            self._update_momentum(params, group["momentum"])
-            if group["weight_decay"] != 0.0 and params:
-                torch._foreach_mul_(params, 1.0 - float(group["lr"]) * group["weight_decay"])
-        if self._plans is None:
-            self._plans = self._make_plans()
-        rounds = [part for plan in self._plans for part in plan.rounds]
-        sent = rounds[0].send(partial(self._read, rounds[0], settings)) if rounds else None
-        self._update_local(settings)
-        self._pending = settings, rounds, sent
-        if self.statistics is not None:
-            self.statistics.mark()
+            if not params:
+                continue
+            momenta = [self._momentum(param) for param in params]
+            gradients = [param.grad for param in params]
+            factor, learning_rate = group["momentum"], float(group["lr"])
+            update_momenta(momenta, gradients, factor)
+            if group["weight_decay"] != 0.0:
+                torch._foreach_mul_(params, 1.0 - learning_rate * group["weight_decay"])
+            for param, gradient, momentum in zip(params, gradients, momenta, strict=True):
+                steps[param] = ParameterStep(gradient, momentum, factor, learning_rate)
+        return steps
 
-    def _finish(self) -> None:
-        """Orthogonalize what came, and apply what comes back."""
-        assert self._pending is not None
-        (settings, rounds, sent), self._pending = self._pending, None
-        if self.statistics is not None:
-            self.statistics.mark()
-        for number, current in enumerate(rounds):
-            assert sent is not None
-            matrices = current.receive(sent)
-            if number + 1 < len(rounds):
-                later = rounds[number + 1]
-                sent = later.send(partial(self._read, later, settings))
-            self._update_cut(current, matrices, settings)
-        if self.statistics is not None:
-            self.statistics.mark()
+    def _make_rule(self) -> UpdateRule:
+        scale = SCALES[self.scale]
+        return UpdateRule(
+            orthogonalize=self._newton_schulz,
+            scale=lambda fan_out, fan_in: scale(fan_out, fan_in) * self.extra_scale_factor,
+            nesterov=self.nesterov,
+            dtype=self.dtype,
+            batch_elements=self.batch_elements,
+        )
+
+    def _get_placements(self) -> list[MatrixPlacement]:
+        if self.placements:
+            return self.placements
+        params = [param for group in self.param_groups for param in group["params"]]
+        return place_whole_parameters(params, self.tp_group, self.expert_tp_group)
+
+    def _timed(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.statistics is None else self.statistics.timed()
+
+    def _momentum(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param, dtype=self.momentum_dtype)
+        return state["momentum_buffer"]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters.
@@ -330,7 +240,7 @@ class Muon(torch.optim.Optimizer):
         Raises:
             ValueError: A parameter is neither 2-D nor 3-D, or `place` has placed all of them.
         """
-        if getattr(self, "placements", None):
+        if self.placements:
             raise ValueError("Muon's parameters are placed on ranks; no group can be added")
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
@@ -344,11 +254,7 @@ class Muon(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the plans, which follow from the rest; torch would keep the state only."""
-        return {**self.__dict__, "_plans": None, "_team": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._team = (self,)
+        return {**self.__dict__, "_plans": None, "_started": None}
 
     def init_state(self) -> None:
         """Make the state of every parameter, also of those without a gradient."""
@@ -377,278 +283,11 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             group.pop("step", None)  # Megatron's distributed optimizer adds Adam's
 
-    def place(self, placements: list[Placement]) -> None:
-        """Say how the parameters lie on the ranks; without it, each is whole on its TP group.
+    def place(self, placements: list[MatrixPlacement]) -> None:
+        """Set where the matrices are; by default every parameter is whole on its TP group.
 
         Args:
             placements: Every parameter of this optimizer in one of them, the same on all ranks of
                 its group; ``tensors`` are those of ``param_groups``.
         """
         self.placements, self._plans = placements, None
-
-    def _momentum(self, param: Tensor) -> Tensor:
-        state = self.state[param]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(param, dtype=self.momentum_dtype)
-        return state["momentum_buffer"]
-
-    def _update_momentum(self, params: list[Tensor], factor: float) -> None:
-        if not params:
-            return
-        momenta = [self._momentum(param) for param in params]
-        gradients = [_gradient(param) for param in params]
-        if all(m.dtype == g.dtype for m, g in zip(momenta, gradients, strict=True)):
-            torch._foreach_lerp_(momenta, gradients, 1.0 - factor)
-            return
-        for momentum, gradient in zip(momenta, gradients, strict=True):  # one rounding, not two
-            momentum.copy_(_lerp(momentum, gradient, 1.0 - factor))
-
-    def _make_plans(self) -> list["_Plan"]:
-        placements = self.placements or list(self._default_placements())
-        plans = []
-        for placement in placements:
-            runs, cuts = plan_runs(placement)
-            dtype = self._compute_dtype(placement.device, torch.float32)
-            stacks, starts = placement.stacks, placement.starts
-            views = [RunView(stacks[run.stack], starts[run.stack], run) for run in runs]
-            plans.append(_Plan(placement, views, plan_rounds(placement, cuts, dtype)))
-        return plans
-
-    def _default_placements(self) -> Iterator[Placement]:
-        """Yield placements of whole parameters: alone, on the TP group, on that of experts."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        by_group: dict[ProcessGroup | None, list[Tensor]] = defaultdict(list)
-        for param in params:
-            expert = getattr(param, "expert_tp", False) or not getattr(param, "allreduce", True)
-            group = self.expert_tp_group if expert else self.tp_group
-            alone = group is None or torch.distributed.get_world_size(group) == 1
-            by_group[None if alone else group].append(param)
-        for group, members in by_group.items():
-            ranks = 1 if group is None else torch.distributed.get_world_size(group)
-            numbers = [
-                [(Shard(rank, 0, param.numel()),) for rank in range(ranks)] for param in members
-            ]
-            stacks = [
-                make_stack(p, p.shape, holders) for p, holders in zip(members, numbers, strict=True)
-            ]
-            yield Placement(
-                stacks,
-                list(members),
-                assign_dense(list_matrices(stacks), np.zeros(ranks)),
-                members[0].device,
-                group,
-                0 if group is None else torch.distributed.get_rank(group),
-            )
-
-    def _update_local(self, settings: dict[Tensor, dict[str, Any]]) -> None:
-        kinds: dict[_Kind, list[_Part]] = defaultdict(list)
-        for placement, views, _ in self._plans or ():
-            for view in views:
-                param = placement.tensors[view.run.stack]
-                if param is None or param not in settings:
-                    continue
-                kinds[_Kind(*view.kind, param.dtype, param.device)].append(
-                    _Part(
-                        view.run.experts,
-                        view(param),
-                        view(_gradient(param)),
-                        view(self._momentum(param)),
-                        param,
-                    )
-                )
-        for kind, parts in kinds.items():
-            for batch in _batches(parts, self._batch_count(kind)):
-                self._update_batch(batch, kind, settings)
-
-    def _batch_count(self, kind: _Kind) -> int:
-        default = _CUDA_BATCH_ELEMENTS if kind.device.type == "cuda" else _CPU_BATCH_ELEMENTS
-        elements = self.batch_elements or default
-        return max(1, elements // max(1, kind.fan_out * kind.fan_in))
-
-    def _update_batch(
-        self, batch: list[_Part], kind: _Kind, settings: dict[Tensor, dict[str, Any]]
-    ) -> None:
-        counts = [part.experts for part in batch]
-        stacked = self._stack_directions(batch, counts, kind, settings)
-        update = self._newton_schulz(stacked)
-        if update.is_cuda:  # where another dtype would be added matrix by matrix
-            update = update.to(kind.weight_dtype)
-        self._measure(update)
-        updates = [
-            rows.view(part.weight.shape)
-            for rows, part in zip(update.split(counts), batch, strict=True)
-        ]
-        by_rate: dict[float, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-        for part, found in zip(batch, updates, strict=True):
-            factor = self._factor(part.param, (kind.fan_out, kind.fan_in), settings)
-            self._measure_update(part.param, found, factor)
-            by_rate[factor][0].append(part.weight)
-            by_rate[factor][1].append(found)
-        for factor, (weights, found_updates) in by_rate.items():
-            torch._foreach_add_(weights, found_updates, alpha=-factor)
-
-    def _stack_directions(
-        self,
-        batch: list[_Part],
-        counts: list[int],
-        kind: _Kind,
-        settings: dict[Tensor, dict[str, Any]],
-    ) -> Tensor:
-        """What is to be orthogonalized, ``[count, fan_out, fan_in]`` in the dtype computed in."""
-        gradients = [part.grad for part in batch]
-        momenta = [part.momentum for part in batch]
-        dtype = self._compute_dtype(
-            kind.device, torch.promote_types(gradients[0].dtype, momenta[0].dtype)
-        )
-        directions = momenta
-        if self.nesterov:
-            factors = [settings[part.param]["momentum"] for part in batch]
-            directions = _foreach_lerp(gradients, momenta, factors)
-        if len(batch) == 1:
-            return directions[0].reshape(counts[0], kind.fan_out, kind.fan_in).to(dtype)
-        stacked = torch.empty(
-            sum(counts), kind.fan_out, kind.fan_in, dtype=dtype, device=kind.device
-        )
-        targets = [
-            rows.view(direction.shape)
-            for rows, direction in zip(stacked.split(counts), directions, strict=True)
-        ]
-        torch._foreach_copy_(targets, directions)
-        return stacked
-
-    def _read(self, current: Round, settings: dict[Tensor, dict[str, Any]], number: int) -> Tensor:
-        """This rank's part of the direction of a stack, flat."""
-        param = current.placement.tensors[number]
-        if param is None or param not in settings:
-            raise ValueError(
-                f"a parameter of {current.placement.stacks[number].count} x "
-                f"{current.placement.stacks[number].shape(0)} is divided over ranks and has no "
-                "gradient on this one; every rank must have it in every step, of zeros if need be"
-            )
-        factor = settings[param]["momentum"]
-        return self._direction(_gradient(param), self._momentum(param), factor).reshape(-1)
-
-    def _direction(self, grad: Tensor, momentum: Tensor, factor: float) -> Tensor:
-        return _lerp(grad, momentum, factor) if self.nesterov else momentum
-
-    def _update_cut(
-        self, current: Round, matrices: list[Tensor], settings: dict[Tensor, dict[str, Any]]
-    ) -> None:
-        results: list[Tensor | None] = [None] * len(matrices)
-        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
-        for number, matrix in enumerate(matrices):
-            by_shape[matrix.shape].append(number)
-        for shape, numbers in by_shape.items():
-            kind = _Kind(shape[0], shape[1], current.dtype, current.placement.device)
-            limit = self._batch_count(kind)
-            for start in range(0, len(numbers), limit):
-                some = numbers[start : start + limit]
-                update = self._newton_schulz(torch.stack([matrices[n] for n in some]))
-                self._measure(update)
-                for number, result in zip(some, update, strict=True):
-                    results[number] = result
-        sent = current.send_back([result for result in results if result is not None])
-        weights: dict[float, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-        for number, offset, values, shape_of in current.receive_back(sent):
-            param = current.placement.tensors[number]
-            assert param is not None
-            factor = self._factor(param, shape_of, settings)
-            self._measure_update(param, values, factor)
-            weights[factor][0].append(param.view(-1)[offset : offset + len(values)])
-            weights[factor][1].append(values)
-        for factor, (targets, values_of) in weights.items():
-            torch._foreach_add_(targets, values_of, alpha=-factor)
-
-    def _factor(
-        self, param: Tensor, shape: tuple[int, int], settings: dict[Tensor, dict[str, Any]]
-    ) -> float:
-        scale = SCALES[self.scale](*shape) * self.extra_scale_factor
-        return float(settings[param]["lr"]) * scale
-
-    def _compute_dtype(self, device: torch.device, own: torch.dtype) -> torch.dtype:
-        return self.dtype or (torch.bfloat16 if device.type == "cuda" else own)
-
-    def _measure(self, orthogonalized: Tensor) -> None:
-        if self.statistics is not None and self.statistics.orthogonality_error is None:
-            self.statistics.orthogonality_error = orthogonality_error(orthogonalized[0])
-
-    def _measure_update(self, param: Tensor, update: Tensor, factor: float) -> None:
-        if self.statistics is not None:
-            self.statistics.add(getattr(param, "gradient_group", None) or "all", update, factor)
-
-
-class _Plan(NamedTuple):
-    placement: Placement
-    views: list[RunView]
-    rounds: list[Round]
-
-
-def make_stack(param: Tensor, shape: Sequence[int], holders: Sequence[tuple[Shard, ...]]) -> Stack:
-    """Describe the matrices of a parameter and who holds them.
-
-    Args:
-        param: The parameter or a shard of it, with its attributes.
-        shape: Shape of its tensor-parallel part, ``[out, in]`` or ``[E, out, in]``.
-        holders: For each tensor-parallel rank, who holds which elements.
-
-    Raises:
-        ValueError: The attributes contradict the shape.
-    """
-    count, rows, columns = (1, *shape) if len(shape) == 2 else shape
-    split = getattr(param, "muon_split", None) or MatrixSplit((rows,))
-    if rows % sum(split.sizes):
-        raise ValueError(
-            f"muon_split={split.sizes}: a parameter of shape {tuple(shape)} does not hold a whole "
-            f"number of groups of {sum(split.sizes)} rows"
-        )
-    shard_dim = None
-    if getattr(param, "tensor_model_parallel", False) and len(holders) > 1:
-        # Of the matrix: 0 rows, 1 columns; the stack's own dimension is never divided by TP.
-        shard_dim = param.partition_dim - (len(shape) - 2)  # type: ignore[attr-defined]
-        if shard_dim not in (0, 1):
-            raise ValueError(
-                f"partition_dim={param.partition_dim} of a tensor-parallel parameter of shape "  # type: ignore[attr-defined]
-                f"{tuple(shape)} does not name its rows or columns"
-            )
-        if getattr(param, "partition_stride", 1) > 1 and getattr(param, "muon_split", None) is None:
-            raise ValueError(
-                f"a tensor-parallel parameter of shape {tuple(shape)} holds "
-                f"{param.partition_stride} matrices (partition_stride) but has no muon_split; "  # type: ignore[attr-defined]
-                "see attach_muon_splits()"
-            )
-    return Stack(count, rows, columns, split.sizes, shard_dim, tuple(holders))
-
-
-def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
-    """``start + weight (end - start)`` in the more precise dtype of the two."""
-    dtype = torch.promote_types(start.dtype, end.dtype)
-    return torch.lerp(start.to(dtype), end.to(dtype), weight)
-
-
-def _foreach_lerp(starts: list[Tensor], ends: list[Tensor], weights: list[float]) -> list[Tensor]:
-    """`_lerp` of each."""
-    if all(start.dtype == end.dtype for start, end in zip(starts, ends, strict=True)):
-        return list(torch._foreach_lerp(starts, ends, weights))
-    return [_lerp(*each) for each in zip(starts, ends, weights, strict=True)]
-
-
-def _gradient(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    return param.grad
-
-
-def _batches(parts: list[_Part], limit: int) -> Iterator[list[_Part]]:
-    """Yield the parts in batches of at most ``limit`` matrices, cutting stacks where needed."""
-    batch: list[_Part] = []
-    room = limit
-    for part in parts:
-        start, count = 0, part.experts
-        while start < count:
-            take = min(room, count - start)
-            batch.append(part if take == part.experts else part.narrow(start, take))
-            start, room = start + take, room - take
-            if room == 0:
-                yield batch
-                batch, room = [], limit
-    if batch:
-        yield batch

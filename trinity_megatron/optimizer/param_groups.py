@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from trinity_megatron.cpu_host.numerics import sum_of_squares
 from trinity_megatron.errors import UserError
-from trinity_megatron.optimizer.muon import MatrixSplit
+from trinity_megatron.optimizer.matrix_split import MatrixSplit
 from trinity_megatron.telemetry.step_statistics import GRADIENT_GROUPS
 
 

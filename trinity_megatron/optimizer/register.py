@@ -27,11 +27,8 @@ from trinity_megatron.optimizer.muon import SCALES, Muon
 from trinity_megatron.optimizer.newton_schulz import COEFFICIENTS, coefficient_schedule
 from trinity_megatron.optimizer.param_groups import attach_muon_splits, is_adam_parameter
 from trinity_megatron.optimizer.sharded.buffer_layout import aligned_expert_buffers
-from trinity_megatron.optimizer.sharded.distributed_optimizer import (
-    ResumableDistributedOptimizer,
-    SkippingOptimizer,
-    build_sharded,
-)
+from trinity_megatron.optimizer.sharded.distributed_optimizer import ResumableDistributedOptimizer
+from trinity_megatron.optimizer.sharded.optimizer_chain import SkippingOptimizer, build_sharded
 from trinity_megatron.upstream.registry import replaced
 
 _OPTIMIZER = "megatron.core.optimizer"

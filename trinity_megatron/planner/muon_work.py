@@ -21,10 +21,13 @@ from torch.nn import Parameter
 
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.config import TrinityConfig
-from trinity_megatron.optimizer.muon import make_stack
+from trinity_megatron.optimizer.matrix_split import make_stack
 from trinity_megatron.optimizer.param_groups import attach_muon_splits
-from trinity_megatron.optimizer.sharded.buffer_layout import aligned_expert_buffers, tag_for_buffers
-from trinity_megatron.optimizer.sharded.distributed_optimizer import shard_bounds
+from trinity_megatron.optimizer.sharded.buffer_layout import (
+    aligned_expert_buffers,
+    shard_bounds,
+    tag_for_buffers,
+)
 from trinity_megatron.optimizer.sharded.ownership import Assignment, Stack, own_dense, relieve
 
 # fp32 master weight with momentum, or with both of Adam's moments.

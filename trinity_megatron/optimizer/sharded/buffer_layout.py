@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from trinity_megatron.optimizer.param_groups import find_row
+from trinity_megatron.optimizer.sharded.ownership import Shard
 from trinity_megatron.upstream.registry import replaced
 
 # Padding at the end of a bucket, of its size, below which a bucket may end, and that of a whole
@@ -105,6 +106,33 @@ def matrix_aligned_layout(
         per_bucket_numel_unpadded=unpadded,
         num_optimizer_shards=ranks,
     )
+
+
+def shard_bounds(
+    start: int, numel: int, bucket: tuple[int, int], tables: list[list[int]]
+) -> list[tuple[Shard, ...]]:
+    """Who holds which elements of a parameter.
+
+    Args:
+        start: First element of the parameter in the buffer.
+        numel: Its elements.
+        bucket: First and last element of its bucket.
+        tables: For each tensor-parallel rank, the ranks of its data-parallel shards.
+
+    Returns:
+        For each tensor-parallel rank, its shards, in order.
+    """
+    ranks = len(tables[0])
+    size = (bucket[1] - bucket[0]) // ranks
+    offset = start - bucket[0]
+    numbers = range(offset // size, -(-(offset + numel) // size))
+    return [
+        tuple(
+            Shard(table[n], max(n * size - offset, 0), min((n + 1) * size - offset, numel))
+            for n in numbers
+        )
+        for table in tables
+    ]
 
 
 def _aligned_where_whole(original: Callable[..., Any]) -> Callable[..., Any]:

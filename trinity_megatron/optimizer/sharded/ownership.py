@@ -3,7 +3,7 @@
 A parameter is a stack of matrices, and its elements lie on the ranks of a group: on tensor-parallel
 ranks as parts of rows or columns, and on data-parallel ranks as intervals of the flat part.  Every
 matrix has one owner.  Mostly that is the rank that holds it; what is cut, and what a rank has too
-much of, is sent to its owner and back (`optimizer/exchange.py`).
+much of, is sent to its owner and back (`sharded/exchange.py`).
 """
 
 from bisect import bisect_right

@@ -12,8 +12,8 @@ from trinity_megatron.model.presets import get_preset, trinity_preset
 from trinity_megatron.optimizer.sharded.buffer_layout import (
     aligned_expert_buffers,
     matrix_aligned_layout,
+    shard_bounds,
 )
-from trinity_megatron.optimizer.sharded.distributed_optimizer import shard_bounds
 from trinity_megatron.optimizer.sharded.ownership import (
     Piece,
     Shard,

@@ -1,0 +1,155 @@
+"""Which ranks hold which parts of the parameters of a distributed optimizer, and share its work."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from trinity_megatron.optimizer.matrix_split import make_stack
+from trinity_megatron.optimizer.muon import Muon
+from trinity_megatron.optimizer.sharded.buffer_layout import shard_bounds
+from trinity_megatron.optimizer.sharded.distributed_optimizer import ShardedOptimizer
+from trinity_megatron.optimizer.sharded.matrix_placement import MatrixPlacement
+from trinity_megatron.optimizer.sharded.ownership import Assignment, Stack
+
+
+@dataclass(frozen=True)
+class ShardedParameters:
+    """Parameters of one distributed optimizer, on all ranks that can share its work.
+
+    All ranks of an optimizer instance can, those of other pipeline stages too: stages differ in
+    what they hold, and all of them step at the same time.
+
+    Attributes:
+        muon: The optimizer of this rank's shards.
+        group: The ranks.
+        ranks: Their numbers in the world, in the order of ``group``.
+        stacks: Parameters of all stages, with places in ``group`` for ranks.
+        tensors: This rank's shard of each, flat; None where it holds nothing.
+    """
+
+    muon: Muon
+    group: ProcessGroup
+    ranks: list[int]
+    stacks: list[Stack]
+    tensors: list[Tensor | None]
+
+    @property
+    def rank(self) -> int:
+        """This rank in the group."""
+        return self.ranks.index(torch.distributed.get_rank())
+
+    @property
+    def state_bytes(self) -> int:
+        """Masters and momentum of this rank."""
+        itemsize = 4 + self.muon.momentum_dtype.itemsize
+        return sum(tensor.numel() * itemsize for tensor in self.tensors if tensor is not None)
+
+    def place(self, assignment: Assignment) -> None:
+        """Hand the shards and the owners of their matrices to the optimizer."""
+        placement = MatrixPlacement(
+            stacks=self.stacks,
+            tensors=self.tensors,
+            assignment=assignment,
+            device=torch.device(torch.cuda.current_device()),
+            group=self.group,
+            rank=self.rank,
+        )
+        self.muon.place([placement])
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What the ranks of one pipeline stage hold.
+
+    Attributes:
+        shard_ranks: For each tensor-parallel rank, the ranks of its data-parallel shards.
+        stacks: Parameters of the stage, with ranks of the world.
+    """
+
+    shard_ranks: list[list[int]]
+    stacks: list[Stack]
+
+
+def find_sharded_parameters(
+    part: ShardedOptimizer, groups: ProcessGroupCollection, timeout: timedelta
+) -> ShardedParameters:
+    """Exchange with the other ranks what each of them holds.
+
+    Every rank of the world calls it for the same optimizers in the same order.
+
+    Args:
+        part: Around a `Muon`.
+        groups: Megatron's groups.
+        timeout: Of the group, where it has to be made.
+
+    Raises:
+        ValueError: The attributes of a parameter contradict its shape.
+    """
+    own_ranks = torch.distributed.get_process_group_ranks(part.data_parallel_group)
+    shard_ranks = gather_objects(own_ranks, groups.expt_tp if part.is_expert else groups.tp)
+    shards = _shards_by_parameter(part)
+    stacks, tensors = [], []
+    for buffer in part.buffers:
+        for param, (start, _, bucket) in buffer.param_index_map.items():
+            bounds = buffer.bucket_indices[bucket]
+            holders = shard_bounds(start, param.numel(), bounds, shard_ranks)
+            stacks.append(make_stack(param, param.shape, holders))
+            tensors.append(shards.get(param))
+    stages: list[_Stage] = gather_objects(_Stage(shard_ranks, stacks), groups.pp)
+    ranks = sorted({rank for stage in stages for table in stage.shard_ranks for rank in table})
+    places = {rank: place for place, rank in enumerate(ranks)}
+    stages_before = stages[: groups.pp.rank()]
+    stages_after = stages[groups.pp.rank() + 1 :]
+    return ShardedParameters(
+        muon=part.optimizer,
+        group=_make_group(ranks, part.data_parallel_group, timeout),
+        ranks=ranks,
+        stacks=[stack.renumbered(places) for stage in stages for stack in stage.stacks],
+        tensors=[*_nothing(stages_before), *tensors, *_nothing(stages_after)],
+    )
+
+
+def _nothing(stages: list[_Stage]) -> list[None]:
+    """What this rank holds of the parameters of other stages."""
+    return [None for stage in stages for _ in stage.stacks]
+
+
+def _shards_by_parameter(part: ShardedOptimizer) -> dict[Tensor, Tensor]:
+    """This rank's fp32 shard of every model parameter of which it holds a part."""
+    shards: dict[Tensor, Tensor] = {}
+    for model_groups, shard_groups in (
+        (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+        (part.model_fp32_groups, part.shard_fp32_groups),
+    ):
+        for models, masters in zip(model_groups, shard_groups, strict=True):
+            shards.update(zip(models, masters, strict=True))
+    return shards
+
+
+def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
+    """Return the value of every rank of the group."""
+    values: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def _make_group(ranks: list[int], data_parallel: ProcessGroup, timeout: timedelta) -> ProcessGroup:
+    """The group of these ranks; every rank of the world calls it, with its own ranks."""
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    ranks_of_all = gather_objects(ranks, world)
+    own = torch.distributed.get_process_group_ranks(data_parallel)
+    if all(len(some) == len(own) for some in ranks_of_all):
+        return data_parallel  # neither tensor nor pipeline parallelism: Megatron has the group
+    found = None
+    for some in sorted({tuple(some) for some in ranks_of_all}):
+        group = torch.distributed.new_group(list(some), timeout=timeout)
+        if list(some) == ranks:
+            found = group
+    assert found is not None
+    return found
