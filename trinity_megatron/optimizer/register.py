@@ -195,8 +195,8 @@ _ADAM_PARAMETERS = ParamKey(
 def finish_muon_arguments(args: Any) -> None:
     """Undo what Megatron's checks turned ``--use-distributed-optimizer`` into for Muon.
 
-    They replace it by its layer-wise optimizer; see `optimizer/sharded/distributed_optimizer.py`
-    for why not that.
+    They replace it by its layer-wise optimizer; see `optimizer/sharded/optimizer_chain.py` for why
+    not that.
 
     Args:
         args: Megatron's arguments after ``validate_args``.
