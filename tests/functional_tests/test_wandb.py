@@ -16,7 +16,7 @@ from tests.functional_tests.launch import NARROW, ROOT, SMALL, environment
 from trinity_megatron.model.presets import trinity_preset
 from trinity_megatron.planner.flops import training_flops_per_token
 from trinity_megatron.telemetry.tensorboard_log import RunLog
-from trinity_megatron.telemetry.wandb_run import read_records
+from trinity_megatron.telemetry.wandb_file import read_records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
