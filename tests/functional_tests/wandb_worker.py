@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.functional_tests.worker import run_rank
+from trinity_megatron.process.helpers import own_helpers
 
 WAIT_SECONDS = 60
 
@@ -31,6 +32,7 @@ def run_child(job: dict[str, Any]) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(job["environment"])
+    own_helpers()  # those of Megatron's asynchronous save end with this process
     if job["action"]:
         training.train_step = disturbed(training.train_step, job)
     code = 0

@@ -1,9 +1,10 @@
 """TensorBoard's event files of a run that goes on when they cannot be written."""
 
-import sys
 from typing import Any
 
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from trinity_megatron.process.screen import tell
 
 
 class ForgivingRecordWriter(RecordWriter):
@@ -41,9 +42,8 @@ class ForgivingRecordWriter(RecordWriter):
         except OSError as error:
             self._has_failed = True
             name = getattr(self._file, "filename", "its event file")
-            print(
+            tell(
                 f"WARNING: TensorBoard: {name} cannot be written: {error.strerror or error}. The "
                 "training goes on; what follows is in no report until the next start.",
-                file=sys.stderr,
-                flush=True,
+                is_error=True,
             )

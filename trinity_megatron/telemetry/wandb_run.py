@@ -191,5 +191,9 @@ def first_line(error: BaseException) -> str:
 
 def teardown() -> None:
     """End wandb's process, whatever it answers: SystemExit, too."""
-    with contextlib.suppress(BaseException):
-        sys.modules["wandb"].teardown()
+    wandb: Any = sys.modules.get("wandb")
+    for _ in range(2):  # if the process has died, the first call fails before it logs out
+        with contextlib.suppress(BaseException):
+            wandb.teardown()
+    if wandb is not None:
+        wandb.run = None  # what a dead process leaves would keep the next run from logging in

@@ -8,11 +8,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from megatron.training.utils import print_rank_0
-
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.config import flag_of
 from trinity_megatron.planner.memory import training_memory
+from trinity_megatron.process.screen import tell_once
 from trinity_megatron.training.arguments.parser import trinity_config_from_args
 
 _PROBE_BYTES = 1 << 16
@@ -76,7 +75,7 @@ def check_space(args: argparse.Namespace) -> None:
     )
     if disk.total < needed:
         raise UserError(f"{what}. Remedy: another --out (or --save), on a larger disk.")
-    print_rank_0(f"> WARNING: {what}; the first save will fail unless space is made there")
+    tell_once(f"> WARNING: {what}; the first save will fail unless space is made there")
 
 
 def checkpoint_bytes(args: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from trinity_megatron.process.rank import (
     is_user_error,
     quiet_import_warnings,
 )
+from trinity_megatron.process.screen import tell, tell_once, upstream_output_in
 from trinity_megatron.process.temporary import use_short_temporary_folder
 
 quiet_import_warnings()
@@ -34,7 +35,6 @@ import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import get_wandb_writer, pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
-from megatron.training.utils import print_rank_0  # noqa: E402
 
 from trinity_megatron.checkpoint.hf_assets import inherit_assets, keep_tokenizer  # noqa: E402
 from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads  # noqa: E402
@@ -51,6 +51,7 @@ from trinity_megatron.training.callbacks.end_of_run import ValidationTokens, fin
 from trinity_megatron.training.callbacks.finite_check import FiniteCheck  # noqa: E402
 from trinity_megatron.training.callbacks.hang_watchdog import watch_steps  # noqa: E402
 from trinity_megatron.training.callbacks.oom_report import explain, is_out_of_memory  # noqa: E402
+from trinity_megatron.training.callbacks.progress import Progress  # noqa: E402
 from trinity_megatron.training.callbacks.retention import old_checkpoints_deleted  # noqa: E402
 from trinity_megatron.training.callbacks.save_errors import (  # noqa: E402
     explain_disk_error,
@@ -76,6 +77,7 @@ from trinity_megatron.upstream.registry import check_upstream, replaced  # noqa:
 
 # A run that was stopped may still be ending.
 _PATIENCE_SECONDS = 20
+LOGS_NAME = "logs"
 _WANDB_WRITER = "megatron.training.global_vars:_GLOBAL_WANDB_WRITER"
 
 
@@ -92,10 +94,13 @@ def main() -> None:
         def begin(args: argparse.Namespace) -> None:
             check_exit_signal(args)
             stack.enter_context(_alone_in(args))
+            if args.out and os.environ.get("TRINITY_DEBUG") != "1":
+                log = Path(args.out) / LOGS_NAME / f"rank_{args.rank:05d}.log"
+                stack.enter_context(upstream_output_in(log))
 
         args = parse_trinity_args(begin)
         for line in check_upstream(REGISTRY.values(), allow_changes=args.allow_upstream_changes):
-            print_rank_0(f"> Megatron-Core differs from the one this was written for: {line}")
+            tell_once(f"> Megatron-Core differs from the one this was written for: {line}")
         if ON_CPU:
             stack.enter_context(_training_without_cuda())
         check_folders(args)
@@ -178,9 +183,11 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             enter(watch_steps()),
             enter(save_on_signals(args)),
         ]
+        if args.out:  # else the screen has Megatron's lines
+            callbacks.append(Progress(metrics.latest))
         # The clock of the metrics starts last and stops first; signals are noted first.
         enter(callbacks_in_training_loop([*reversed(callbacks), recorder]))
-        enter(megatron_refusals((ValueError,), lambda: hasattr(args, "curr_iteration")))
+        enter(megatron_refusals((AssertionError, ValueError), lambda: hasattr(args, "curr_iteration")))
         yield
 
 
@@ -202,7 +209,7 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
         yield
         return
     lock = FileLock(Path(args.out) / ".lock")
-    new = [path for path in (Path(args.out), *Path(args.out).parents) if not path.exists()]
+    new = [path for path in (Path(args.out), *Path(args.out).parents) if _is_new(path)]
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=_PATIENCE_SECONDS)
@@ -228,17 +235,22 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
         lock.release()
 
 
+def _is_new(folder: Path) -> bool:
+    """Whether a folder is missing, or has only what other ranks of this start have made."""
+    return not folder.exists() or {path.name for path in folder.iterdir()} == {LOGS_NAME}
+
+
 def _say_once(message: str) -> None:
     """Print an error that most likely every rank met.
 
-    The first rank to exit makes torchrun stop the others: the others leave the word to rank 0 and
-    speak only if they are still there after it had its time.
+    The first rank to exit makes torchrun stop the others.  Other ranks wait 10 s so that rank 0
+    reports first.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(10)
         message = f"[rank {rank}] {message}"
-    print(message, file=sys.stderr, flush=True)
+    tell(message, is_error=True)
 
 
 def run() -> None:

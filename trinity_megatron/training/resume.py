@@ -20,6 +20,7 @@ from trinity_megatron.data.manifest import DataManifest
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.config import ARGUMENT_DEST, MODEL_FIELDS, SHAPE_FIELDS
 from trinity_megatron.model.hf_config import plain
+from trinity_megatron.process.screen import tell
 from trinity_megatron.training.arguments.schedule import BatchSizes
 from trinity_megatron.training.datasets.data_identity import check_data
 
@@ -123,7 +124,7 @@ def mend_tracker(folder: Path) -> None:
         draft.write_text(str(newest))
         os.replace(draft, tracker)
         was = "was not there" if word is None else f"said {word!r}"
-        print(f"> {tracker} {was}; it names the newest complete checkpoint now: {newest}")
+        tell(f"> {tracker} {was}; it names the newest complete checkpoint now: {newest}")
     elif word is not None:
         raise UserError(
             f"{tracker} says {word!r}, and no complete checkpoint lies beside it. Remedy: another "
@@ -213,7 +214,7 @@ def check_model(saved: object, args: argparse.Namespace, *, flag: str) -> None:
     shapes = {ARGUMENT_DEST.get(name, name) for name in SHAPE_FIELDS}
     if different and starts_anew and not shapes & set(different):
         for name, (before, now) in different.items():  # a context extension changes some
-            print(f"> {name} is {now!r}; {flag} was saved with {before!r}")
+            tell(f"> {name} is {now!r}; {flag} was saved with {before!r}")
     elif different:
         what = ", ".join(f"{name} {before!r}" for name, (before, _) in different.items())
         given = ", ".join(f"{now!r}" for _, now in different.values())

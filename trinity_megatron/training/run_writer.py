@@ -78,6 +78,11 @@ class RunWriter(SummaryWriter):
         """
         super().add_text(tag, text_string, (global_step or 0) + 1, *args)
 
+    def latest_validation(self) -> dict[str, float]:
+        """Losses of the latest evaluation, by name."""
+        losses = {tag: value for tag, (value, _) in self._held.items() if "ppl" not in tag}
+        return {tag: float(value) for tag, value in losses.items()}
+
     def release(self) -> None:
         """Write the latest validation, unless an earlier start has it of the same step."""
         held, self._held = self._held, {}

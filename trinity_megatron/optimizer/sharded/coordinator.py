@@ -16,6 +16,7 @@ from trinity_megatron.optimizer.sharded.sharded_parameters import (
     find_sharded_parameters,
     gather_objects,
 )
+from trinity_megatron.process.screen import tell
 
 
 class MuonCoordinator:
@@ -91,9 +92,8 @@ def _assign_owners(dense: ShardedParameters | None, experts: ShardedParameters |
 
 
 def _report(owners: _Owners, loads: np.ndarray, state_bytes: int) -> None:
-    print(
+    tell(
         f"> Muon: {sum(len(assignment.matrices) for assignment in owners)} matrices owned by "
         f"{len(loads)} ranks, the busiest with {loads.max() / loads.mean():.3f} times the mean "
-        f"work; masters and momentum of this rank: {state_bytes / 2**20:,.1f} MiB",
-        flush=True,
+        f"work; masters and momentum of this rank: {state_bytes / 2**20:,.1f} MiB"
     )

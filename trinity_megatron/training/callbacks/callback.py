@@ -71,6 +71,9 @@ class Callback:
     def on_evaluation_start(self) -> None:
         """Run before an evaluation on the validation or test set."""
 
+    def on_evaluation_end(self) -> None:
+        """Run after an evaluation whose losses are logged."""
+
 
 @contextmanager
 def callbacks_in_training_loop(callbacks: Sequence[Callback]) -> Iterator[None]:
@@ -86,7 +89,7 @@ def callbacks_in_training_loop(callbacks: Sequence[Callback]) -> Iterator[None]:
             ("train_step", _around_step),
             ("save_checkpoint", _around_save),
             ("maybe_finalize_async_save", _around_finalize),
-            ("evaluate_and_print_results", _before_evaluation),
+            ("evaluate_and_print_results", _around_evaluation),
         ):
             stack.enter_context(replaced(f"{loop}:{name}", make(callbacks)))
         yield
@@ -162,12 +165,15 @@ def _around_finalize(callbacks: Sequence[Callback]) -> _Make:
     return make
 
 
-def _before_evaluation(callbacks: Sequence[Callback]) -> _Make:
+def _around_evaluation(callbacks: Sequence[Callback]) -> _Make:
     def make(evaluate: _Function) -> _Function:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             for callback in callbacks:
                 callback.on_evaluation_start()
-            return evaluate(*args, **kwargs)
+            result = evaluate(*args, **kwargs)
+            for callback in reversed(callbacks):
+                callback.on_evaluation_end()
+            return result
 
         return wrapper
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from megatron.training import (
 from megatron.training.utils import is_last_rank
 
 from trinity_megatron.data.unigram import unigram_entropy
+from trinity_megatron.process.screen import tell
 from trinity_megatron.telemetry.tensorboard_log import RunLog
 from trinity_megatron.training.datasets.splits import split_sources
 
@@ -128,12 +128,12 @@ def attempt[Value](what: str, make: Callable[[], Value], remedy: str = "") -> Va
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         _say(f"{what} is not made: {reason}{remedy and '; '}{remedy}")
         if not isinstance(error, OSError | MemoryError | torch.OutOfMemoryError):
-            traceback.print_exc()
+            tell(traceback.format_exc(), is_error=True)
         return None
 
 
 def _say(message: str) -> None:
-    print(f"> {message}", file=sys.stderr, flush=True)
+    tell(f"> {message}", is_error=True)
 
 
 def _report_again(args: argparse.Namespace) -> str:
@@ -176,7 +176,7 @@ def _finish_on_last_rank(
         lines.append(f"Expert load           {report.verdict.headline}")
     if text:
         lines += ["", "A held-out prompt and the model's continuation:", "", *text]
-    print("\n".join(lines) + "\n", flush=True)
+    tell("\n".join(lines) + "\n")
 
 
 def _make_report(

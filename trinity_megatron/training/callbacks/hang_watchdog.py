@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron.training import get_args
 
+from trinity_megatron.process.screen import tell
 from trinity_megatron.training.callbacks.callback import Callback
 
 # Source: report section 3.3, an alarm if no step completes within three minutes.
@@ -79,7 +80,7 @@ class HangWatchdog(Callback):
         )
         if self._rank == 0 or not waits:
             where = f"; stacks of all ranks in {self._folder}" if self._folder else ""
-            print(f"{message}{where}", file=sys.stderr, flush=True)
+            tell(f"{message}{where}", is_error=True)
         if self._folder is None:
             return
         try:
@@ -88,7 +89,7 @@ class HangWatchdog(Callback):
                 print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=file, flush=True)
                 faulthandler.dump_traceback(file)
         except OSError as error:
-            print(f"rank {self._rank}: no stacks written ({error})", file=sys.stderr, flush=True)
+            tell(f"rank {self._rank}: no stacks written ({error})", is_error=True)
 
 
 @contextmanager

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron.training import get_args
-from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trinity_megatron.checkpoint.save_worker import write_or_say
 from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
 from trinity_megatron.checkpoint.torch_dist.tracker import iteration_name, read_tracker
 from trinity_megatron.errors import UserError
+from trinity_megatron.process.screen import tell_once
 from trinity_megatron.training.callbacks.callback import Callback
 from trinity_megatron.training.preflight import checkpoint_bytes, format_bytes
 from trinity_megatron.training.resume import mend_tracker
@@ -71,7 +71,7 @@ class SaveErrors(Callback):
         args = get_args()
         is_loaded = iteration == args.iteration and not args.finetune
         if is_loaded and args.load and Path(args.load).resolve() == Path(args.save).resolve():
-            print_rank_0(f"> step {iteration} is saved already")
+            tell_once(f"> step {iteration} is saved already")
             return False
         return True
 

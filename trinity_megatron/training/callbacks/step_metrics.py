@@ -41,16 +41,25 @@ from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, LAYER_NUMBERS_T
 from trinity_megatron.training.callbacks.callback import Callback
 from trinity_megatron.upstream.registry import replaced
 
+# torch 2.13 has renamed it, and warns of the old name.
+_all_gather = getattr(
+    torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor
+)
+
 
 class StepMetrics(Callback):
     """Collects and writes the metrics of the steps of one training.
 
     Args:
         config: Of the model.
+
+    Attributes:
+        latest: The scalars that were written last, by name; empty on ranks that write none.
     """
 
     def __init__(self, config: TrinityConfig) -> None:
         self.config = config
+        self.latest: dict[str, float] = {}
         self._statistics = statistics_of(config)
         self._update: BiasUpdate | None = None
         self._idle_steps: torch.Tensor | None = None
@@ -164,6 +173,7 @@ class StepMetrics(Callback):
             numbers, counts, bias, momentum, idle = layers
             scalars.update(routing_metrics(counts, bias, momentum, idle))
             self._write_tensors(writer, numbers, counts, bias, iteration)
+        self.latest.update(scalars)
         for name, value in scalars.items():
             writer.add_scalar(name, value, iteration)
         if wandb_writer:
@@ -311,7 +321,7 @@ def _exchange(
     everyone = own
     if ranks > 1:
         everyone = own.new_empty(ranks * own.numel())
-        torch.distributed.all_gather_into_tensor(everyone, own)
+        _all_gather(everyone, own)
     everyone = everyone.cpu().view(ranks, -1)
     sizes = [statistics.numel(), losses.numel(), squares.numel(), 1]
     seen, lost, norms, places = everyone.split(sizes, dim=1)

@@ -19,6 +19,7 @@ from megatron.core.datasets.utils import normalize
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from trinity_megatron.errors import UserError
+from trinity_megatron.process.screen import tell
 
 # Files up to this size are read whole, larger ones in blocks that are spread evenly.
 _WHOLE_BYTES = 64 * 2**20
@@ -169,7 +170,7 @@ def check_data(saved: object, step: int | None, args: argparse.Namespace) -> Non
     what = "; ".join(line for name in (_ALL, _TRAIN) for line in changed.pop(name, []))
     passed = f"the first {consumed} sequences of its order, as many as the run has read, are passed"
     if _begins_phase(step, args):
-        print(f"> a phase ends with step {step}; the next one reads its data from their start")
+        tell(f"> a phase ends with step {step}; the next one reads its data from their start")
     elif what and not args.allow_data_change:
         raise UserError(
             f"--load {args.load} was trained on other data: {what}. Remedy: the data of that run; "
@@ -177,9 +178,9 @@ def check_data(saved: object, step: int | None, args: argparse.Namespace) -> Non
             f"these: a new order begins, and {passed} over."
         )
     elif what:
-        print(f"> the training data have changed: {what}. A new order begins; {passed} over")
+        tell(f"> the training data have changed: {what}. A new order begins; {passed} over")
     for name, lines in changed.items():
-        print(f"> the {name} data have changed: {'; '.join(lines)}")
+        tell(f"> the {name} data have changed: {'; '.join(lines)}")
     _say_other_order(saved, args)
 
 
@@ -233,7 +234,7 @@ def _say_other_order(saved: object, args: argparse.Namespace) -> None:
     for name in ("seed", "seq_length"):
         before, now = getattr(saved, name, None), getattr(args, name)
         if before is not None and before != now:
-            print(
+            tell(
                 f"> {name} is {now} and was {before}: the data have another order, in which a part "
                 "of what was read comes again before the rest"
             )
@@ -249,7 +250,7 @@ def _say_old_order(saved: object, args: argparse.Namespace, now: Identity) -> No
             continue  # not known, or never repeated
         has = item["tokens"] * item.get("split", [1])[0]
         if samples * (item["weight"] or 1) * args.seq_length >= has:
-            print(
+            tell(
                 "> the checkpoint is of an earlier release, which shuffled all epochs of a run "
                 "together; from here on each epoch has its own order, so of the present one a part "
                 "comes again and another not at all"

@@ -16,9 +16,10 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
-from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from trinity_megatron.errors import UserError
+from trinity_megatron.process.screen import tell_once
 
 _NAMES = ("train", "valid", "test")
 _SPLIT_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path")
@@ -195,7 +196,7 @@ def _say_repeated(args: argparse.Namespace, sources: list[Source]) -> None:
     asked = args.eval_iters * (args.eval_global_batch_size or args.global_batch_size or 0)
     held = sum(source.num_sequences(args.seq_length) for source in sources)
     if asked > held:
-        print_rank_0(
+        tell_once(
             f"> an evaluation reads {asked} sequences (--eval-iters {args.eval_iters}), and the "
             f"validation set has {held}: some are read more than once"
         )
