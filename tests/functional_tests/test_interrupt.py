@@ -50,7 +50,7 @@ def wait_for_steps(process: subprocess.Popen, count: int) -> None:
     """Read what the run prints until it has made so many steps."""
     assert process.stdout is not None
     for line in process.stdout:
-        if b" iteration " in line and f"{count}/".encode() in line.replace(b" ", b""):
+        if line.replace(b" ", b"").startswith(f"step{count}/".encode()):
             return
     raise AssertionError("the run has ended by itself")
 

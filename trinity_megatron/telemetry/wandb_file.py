@@ -1,7 +1,8 @@
 """The last step in a .wandb file, from which a killed offline run is continued.
 
-wandb has no public way to tell what such a run has written.  Its process dies with the training, so
-the rows of our journal may be ahead of its file; a row that is sent twice would be two rows of a step.
+wandb has no public way to tell what such a run has written.  Its process dies with the training,
+so the rows of our journal may be ahead of its file, and a row that is sent twice would give the
+step two rows.
 """
 
 import contextlib

@@ -187,7 +187,9 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             callbacks.append(Progress(metrics.latest))
         # The clock of the metrics starts last and stops first; signals are noted first.
         enter(callbacks_in_training_loop([*reversed(callbacks), recorder]))
-        enter(megatron_refusals((AssertionError, ValueError), lambda: hasattr(args, "curr_iteration")))
+        enter(
+            megatron_refusals((AssertionError, ValueError), lambda: hasattr(args, "curr_iteration"))
+        )
         yield
 
 
