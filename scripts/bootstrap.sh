@@ -145,10 +145,46 @@ make_venv() {
     "$python" -m venv "$VENV"
 }
 
+# Prints assignments for uv, which does not read pip's configuration files and variables.
+uv_settings() {
+    "$VENV/bin/python" -m pip config list 2>/dev/null | awk -F "='" '
+        BEGIN {
+            uv["index-url"] = "UV_DEFAULT_INDEX"; uv["extra-index-url"] = "UV_INDEX"
+            uv["find-links"] = "UV_FIND_LINKS"; uv["constraint"] = "UV_CONSTRAINT"
+            uv["cert"] = "SSL_CERT_FILE"
+        }
+        {
+            name = $1; sub(/.*[.]/, "", name); sub(/\047$/, "", $2)
+            # Variables (":env:") come before files, and override them.
+            if (name in uv && !(name in seen) && $2 !~ /\047/) {
+                seen[name] = 1; print uv[name] "=\047" $2 "\047"
+            }
+        }'
+}
+
+# uv downloads and unpacks on all cores, in a third of pip's time.  Fails where uv cannot be had, or
+# where it cannot do what pip can.
+install_with_uv() {
+    uv=$(command -v uv) || {
+        "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet uv || return 1
+        uv=$VENV/bin/uv
+    }
+    (
+        settings=$(uv_settings)
+        set -a
+        eval "$settings"
+        # As pip does: the best version of all indexes.
+        UV_INDEX_STRATEGY=unsafe-best-match
+        set +a
+        "$uv" pip install --python "$VENV/bin/python" -e '.[test]'
+    )
+}
+
 install() {
     : >"$UNFINISHED"
     rm -f "$STAMP"
-    "$VENV/bin/python" -m pip install --disable-pip-version-check -e '.[test]' || {
+    install_with_uv || "$VENV/bin/python" -m pip install --disable-pip-version-check \
+        -e '.[test]' || {
         echo "bootstrap: pip could not install the packages; its message is above. Remedy: see to" \
             "the network and to free disk space ($((SPACE_NEEDED_KB / 1000000)) GB), then call" \
             "this again." >&2

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = "sh awk cat cksum df dirname env grep head mkdir rm sed ln cp chmod touch".split()
+TOOLS = (
+    *("sh", "awk", "cat", "cksum", "df", "dirname", "env", "grep", "head", "mkdir", "rm", "sed"),
+    *("ln", "cp", "chmod", "touch"),
+)
 CANDIDATES = ("python3.12", "python3.13", "python3.14", "python3")
 PYENV_SHIM = 'echo "pyenv: $(basename "$0"): command not found" >&2; exit 127'
 
@@ -25,8 +28,11 @@ case "$1 $2" in
         cp "$here" "$3/bin/python"
         ;;
     "-m pip")
-        echo "pip $*" >>"$LOG"
-        exit "${PIP_EXIT_CODE:-0}"
+        case "$*" in
+            *" config list") printf '%s\n' "$PIP_CONFIGURATION" ;;
+            *" uv") [ -z "$UV_SCRIPT" ] || cp "$UV_SCRIPT" "${here%/*}/uv" ;;
+            *) echo "pip $*" >>"$LOG"; exit "${PIP_EXIT_CODE:-0}" ;;
+        esac
         ;;
 esac
 """
@@ -70,7 +76,7 @@ class Checkout:
         )
 
     def take_log(self) -> list[str]:
-        """What the fake Pythons were told since the last call: ``venv`` and ``pip``."""
+        """What the fakes were told since the last call: ``venv``, ``pip`` and ``uv``."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
         return [line.split()[0] for line in lines]
@@ -167,6 +173,49 @@ def test_changed_requirements_are_installed_into_the_environment(checkout: Check
     assert checkout.take_log() == ["pip"]
     checkout.bootstrap()
     assert checkout.take_log() == []
+
+
+FAKE_UV = """#!/bin/sh
+echo "uv $*" >>"$LOG"
+env | grep '^UV_' >>"$LOG"
+exit "${UV_EXIT_CODE:-0}"
+"""
+
+
+@pytest.fixture
+def uv(checkout: Checkout) -> Path:
+    checkout.add_python("python3.12")
+    return checkout.add_program(checkout.path / "fake_uv", FAKE_UV)
+
+
+def test_uv_installs_with_the_settings_of_pip(checkout: Checkout, uv: Path) -> None:
+    configuration = """:env:.index-url='https://mirror/simple'
+global.index-url='https://other/simple'
+global.constraint='/etc/a folder/constraints.txt'
+global.timeout='5'"""
+    result = checkout.bootstrap(UV_SCRIPT=str(uv), PIP_CONFIGURATION=configuration)
+    assert result.returncode == 0, result.stderr
+    log = checkout.log.read_text().splitlines()
+    assert log[0] == "venv" and log[1].startswith("uv pip install --python .venv/bin/python -e")
+    assert set(log[2:]) == {
+        "UV_DEFAULT_INDEX=https://mirror/simple",
+        "UV_CONSTRAINT=/etc/a folder/constraints.txt",
+        "UV_INDEX_STRATEGY=unsafe-best-match",
+        f"UV_SCRIPT={uv}",
+    }
+
+
+def test_pip_installs_where_uv_fails(checkout: Checkout, uv: Path) -> None:
+    result = checkout.bootstrap(UV_SCRIPT=str(uv), UV_EXIT_CODE="1")
+    assert result.returncode == 0, result.stderr
+    names = [name for name in checkout.take_log() if not name.startswith("UV_")]
+    assert names == ["venv", "uv", "pip"]
+
+
+def test_uv_of_the_machine_is_used(checkout: Checkout, uv: Path) -> None:
+    uv.rename(checkout.tools / "uv")
+    assert checkout.bootstrap().returncode == 0
+    assert [name for name in checkout.take_log() if not name.startswith("UV_")] == ["venv", "uv"]
 
 
 def test_failed_install_is_reported_and_made_anew(checkout: Checkout) -> None:
