@@ -7,7 +7,7 @@ ARGS   ?=
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint gpu-check clean
+.PHONY: help setup train test test-all lint gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -21,8 +21,11 @@ train: setup ## prepare the data and train (tiny preset, on the CPU if there is 
 	$(BIN)/trinity-megatron train --preset $(PRESET) --data $(DATA) --out $(OUT) \
 		$(if $(NPROC),--nproc $(NPROC)) $(ARGS)
 
-test: setup ## all tests that need no GPU
+test: setup ## the tests that need no GPU; of what is repeated in many layouts a sample
 	$(BIN)/python -m pytest tests -m "not gpu and not te" -n 2 --dist loadfile $(ARGS)
+
+test-all: setup ## the same with every layout, signal and kill (an hour)
+	TRINITY_TESTS=all $(MAKE) test
 
 lint: setup ## style and types
 	$(BIN)/ruff check .

@@ -14,6 +14,8 @@ from trinity_megatron.launch.local import count_cuda_devices
 from trinity_megatron.telemetry.tensorboard_log import RunLog
 
 ROOT = Path(__file__).resolve().parents[2]
+# ``make test`` takes a sample of what is repeated in many layouts, ``make test-all`` everything.
+TAKES_ALL = os.environ.get("TRINITY_TESTS") == "all"
 # Small enough for a tenth of a second a step, and still three MoE layers with 32 experts each.
 NARROW = (
     "--hidden-size 128 --ffn-hidden-size 384 --kv-channels 16 --moe-ffn-hidden-size 32 "
@@ -26,6 +28,13 @@ SHORT = (
 ).split()
 SMALL = [*SHORT, *NARROW]
 ADAM = "--optimizer adam --lr 3e-3 --decoupled-lr 3e-3".split()
+only_in_all = pytest.mark.skipif(not TAKES_ALL, reason="a part of make test-all")
+
+
+def sampled[Key, Value](table: dict[Key, Value], *names: Key) -> dict[Key, Value]:
+    """The entries of these names, in the order of the table; all of them in ``make test-all``."""
+    assert set(names) <= set(table)
+    return {name: value for name, value in table.items() if TAKES_ALL or name in names}
 
 
 @dataclass(frozen=True)

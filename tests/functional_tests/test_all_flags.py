@@ -20,7 +20,7 @@ from tests.functional_tests.flag_table import Trial, load_trials
 pytestmark = pytest.mark.slow  # imports megatron.training, trains
 
 # What is tried in each run of the tests: of each kind, drawn once.
-NUM_SAMPLED = 24
+NUM_SAMPLED = 12
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional_tests.launch import SMALL, environment
+from tests.functional_tests.launch import SMALL, environment, only_in_all
 from trinity_megatron.launch.local import count_cuda_devices
 from trinity_megatron.telemetry.tensorboard_log import RunLog
 
@@ -58,10 +58,10 @@ def wait_for_steps(process: subprocess.Popen, count: int) -> None:
 @pytest.mark.parametrize(
     ("ranks", "signum", "flags", "to"),
     [
-        (1, signal.SIGTERM, "", "launcher"),
+        pytest.param(1, signal.SIGTERM, "", "launcher", marks=only_in_all),
         (2, signal.SIGINT, "", "group"),
         (2, signal.SIGUSR1, "--exit-signal SIGUSR1 --save-interval 2", "launcher"),
-        (2, signal.SIGTERM, "--exit-signal SIGUSR2", "rank"),
+        pytest.param(2, signal.SIGTERM, "--exit-signal SIGUSR2", "rank", marks=only_in_all),
     ],
     ids=["one-rank", "ctrl-c", "exit-signal-after-a-save", "to-one-rank-only"],
 )
@@ -149,7 +149,9 @@ def test_hang_up_is_ignored_under_nohup(data: Path, tmp_path: Path) -> None:
     ("flags", "words"),
     [
         ("--exit-signal SIGKILL", "--exit-signal SIGKILL cannot be handled"),
-        ("--exit-signal SIGSTOP", "--exit-signal SIGSTOP cannot be handled"),
+        pytest.param(
+            *("--exit-signal SIGSTOP", "--exit-signal SIGSTOP cannot be handled"), marks=only_in_all
+        ),
     ],
 )
 def test_signal_that_would_not_save_is_refused(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.functional_tests.launch import Job, train
+from tests.functional_tests.launch import Job, sampled, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -27,7 +27,7 @@ ETP2, ETP1 = "--expert-tensor-parallel-size 2", "--expert-tensor-parallel-size 1
 PACKED = "--dataloader-inter-document-masking"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn moe"
-WORLDS = {
+ALL_WORLDS = {
     1: {
         "micro_batch_1": "--micro-batch-size 1",  # 8 accumulations
         "micro_batch_8": "--micro-batch-size 8",
@@ -63,6 +63,15 @@ WORLDS = {
         "tp2_pp2_ep2_recompute": f"{TP2} {PP2} {EP2} {RECOMPUTE}",
         "ep8": "--expert-model-parallel-size 8 --micro-batch-size 1",
     },
+}
+SAMPLE = (
+    *("micro_batch_1", "padded_packed", "bf16_recompute", "vpp", "tp2_packed", "cp2_padded"),
+    *("ep2_bf16_distributed", "tp2_ep2_etp1", "pp2_ep2", "tp2_cp2"),
+)
+WORLDS = {
+    ranks: chosen
+    for ranks, jobs in ALL_WORLDS.items()
+    if (chosen := sampled(jobs, *(name for name in SAMPLE if name in jobs)))
 }
 CASES = [(ranks, name) for ranks, jobs in WORLDS.items() for name in jobs]
 

@@ -135,11 +135,11 @@ def quiet_import_warnings() -> None:
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
 
 
 def quiet_megatron() -> None:
     """Silence Megatron's news too, for commands that are no training."""
     quiet_import_warnings()
     warnings.filterwarnings("ignore", module=r"torch\.distributed")
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
