@@ -28,12 +28,25 @@ def run(folder: Path, ranks: int, *flags: str) -> subprocess.CompletedProcess[st
     )
 
 
+def check_screen(ended: subprocess.CompletedProcess[str], log: Path) -> None:
+    """One line a step beside at most 40, and upstream's output in the log."""
+    lines = ended.stdout.splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    assert len(steps) == 2 and all("MaxVio" in line for line in steps), ended.stdout
+    assert len(lines) - len(steps) <= 40 and not ended.stderr, ended.stdout + ended.stderr
+    assert max(map(len, steps)) < 100
+    text = log.read_text()
+    assert "iteration        2/       4" in text and "lm loss" in text
+    assert not any("iteration " in line or "WARNING" in line for line in lines)
+
+
 def test_a_run_that_moves(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     shutil.copytree(data, here / "data")
     first = run(here, 1, "--train-iters", "4", "--exit-interval", "2")
     assert first.returncode == 0, first.stdout + first.stderr
+    check_screen(first, here / "run" / "logs" / "rank_00000.log")
 
     # The run alone, without its data.
     there.mkdir()

@@ -4,7 +4,6 @@ It is built beside its final place, part by part, and renamed at the end.  What 
 conversion has finished is taken up again; after an error nothing is left.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -85,6 +85,7 @@ class Staging:
         self._fingerprint = json.dumps(fingerprint)
         self._num_bytes = num_bytes
         self._stop = threading.Event()
+        self._lock = FileLock(self._root / _LOCK)
 
     def __enter__(self) -> "Staging":
         self._root.mkdir(parents=True, exist_ok=True)
@@ -94,11 +95,9 @@ class Staging:
                 f"{self._root}, where the work would be done, holds {', '.join(sorted(foreign))}, "
                 "which is not ours. Remedy: move it away, or name another target."
             )
-        self._lock = (self._root / _LOCK).open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
             raise UserError(f"{self._root} is in use: another conversion is writing it.") from error
         source = self._root / _FINGERPRINT
         self.resumed = source.is_file() and source.read_text() == self._fingerprint
@@ -127,7 +126,7 @@ class Staging:
             self._commit()
         elif issubclass(kind, Exception):
             self._discard()
-        self._lock.close()
+        self._lock.release()
 
     def _check_room(self) -> None:
         free = shutil.disk_usage(self._root).free
@@ -207,7 +206,7 @@ class Staging:
 
     def _discard(self) -> None:
         shutil.rmtree(self._root, ignore_errors=True)
-        self._lock.close()
+        self._lock.release()
 
 
 def _write_marker(marker: Path, result: Any) -> None:

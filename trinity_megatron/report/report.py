@@ -1,11 +1,8 @@
 """The report of a run: one HTML page with everything embedded, and its pictures as PNG files."""
 
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
-from os import SEEK_CUR
 from pathlib import Path
 
 from trinity_megatron.errors import MissingInputError, UserError
@@ -18,16 +15,9 @@ from trinity_megatron.report.page import DrawnPicture, render_page
 from trinity_megatron.report.pictures import PICTURES, Picture
 from trinity_megatron.telemetry.tensorboard_log import EVENT_FILES, RunLog
 
-__all__ = ["Report", "draw_expert_load", "draw_loss", "report_run", "run_period", "write_report"]
+__all__ = ["Report", "draw_expert_load", "draw_loss", "report_run", "write_report"]
 
 PAGE_NAME = "report.html"
-
-# A record of an event file begins with the length of the event (uint64), a checksum (uint32), and
-# the first field of the event: its protobuf key (field 1, 64 bits) and the wall time (float64).
-_RECORD_START = struct.Struct("<QIBd")
-_WALL_TIME_KEY = 1 << 3 | 1
-_WALL_TIME_BYTES = 9
-_CHECKSUM_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -130,12 +120,12 @@ def report_run(run_dir: Path | str, out: Path | str | None = None) -> Report:
         UserError: ``out`` is a file.
     """
     run_dir = Path(run_dir)
-    events = find_events(run_dir)
+    log = RunLog(find_events(run_dir))
     return write_report(
-        RunLog(events),
+        log,
         run_dir / "report" if out is None else out,
         title=run_dir.resolve().name,
-        period=run_period(events),
+        period=log.period(),
     )
 
 
@@ -152,30 +142,3 @@ def find_events(run_dir: Path) -> Path:
         f"RUN_DIR {run_dir} has no TensorBoard event file, neither itself nor in its folder "
         "tensorboard. Remedy: give the folder that train --out (or --tensorboard-dir) wrote."
     )
-
-
-def run_period(tensorboard_dir: Path) -> tuple[datetime, datetime] | None:
-    """When the first and the last event of a run were written, in UTC; None without events."""
-    times: list[float] = []
-    for path in tensorboard_dir.glob(EVENT_FILES):
-        times.extend(_event_times(path))
-    if not times:
-        return None
-    return datetime.fromtimestamp(min(times), UTC), datetime.fromtimestamp(max(times), UTC)
-
-
-def _event_times(path: Path) -> Iterator[float]:
-    """Wall time of each event in seconds.
-
-    Only the first 9 bytes of an event are read, because events with tensors are large.  Source:
-    TFRecord format (length, its checksum, event, its checksum) and event.proto (``wall_time``).
-    """
-    file_size = path.stat().st_size
-    with path.open("rb") as file:
-        while len(start := file.read(_RECORD_START.size)) == _RECORD_START.size:
-            length, _, key, wall_time = _RECORD_START.unpack(start)
-            if length > file_size:  # damaged: the length is not one
-                return
-            if key == _WALL_TIME_KEY:
-                yield wall_time
-            file.seek(length - _WALL_TIME_BYTES + _CHECKSUM_BYTES, SEEK_CUR)

@@ -1,6 +1,7 @@
 """Read a run's TensorBoard files: the one record from which tests, reports and pictures draw."""
 
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,14 @@ class RunLog:
             {e.step: tensor_util.make_ndarray(e.tensor_proto) for e in part.Tensors(tag)}
             for part in self._having("tensors", tag)
         )
+
+    def period(self) -> tuple[datetime, datetime] | None:
+        """When the first and the last scalar were written, in UTC; None without scalars."""
+        events = [part.Scalars(tag) for part in self._parts for tag in part.Tags()["scalars"]]
+        times = [event.wall_time for of_tag in events for event in of_tag]
+        if not times:
+            return None
+        return datetime.fromtimestamp(min(times), UTC), datetime.fromtimestamp(max(times), UTC)
 
     def _having(self, kind: str, tag: str) -> Iterable[EventAccumulator]:
         return (part for part in self._parts if tag in part.Tags()[kind])

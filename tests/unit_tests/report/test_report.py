@@ -18,7 +18,6 @@ from trinity_megatron.report.report import (
     draw_expert_load,
     draw_loss,
     report_run,
-    run_period,
     write_report,
 )
 from trinity_megatron.telemetry.tensorboard_log import TOKENS_TAG, RunLog
@@ -261,11 +260,8 @@ def test_the_period_is_that_of_the_events(tmp_path: Path) -> None:
                 time = first + timedelta(hours=part * 10 + step)
                 writer.add_scalar("lm loss", 1.0, part * 10 + step, walltime=time.timestamp())
                 writer.add_tensor(TOKENS_TAG, torch.ones(2, 8), step, walltime=time.timestamp())
-    period = run_period(tmp_path)
-    assert period is not None
-    # The first event of a file, its version, has the time of its making: now.
-    assert period[0] == first and period[1] > first + timedelta(hours=12)
     log = RunLog(tmp_path)
+    assert log.period() == (first, first + timedelta(hours=12))
     page = write_report(log, tmp_path / "a", title="run", period=(first, first + timedelta(1)))
     assert "2024-03-01 23:30 to 2024-03-02 23:30 UTC" in Page(page.page).text
     page = write_report(log, tmp_path / "b", title="run", period=(first, first))
@@ -275,9 +271,9 @@ def test_the_period_is_that_of_the_events(tmp_path: Path) -> None:
 def test_a_torn_event_file(tmp_path: Path) -> None:
     write(tmp_path, range(1, 41))
     (path,) = tmp_path.glob("events.out.tfevents.*")
-    whole = run_period(tmp_path)
+    whole = RunLog(tmp_path).period()
     path.write_bytes(path.read_bytes()[:-15])  # killed while writing
-    assert run_period(tmp_path) == whole
+    assert RunLog(tmp_path).period() == whole
     assert report_run(tmp_path).verdict is not None
 
 

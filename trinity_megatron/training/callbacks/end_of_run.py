@@ -188,12 +188,11 @@ def _make_report(
         return None, None
     writer.flush()
     # Here, because it takes matplotlib a second to load, and only the last rank needs it.
-    from trinity_megatron.report.report import run_period, write_report
+    from trinity_megatron.report.report import write_report
 
     log, out = RunLog(args.tensorboard_dir), Path(args.out)
-    period = run_period(Path(args.tensorboard_dir))
     return log, write_report(
-        log, out / "report", title=out.name, period=period, unigram_entropy=entropy
+        log, out / "report", title=out.name, period=log.period(), unigram_entropy=entropy
     )
 
 
