@@ -28,6 +28,9 @@ MOMENTS = ("start", "step", "save", "async save")
 SAMPLE = [("rank", "save", 1), ("launcher", "step", 2), ("shell", "async save", 1)]
 SAMPLE += [pytest.param("rank", "async save", 2, marks=only_in_all)]
 SECONDS_TO_BEGIN, SECONDS_TO_END = 240.0, 10.0
+# The end of the shell is that of a terminal: the run saves first, for which every rank starts a
+# helper process that imports torch (four of them take 18 s on two cores).
+SECONDS_TO_SAVE_AND_END = 60.0
 _MARK = "TRINITY_TEST_RUN"
 
 
@@ -102,7 +105,8 @@ def kill(victim: str, moment: str, ranks: int, data: Path, folder: Path) -> list
             folder / "log"
         ).read_text()[-3000:]
         os.kill(rank_of(mark) if victim == "rank" else run.pid, signal.SIGKILL)
-        wait_for(lambda: not living(mark) and run.poll() is not None, SECONDS_TO_END, 0.1)
+        patience = SECONDS_TO_SAVE_AND_END if victim == "shell" else SECONDS_TO_END
+        wait_for(lambda: not living(mark) and run.poll() is not None, patience, 0.1)
         left = [f"process {line}" for line in living(mark).values()]
         left += [f"file {path}" for path in temporary.iterdir()]
         return left + [f"shared memory {name}" for name in shared_memory() - before]
