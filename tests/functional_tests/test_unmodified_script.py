@@ -21,7 +21,8 @@ def test_a_plain_config_builds_the_same_model(tmp_path: Path) -> None:
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
     from trinity_megatron.layer_specs import get_trinity_layer_spec
-    from trinity_megatron.model.config import TRINITY_ARCHITECTURE, TrinityConfig
+    from trinity_megatron.model.architecture import TRINITY_ARCHITECTURE
+    from trinity_megatron.model.config import TrinityConfig
     from trinity_megatron.model.moe.bias_update import finalize_model_grads
     from trinity_megatron.training.model_builder import TrinityModelConfig
 

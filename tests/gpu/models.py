@@ -29,7 +29,8 @@ def build_model(device: torch.device, **overrides: Any) -> Any:
     """An initialised model of ``SMALL`` with other fields; bf16 with ``bf16=True``."""
     from megatron.core.models.gpt import GPTModel
 
-    from trinity_megatron.model.config import TRINITY_ARCHITECTURE, TrinityConfig
+    from trinity_megatron.model.architecture import TRINITY_ARCHITECTURE
+    from trinity_megatron.model.config import TrinityConfig
     from trinity_megatron.model.initialization import initialize_parameters
     from trinity_megatron.model.layer_specs import get_trinity_layer_spec
 

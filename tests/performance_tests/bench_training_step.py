@@ -34,7 +34,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from reference.hf_afmoe import hf_model  # noqa: E402
 
-from trinity_megatron.model.config import TRINITY_ARCHITECTURE  # noqa: E402
+from trinity_megatron.model.architecture import TRINITY_ARCHITECTURE  # noqa: E402
 from trinity_megatron.model.initialization import initialize_parameters  # noqa: E402
 from trinity_megatron.model.layer_specs import get_trinity_layer_spec  # noqa: E402
 from trinity_megatron.model.presets import get_preset, trinity_preset  # noqa: E402

@@ -52,7 +52,8 @@ def build(one_rank: None) -> Callable[..., Any]:
     """Build an initialised model of ``SMALL`` with other fields."""
     from megatron.core.models.gpt import GPTModel
 
-    from trinity_megatron.model.config import TRINITY_ARCHITECTURE, TrinityConfig
+    from trinity_megatron.model.architecture import TRINITY_ARCHITECTURE
+    from trinity_megatron.model.config import TrinityConfig
     from trinity_megatron.model.initialization import initialize_parameters
     from trinity_megatron.model.layer_specs import get_trinity_layer_spec
 

@@ -31,7 +31,8 @@ def build_model(implementation: str, **fields: Any) -> Any:
     """A model of ``SMALL`` on this rank, with weights that are not initialised."""
     from megatron.core.models.gpt import GPTModel
 
-    from trinity_megatron.model.config import TRINITY_ARCHITECTURE, TrinityConfig
+    from trinity_megatron.model.architecture import TRINITY_ARCHITECTURE
+    from trinity_megatron.model.config import TrinityConfig
     from trinity_megatron.model.layer_specs import get_trinity_layer_spec
 
     values = {**TRINITY_ARCHITECTURE, **SMALL, "use_cpu_initialization": True}

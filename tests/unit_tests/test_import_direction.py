@@ -30,6 +30,7 @@ SIDEWAYS = {
     ("cpu_host", "upstream"),
     ("data", "errors"),
     ("telemetry", "errors"),
+    ("telemetry", "process"),
     ("optimizer", "model"),
 }
 OPTIONAL = ("transformer_engine", "apex", "wandb", "emerging_optimizers")

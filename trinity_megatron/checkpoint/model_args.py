@@ -4,13 +4,13 @@ import argparse
 from typing import Any
 
 from trinity_megatron.errors import UserError
-from trinity_megatron.model.config import (
+from trinity_megatron.model.architecture import (
     ARGUMENT_DEST,
     MODEL_FIELDS,
     TRINITY_ARCHITECTURE,
-    TrinityConfig,
     count_dense_layers,
 )
+from trinity_megatron.model.config import TrinityConfig
 
 # Fields of TrinityConfig that are stored in the arguments of a checkpoint.
 _SAVED_FIELDS = (

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from trinity_megatron.errors import UserError
-from trinity_megatron.model.config import TRINITY_ARCHITECTURE, TrinityConfig
+from trinity_megatron.model.architecture import TRINITY_ARCHITECTURE
+from trinity_megatron.model.config import TrinityConfig
 from trinity_megatron.model.hf_folder import explain_folder, refuse_quantised_config
 
 CONFIG_NAME = "config.json"

@@ -252,6 +252,7 @@ def trinity_preset(name: str, **overrides: Any) -> TrinityConfig:
     Source: report Table 1; ``tiny`` is ours.
     """
     # Here, because it imports Megatron (seconds): the names of the presets come at once.
-    from trinity_megatron.model.config import TRINITY_ARCHITECTURE, TrinityConfig
+    from trinity_megatron.model.architecture import TRINITY_ARCHITECTURE
+    from trinity_megatron.model.config import TrinityConfig
 
     return TrinityConfig(**{**TRINITY_ARCHITECTURE, **get_preset(name).model, **overrides})

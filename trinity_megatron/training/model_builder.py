@@ -7,7 +7,7 @@ from typing import Any
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
-from trinity_megatron.training.arguments.parser import trinity_config_from_args
+from trinity_megatron.training.arguments.trinity_config import trinity_config_from_args
 
 
 @dataclass(kw_only=True)

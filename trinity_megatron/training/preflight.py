@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 
 from trinity_megatron.errors import UserError
-from trinity_megatron.model.config import flag_of
+from trinity_megatron.model.architecture import flag_of
 from trinity_megatron.planner.memory import training_memory
 from trinity_megatron.process.screen import tell_once
-from trinity_megatron.training.arguments.parser import trinity_config_from_args
+from trinity_megatron.training.arguments.trinity_config import trinity_config_from_args
 
 _PROBE_BYTES = 1 << 16
 

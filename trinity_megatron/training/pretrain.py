@@ -45,7 +45,8 @@ from trinity_megatron.optimizer.register import MuonSettings, registered_muon  #
 from trinity_megatron.optimizer.sharded.buffer_layout import separate_muon_buffers  # noqa: E402
 from trinity_megatron.telemetry.forgiving_writer import ForgivingRecordWriter  # noqa: E402
 from trinity_megatron.telemetry.wandb_writer import open_writer  # noqa: E402
-from trinity_megatron.training.arguments.parser import megatron_refusals, parse_trinity_args  # noqa: E402
+from trinity_megatron.training.arguments.parser import parse_trinity_args  # noqa: E402
+from trinity_megatron.training.arguments.parser_errors import megatron_refusals  # noqa: E402
 from trinity_megatron.training.callbacks.callback import callbacks_in_training_loop  # noqa: E402
 from trinity_megatron.training.callbacks.end_of_run import ValidationTokens, finish_run  # noqa: E402
 from trinity_megatron.training.callbacks.finite_check import FiniteCheck  # noqa: E402

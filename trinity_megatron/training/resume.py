@@ -18,7 +18,7 @@ from trinity_megatron.checkpoint.torch_dist.tracker import (
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.manifest import DataManifest
 from trinity_megatron.errors import UserError
-from trinity_megatron.model.config import ARGUMENT_DEST, MODEL_FIELDS, SHAPE_FIELDS
+from trinity_megatron.model.architecture import ARGUMENT_DEST, MODEL_FIELDS, SHAPE_FIELDS
 from trinity_megatron.model.hf_config import plain
 from trinity_megatron.process.screen import tell
 from trinity_megatron.training.arguments.schedule import BatchSizes

@@ -87,7 +87,7 @@ def parsed_flags(megatron: Any) -> Iterator[list[Namespace]]:
 
 def megatron_accepts(args: Namespace, megatron: Any) -> None:
     """Megatron's own checks: of the arguments, and of the config that they become."""
-    from trinity_megatron.training.arguments.parser import trinity_config_from_args
+    from trinity_megatron.training.arguments.trinity_config import trinity_config_from_args
 
     args.padded_vocab_size = args.vocab_size or 4096
     megatron.validate_args(args, {})

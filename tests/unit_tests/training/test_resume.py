@@ -11,7 +11,7 @@ import torch
 
 from trinity_megatron.checkpoint.torch_dist.tracker import TRACKER_NAME
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
-from trinity_megatron.model.config import ARGUMENT_DEST, MODEL_FIELDS
+from trinity_megatron.model.architecture import ARGUMENT_DEST, MODEL_FIELDS
 
 enter_host()
 

@@ -7,9 +7,12 @@ import math
 from dataclasses import dataclass
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
-from megatron.training.utils import print_rank_0
 
 from trinity_megatron.errors import UserError
+from trinity_megatron.model.architecture import flag_of
+from trinity_megatron.process.screen import tell_once
+
+_MAX_SAMPLES = 2**33  # 17T tokens in sequences of 8,192 are a quarter of it
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,9 @@ def fit_schedule(args: argparse.Namespace, consumed: int = 0) -> None:
     Raises:
         UserError: The batch sizes cannot be read or divided over the ranks, or become smaller.
     """
+    _check_decay(args)
     batches = BatchSizes.of(args)
+    _check_length(args, batches)
     _fit_micro_batch(args, batches.sizes_from(consumed))
     if args.lr_warmup_fraction is not None:
         args.lr_warmup_iters = 0
@@ -97,6 +102,31 @@ def fit_schedule(args: argparse.Namespace, consumed: int = 0) -> None:
         args.lr_warmup_iters = _shortened(args.lr_warmup_iters, args.train_iters, "steps")
         if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
             args.lr_wsd_decay_iters = max(1, round(args.lr_wsd_decay_fraction * args.train_iters))
+
+
+def _check_decay(args: argparse.Namespace) -> None:
+    """The final decay lies within the run."""
+    for decay, length in (
+        ("lr_wsd_decay_iters", "train_iters"),
+        ("lr_wsd_decay_samples", "train_samples"),
+    ):
+        steps, total = getattr(args, decay), getattr(args, length)
+        if steps and total and steps > total:
+            raise UserError(
+                f"{flag_of(decay)} {steps} is above {flag_of(length)} {total}: the decay would "
+                f"begin before the run. Remedy: at most {total}."
+            )
+
+
+def _check_length(args: argparse.Namespace, batches: BatchSizes) -> None:
+    """The order of all samples of a run is an array in memory, which cannot have any length."""
+    samples = args.train_samples or batches.samples_after(args.train_iters or 0)
+    if samples > _MAX_SAMPLES:
+        flag = "train_samples" if args.train_samples else "train_iters"
+        raise UserError(
+            f"{flag_of(flag)} {getattr(args, flag)} makes a run of {samples:.3g} sequences, and "
+            f"their order is kept in memory. Remedy: at most {_MAX_SAMPLES} sequences."
+        )
 
 
 def _count_in_samples(args: argparse.Namespace, batches: BatchSizes) -> None:
@@ -123,7 +153,7 @@ def _count_in_samples(args: argparse.Namespace, batches: BatchSizes) -> None:
 def _shortened(warmup: int, total: int, unit: str) -> int:
     if warmup < total:
         return warmup
-    print_rank_0(f"> warm-up shortened from {warmup} to {total // 2} of {total} {unit}")
+    tell_once(f"> warm-up shortened from {warmup} to {total // 2} of {total} {unit}")
     return total // 2
 
 
@@ -147,7 +177,7 @@ def _fit_micro_batch(args: argparse.Namespace, sizes: list[int]) -> None:
         return  # Megatron says what is wrong
     size = math.gcd(args.micro_batch_size, *(size // replicas for size in sizes))
     if size != args.micro_batch_size:
-        print_rank_0(f"> micro-batch cut from {args.micro_batch_size} to {size} sequences")
+        tell_once(f"> micro-batch cut from {args.micro_batch_size} to {size} sequences")
         args.micro_batch_size = size
     if args.step_batch_size_schedule is not None and args.eval_global_batch_size is None:
         args.eval_global_batch_size = sizes[0]  # Megatron's is one micro-batch for each rank

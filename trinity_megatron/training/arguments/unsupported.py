@@ -15,11 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron.training.utils import print_rank_0
-
 from trinity_megatron.cpu_host.cuda_stand_ins import is_cpu_host
 from trinity_megatron.errors import UserError
-from trinity_megatron.model.config import flag_of
+from trinity_megatron.model.architecture import flag_of
+from trinity_megatron.process.screen import tell_once
 
 _TABLE = Path(__file__).with_name("unsupported_flags.toml")
 _TRANSFORMER_ENGINE = "--transformer-impl transformer_engine"
@@ -81,7 +80,7 @@ def refuse_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         if reason.refused:
             raise UserError(f"{flag} {reason.refused}. Remedy: {reason.remedy}.")
     for reason, flag in given:
-        print_rank_0(f"> {flag} has no effect: {reason.ignored}")
+        tell_once(f"> {flag} has no effect: {reason.ignored}")
 
 
 def refuse_host(args: argparse.Namespace) -> None:

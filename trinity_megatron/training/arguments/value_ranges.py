@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from trinity_megatron.errors import UserError
-from trinity_megatron.model.config import flag_of
+from trinity_megatron.model.architecture import flag_of
 
 # What Megatron's generators, numpy's and those of the initialization all take.
 _LARGEST_SEED = 2**31 - 1
@@ -89,6 +89,26 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         "at least 1",
         lambda value: value >= 1,
         (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+            "micro_batch_size",
+            "global_batch_size",
+            "seq_length",
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "ffn_hidden_size",
+            "moe_ffn_hidden_size",
+            "train_iters",
+            "train_samples",
+            "log_interval",
+            "eval_interval",
+            "save_interval",
             "tensorboard_log_interval",
             "tensorboard_queue_size",
             "log_memory_interval",

@@ -10,7 +10,7 @@ from megatron.training import get_args
 
 from trinity_megatron.planner.memory import training_memory
 from trinity_megatron.planner.muon_work import even_stages
-from trinity_megatron.training.arguments.parser import trinity_config_from_args
+from trinity_megatron.training.arguments.trinity_config import trinity_config_from_args
 
 # PyTorch has a type of its own for a GPU only.
 _ON_CPU = "DefaultCPUAllocator: can't allocate memory"

@@ -16,7 +16,8 @@ torch.cuda.is_available = lambda: True
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 
 assert not enter_host()
-from trinity_megatron.training.arguments.parser import add_trinity_args, trinity_config_from_args
+from trinity_megatron.training.arguments.parser import add_trinity_args
+from trinity_megatron.training.arguments.trinity_config import trinity_config_from_args
 from megatron.training.arguments import parse_args
 
 args = parse_args(extra_args_provider=add_trinity_args)

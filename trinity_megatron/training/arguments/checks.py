@@ -1,0 +1,91 @@
+"""Checks of arguments that Megatron would make late, with an assertion, or not at all."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from trinity_megatron.cpu_host.cuda_stand_ins import is_cpu_host
+from trinity_megatron.data.manifest import DataManifest
+from trinity_megatron.errors import UserError
+from trinity_megatron.model.fp8 import check_fp8, fp8_defaults
+from trinity_megatron.optimizer.register import validate_muon_arguments
+from trinity_megatron.process.screen import tell_once
+from trinity_megatron.training.arguments.defaults import has_resiliency_package
+from trinity_megatron.training.arguments.layout_checks import check_layout
+from trinity_megatron.training.arguments.schedule import fit_schedule
+from trinity_megatron.training.arguments.unsupported import refuse_host
+from trinity_megatron.training.arguments.value_ranges import check_keep_last, check_values
+from trinity_megatron.training.arguments.vocabulary import check_vocabulary
+from trinity_megatron.training.datasets.data_identity import read_identity
+from trinity_megatron.training.resume import check_start, resumed_samples
+
+
+def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
+    """Check the arguments of a run, and finish those that follow from others.
+
+    Args:
+        args: Of Megatron's parser with ours.
+        manifest: Of ``--data``; None without.
+
+    Raises:
+        UserError: Names the flag, its value and the remedy.
+    """
+    check_data_is_named(args)
+    refuse_host(args)
+    finish_async_save(args)
+    check_values(args)
+    check_keep_last(args)
+    check_layout(args)
+    fit_schedule(args, resumed_samples(args))
+    if not is_cpu_host():
+        finish_fp8(args)
+    if args.use_torch_fsdp2 or args.use_megatron_fsdp:
+        args.gradient_accumulation_fusion = False  # on where apex is there; needs Megatron's DDP
+    if args.optimizer == "muon":
+        validate_muon_arguments(args)
+    if args.rank == 0:  # the others get it with the datasets
+        args.data_identity = read_identity(args)
+    check_start(args, manifest)
+    check_vocabulary(args, manifest)
+    # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.
+    args.moe_layer_freq = [int(layer >= args.num_dense_layers) for layer in range(args.num_layers)]
+
+
+def check_data_is_named(args: argparse.Namespace) -> None:
+    """There is something to train on."""
+    named = (args.data_path, args.train_data_path)
+    listed = (args.data_args_path, args.per_split_data_args_path)
+    if not any((args.data, args.mock_data, *named, *listed)):
+        raise UserError(
+            "--data is missing. Remedy: trinity-megatron prepare-data --out DIR, then --data DIR "
+            "(or Megatron's own --data-path and --tokenizer-type)."
+        )
+
+
+def finish_async_save(args: argparse.Namespace) -> None:
+    """Give ``--async-save`` the worker without which Megatron 0.19 would switch it off.
+
+    Raises:
+        UserError: The strategy needs a package that is not installed.
+    """
+    if not args.async_save:
+        return
+    if args.async_strategy == "nvrx" and not has_resiliency_package():
+        raise UserError(
+            "--async-strategy nvrx needs the package nvidia-resiliency-ext, which is not "
+            "installed. Remedy: drop the flag, or pip install nvidia-resiliency-ext."
+        )
+    args.use_persistent_ckpt_worker = True
+
+
+def finish_fp8(args: argparse.Namespace) -> None:
+    """Give FP8 Trinity's defaults on this GPU, and refuse what it cannot run."""
+    capability = torch.cuda.get_device_capability()
+    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+    cuda = (int(major), int(minor))
+    line = fp8_defaults(args, capability, cuda=cuda)
+    check_fp8(args, capability, cuda=cuda)
+    if line:
+        tell_once(f"> {line}")

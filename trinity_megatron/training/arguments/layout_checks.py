@@ -1,0 +1,83 @@
+"""Rules between the parallel layout of a run, its ranks and its model."""
+
+from __future__ import annotations
+
+import argparse
+
+from trinity_megatron.errors import UserError
+from trinity_megatron.model.architecture import ARGUMENT_DEST, flag_of
+from trinity_megatron.model.size_rules import check_sizes
+
+
+def check_layout(args: argparse.Namespace) -> None:
+    """Check all rules.
+
+    Raises:
+        UserError: Names the flag, its value and the remedy.
+    """
+
+    def read(field: str) -> object:
+        return getattr(args, ARGUMENT_DEST.get(field, field), None)
+
+    check_sizes(read, lambda field: f"{flag_of(ARGUMENT_DEST.get(field, field))} {read(field)}")
+    check_sequence_parallel(args)
+    check_packed_documents(args)
+    check_world_size(args)
+    check_expert_world_size(args)
+
+
+def check_sequence_parallel(args: argparse.Namespace) -> None:
+    """Megatron's MoE layer wants sequence parallelism with tensor parallelism."""
+    tp = args.tensor_model_parallel_size
+    if tp > 1 and not args.sequence_parallel:
+        raise UserError(
+            f"--tensor-model-parallel-size {tp} without --sequence-parallel: Megatron's MoE layer "
+            "refuses to train so. Remedy: add --sequence-parallel."
+        )
+
+
+def check_packed_documents(args: argparse.Namespace) -> None:
+    """Documents that do not attend to each other, and what cuts a sequence."""
+    if not args.dataloader_inter_document_masking:
+        return
+    tp = args.tensor_model_parallel_size
+    if args.context_parallel_size > 1:
+        raise UserError(
+            f"--context-parallel-size {args.context_parallel_size} with "
+            "--dataloader-inter-document-masking is not supported by the Trinity layers yet. "
+            "Remedy: drop one of the two."
+        )
+    has_sequence_loss = "seq_aux_loss" in args.moe_router_load_balancing_type
+    if tp > 1 and args.micro_batch_size > 1 and has_sequence_loss:
+        # Megatron packs the sequences of a micro-batch into one row and cuts that over the ranks.
+        raise UserError(
+            f"--micro-batch-size {args.micro_batch_size} with --dataloader-inter-document-masking, "
+            f"--tensor-model-parallel-size {tp} and the sequence-wise balance loss: the loss would "
+            "mix sequences. Remedy: --micro-batch-size 1."
+        )
+
+
+def check_world_size(args: argparse.Namespace) -> None:
+    """The ranks are a multiple of one replica of the dense layers."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    size = tp * pp * args.context_parallel_size
+    if args.world_size % size:
+        raise UserError(
+            f"{args.world_size} ranks cannot be divided into --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp} x --context-parallel-size "
+            f"{args.context_parallel_size} = {size}. Remedy: start a multiple of {size} ranks "
+            f"(trinity-megatron train --nproc {size})."
+        )
+
+
+def check_expert_world_size(args: argparse.Namespace) -> None:
+    """The ranks are a multiple of one replica of the experts."""
+    pp, ep = args.pipeline_model_parallel_size, args.expert_model_parallel_size
+    expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    size = expert_tp * pp * ep
+    if args.world_size % size:
+        raise UserError(
+            f"{args.world_size} ranks cannot be divided into --expert-model-parallel-size {ep} x "
+            f"--pipeline-model-parallel-size {pp} x expert tensor parallelism {expert_tp} = "
+            f"{size}. Remedy: start a multiple of {size} ranks."
+        )
