@@ -1,6 +1,6 @@
 """Rules of a ``TrinityConfig`` beyond its sizes: one function a rule."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.architecture import (
@@ -11,15 +11,15 @@ from trinity_megatron.model.architecture import (
 )
 from trinity_megatron.model.moe.expert_bias import BIAS_RULES
 
-if TYPE_CHECKING:
-    from trinity_megatron.model.config import TrinityConfig
-
 _MEGATRON_STD = 0.02  # its default
 _BALANCE_LOSSES = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
 
 
-def check_config(config: "TrinityConfig") -> None:
+def check_config(config: Any) -> None:
     """Check everything but the sizes (see ``size_rules``).
+
+    Args:
+        config: A ``TrinityConfig``.
 
     Raises:
         UserError: Names the field, its value and the remedy.
@@ -33,7 +33,7 @@ def check_config(config: "TrinityConfig") -> None:
     refuse_features(config)
 
 
-def check_balance(config: "TrinityConfig") -> None:
+def check_balance(config: Any) -> None:
     """Rule, momentum, scale and schedule of the expert bias, and the z-loss."""
     if config.moe_router_bias_update_rule not in BIAS_RULES:
         raise UserError(
@@ -63,7 +63,7 @@ def check_balance(config: "TrinityConfig") -> None:
             )
 
 
-def check_fp8_layers(config: "TrinityConfig") -> None:
+def check_fp8_layers(config: Any) -> None:
     """FP8 is Transformer Engine's."""
     if config.fp8 and config.transformer_impl == "local":
         raise UserError(
@@ -73,7 +73,7 @@ def check_fp8_layers(config: "TrinityConfig") -> None:
         )
 
 
-def check_recomputation(config: "TrinityConfig") -> None:
+def check_recomputation(config: Any) -> None:
     """The local experts recompute as a whole or not at all."""
     if config.transformer_impl == "local" and "moe_act" in (config.recompute_modules or ()):
         raise UserError(
@@ -83,7 +83,7 @@ def check_recomputation(config: "TrinityConfig") -> None:
         )
 
 
-def check_architecture(config: "TrinityConfig") -> None:
+def check_architecture(config: Any) -> None:
     """What no Trinity model may change."""
     for name, (value, expected) in find_other_architecture(config).items():
         raise UserError(
@@ -91,7 +91,7 @@ def check_architecture(config: "TrinityConfig") -> None:
         )
 
 
-def check_balance_loss(config: "TrinityConfig") -> None:
+def check_balance_loss(config: Any) -> None:
     """The balance loss is one that the router has, and its coefficient has a loss."""
     kinds = config.moe_router_load_balancing_type
     for kind in [kinds] if isinstance(kinds, str) else kinds:
@@ -108,7 +108,7 @@ def check_balance_loss(config: "TrinityConfig") -> None:
         )
 
 
-def check_initialization(config: "TrinityConfig") -> None:
+def check_initialization(config: Any) -> None:
     """The standard deviation is that of the report (eq 37-38)."""
     given = {
         "init_method_std": config.init_method_std,
@@ -123,7 +123,7 @@ def check_initialization(config: "TrinityConfig") -> None:
             )
 
 
-def refuse_features(config: "TrinityConfig") -> None:
+def refuse_features(config: Any) -> None:
     """Features that bypass the seams used here, or that the layers would not follow."""
     refused = dict(REFUSED_FEATURES)
     if config.transformer_impl == "local":

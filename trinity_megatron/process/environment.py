@@ -38,6 +38,10 @@ def build_environment(
     if on_one_machine and (loopback := _loopback_interface()):
         # gloo would otherwise look up the host's name, which may not resolve.
         defaults["GLOO_SOCKET_IFNAME"] = loopback
+    if not cuda and num_ranks == 1 and threads == str(count_affine_cores()):
+        # A thread that shares its core with another process is waited for at every barrier; bound,
+        # the threads at least never share a core with each other (docs/cpu.md has a table).
+        defaults["OMP_PROC_BIND"] = "true"
     if not cuda:
         defaults["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes 18 s before the first CPU step
         defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron demands it for tensor parallelism
@@ -46,13 +50,17 @@ def build_environment(
 
 def count_cores() -> int:
     """Cores that this process may use: its affinity, and the CPU limit of its container."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    cores = count_affine_cores()
     if _CGROUP_CPU_LIMIT.is_file():
         cores = min(cores, parse_cpu_limit(_CGROUP_CPU_LIMIT.read_text()) or cores)
     return cores
+
+
+def count_affine_cores() -> int:
+    """Cores in the affinity of this process."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def count_cores_of_tasks(environment: Mapping[str, str], num_tasks: int) -> int:
