@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEPS, LAYERS, TOPK = 4, (2, 3, 4), 4
 SEQUENCES, LENGTH = 8, 64
 PADDING = 23
-# Of the tiny preset.
+# The rate of SMALL; the others are those of the tiny preset.
 RATE, BETA, KAPPA = 2e-3, 0.5, 2.0
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 EP2, CP2 = "--expert-model-parallel-size 2", "--context-parallel-size 2"
