@@ -64,8 +64,7 @@ PRESETS: dict[str, Preset] = {
             "vocab_size": 4096,
             "max_position_embeddings": 512,
             **_SMEBU,
-            # Of 2e-3, 5e-3 and 1e-2 the one with which 400 steps end balanced (docs/balance_study.md).
-            "moe_router_bias_update_rate": 1e-2,
+            "moe_router_bias_update_rate": 2e-3,
         },
         training={
             "seq_length": 512,
