@@ -23,9 +23,17 @@ from trinity_megatron.telemetry.step_statistics import StepStatistics, statistic
 from trinity_megatron.training.callbacks.end_of_run import ValidationTokens
 
 BATCH_KEYS = (
-    "attention_mask cu_seqlens cu_seqlens_padded hybrid_cp_group labels local_cp_size loss_mask "
-    "max_seqlen position_ids tokens"
-).split()
+    "attention_mask",
+    "cu_seqlens",
+    "cu_seqlens_padded",
+    "hybrid_cp_group",
+    "labels",
+    "local_cp_size",
+    "loss_mask",
+    "max_seqlen",
+    "position_ids",
+    "tokens",
+)
 
 
 def get_batch(
