@@ -1,6 +1,8 @@
 """Rows of the embedding against the tokens of the data."""
 
+import json
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +13,8 @@ from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 enter_host()
 
 from trinity_megatron.errors import UserError  # noqa: E402
-from trinity_megatron.model.presets import Preset  # noqa: E402
-from trinity_megatron.training.arguments import vocabulary  # noqa: E402
+from trinity_megatron.model.hf_config import hf_config_from_trinity  # noqa: E402
+from trinity_megatron.model.presets import trinity_preset  # noqa: E402
 from trinity_megatron.training.arguments.vocabulary import check_vocabulary  # noqa: E402
 
 
@@ -28,11 +30,11 @@ def data_of(vocab_size: int) -> Any:
 
 
 @pytest.fixture
-def checkpoint(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A checkpoint as ``--preset``, whose embedding has 510 rows."""
-    preset = Preset("a checkpoint", {"vocab_size": 510})
-    monkeypatch.setattr(vocabulary, "get_preset", lambda name: preset)
-    return "DIR"
+def checkpoint(tmp_path: Path) -> str:
+    """The folder of a checkpoint whose embedding has 510 rows."""
+    hf = hf_config_from_trinity(trinity_preset("tiny", vocab_size=510))
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    return str(tmp_path)
 
 
 def test_fewer_rows_than_tokens_are_refused() -> None:
@@ -52,5 +54,5 @@ def test_a_checkpoint_gives_its_rows(tp: int, rows: int, checkpoint: str) -> Non
 
 
 def test_more_tokens_than_the_checkpoint_has_rows(checkpoint: str) -> None:
-    with pytest.raises(UserError, match="--data D .*511.*--preset DIR .*510.*Remedy: .*tokenizer"):
+    with pytest.raises(UserError, match="--data D .*511.*--preset .*510.*Remedy: .*tokenizer"):
         check_vocabulary(make_args(preset=checkpoint), data_of(511))
