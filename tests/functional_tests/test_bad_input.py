@@ -120,25 +120,6 @@ def test_refused(flags: str, world: int, expected: tuple[str, ...], parse: Parse
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "wanted"),
-    [
-        ("moe_router_bias_momentum", 1.0, "below 1"),
-        ("moe_router_bias_clamp_scale", 0.0, "positive"),
-        ("moe_router_bias_update_rate", -1e-3, "not negative"),
-        ("moe_router_bias_warmup_steps", -1, "not negative"),
-        ("moe_router_bias_freeze_step", -1, "not negative"),
-        ("lm_head_z_loss_coeff", -1e-4, "not negative"),
-        ("moe_router_bias_update_rule", "tanh", "unknown"),
-    ],
-)
-def test_balance_options_are_checked(field: str, value: object, wanted: str) -> None:
-    from trinity_megatron.model.presets import trinity_preset
-
-    with pytest.raises(ValueError, match=f"{field}={value!r}.*{wanted}.*Remedy: "):
-        trinity_preset("tiny", **{field: value})
-
-
-@pytest.mark.parametrize(
     ("tokens", "loss_mask", "expected"),
     [
         ([5, 6, 7, 8], [1, 1, 1, 1], [0, 0, 0, 0]),

@@ -13,11 +13,24 @@ NAME = "fp8_loss"
 # gradients (scales of zero, unpadded experts) is off by tenths.
 LOSS_BOUND = 0.05
 # All widths are multiples of 128, the block of the blockwise recipe; the preset's experts are not.
-_WIDTHS = "--moe-ffn-hidden-size 128 --moe-shared-expert-intermediate-size 128".split()
+_WIDTHS = (
+    "--moe-ffn-hidden-size",
+    "128",
+    "--moe-shared-expert-intermediate-size",
+    "128",
+)
 _SHORT = (
-    "--num-layers 2 --seq-length 64 --max-position-embeddings 64 --window-size 15,0 "
-    "--global-batch-size 4"
-).split()
+    "--num-layers",
+    "2",
+    "--seq-length",
+    "64",
+    "--max-position-embeddings",
+    "64",
+    "--window-size",
+    "15,0",
+    "--global-batch-size",
+    "4",
+)
 
 
 def check(settings: Settings, deadline: Deadline) -> PartResult:
@@ -54,7 +67,7 @@ def _plan(settings: Settings, result: PartResult) -> tuple[int, int, str, Mappin
     if not settings.on_gpu:
         result.skipped.append(f"bf16 against FP8: {missing_for_te(settings)}")
         title = "bf16 against fp32, `local` (in place of FP8, which needs a GPU): nats, 6 steps"
-        return 6, 3, title, {"fp32": _SHORT, "bf16": [*_SHORT, "--bf16"]}
+        return 6, 3, title, {"fp32": [*_SHORT], "bf16": [*_SHORT, "--bf16"]}
     title = "FP8 against bf16, Transformer Engine: nats per token, 100 steps"
     if missing := missing_for_te(settings):
         result.skipped.append(f"bf16 against FP8: {missing}")

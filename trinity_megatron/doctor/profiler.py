@@ -17,9 +17,15 @@ NAME = "profile"
 _TOP = 12
 # No metrics in the profiled step: they would take device time of their own.
 _STEPS = (
-    "--profile --use-pytorch-profiler --profile-step-start 4 --profile-step-end 5 "
-    "--tensorboard-log-interval 100"
-).split()
+    "--profile",
+    "--use-pytorch-profiler",
+    "--profile-step-start",
+    "4",
+    "--profile-step-end",
+    "5",
+    "--tensorboard-log-interval",
+    "100",
+)
 # The first pattern that is found in a kernel's name decides.
 _KINDS = (
     ("communication", r"nccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter"),

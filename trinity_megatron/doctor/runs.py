@@ -16,9 +16,17 @@ from trinity_megatron.telemetry.tensorboard_log import RunLog
 _LAST_LINES = 12
 # Every step is timed and its loss kept; the statistics of our metrics are taken every fourth.
 _COMMON = (
-    "--log-interval 1 --log-timers-to-tensorboard --log-memory-to-tensorboard --eval-iters 0 "
-    "--seed 1234 --lr-warmup-fraction 0.1"
-).split()
+    "--log-interval",
+    "1",
+    "--log-timers-to-tensorboard",
+    "--log-memory-to-tensorboard",
+    "--eval-iters",
+    "0",
+    "--seed",
+    "1234",
+    "--lr-warmup-fraction",
+    "0.1",
+)
 
 
 @dataclass(frozen=True)

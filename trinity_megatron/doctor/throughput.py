@@ -18,7 +18,12 @@ _FLAGS = {"num_moe_experts": "num-experts"}
 _STEPS, _WARM_UP = 16, 4
 _FORCED = ("--moe-router-force-load-balancing",)
 # In training the first and the last layer stay in bf16; of four layers that would be half.
-_ALL_LAYERS = "--num-layers-at-start-in-bf16 0 --num-layers-at-end-in-bf16 0".split()
+_ALL_LAYERS = (
+    "--num-layers-at-start-in-bf16",
+    "0",
+    "--num-layers-at-end-in-bf16",
+    "0",
+)
 
 
 @dataclass(frozen=True)

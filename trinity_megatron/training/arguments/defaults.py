@@ -16,10 +16,30 @@ from trinity_megatron.optimizer.register import MUON_ARGUMENT_DEFAULTS
 
 
 def default_arguments(preset: Preset, data: str | None, out: str | None) -> dict[str, Any]:
-    """Defaults (by ``dest``) of a run; every one can be overridden by its Megatron flag."""
+    """Defaults (by ``dest``) of a run; every one can be overridden by its Megatron flag.
+
+    Args:
+        preset: Of ``--preset``.
+        data: Folder of ``--data``; None without.
+        out: Folder of ``--out``; None without.
+    """
+    values = {**_model_arguments(preset), **_TRAINING, **_checkpoint_arguments()}
+    values.update(preset.training)
+    values.update(_host_arguments())
+    if data:
+        values.update(_data_arguments(data))
+    if out:
+        values.update(_run_folder_arguments(out))
+        values.setdefault("tensorboard_log_interval", 1)
+    return values
+
+
+def _model_arguments(preset: Preset) -> dict[str, Any]:
+    """The preset's model and what every Trinity model shares."""
     values = {ARGUMENT_DEST.get(name, name): value for name, value in preset.model.items()}
+    values.pop("vocab_size", None)  # the tokenizer has it
     for name, value in TRINITY_ARCHITECTURE.items():
-        if name not in ("gated_linear_unit", "activation_func"):  # --swiglu says both
+        if name not in ("gated_linear_unit", "activation_func"):  # --swiglu sets both
             values[ARGUMENT_DEST.get(name, name)] = value
     values.update(
         swiglu=True,
@@ -27,61 +47,68 @@ def default_arguments(preset: Preset, data: str | None, out: str | None) -> dict
         position_embedding_type="rope",
         untie_embeddings_and_output_weights=True,
         spec=["trinity_megatron.layer_specs", "get_trinity_layer_spec"],
-        optimizer="muon",
-        lr_warmup_init=0.0,
-        lr_wsd_decay_fraction=0.1,
-        eval_interval=100,
-        eval_iters=8,
-        log_interval=10,
-        logging_level=logging.WARNING,  # progress is printed; INFO lists every parameter
-        # Mean over the tokens of the global batch, however they lie on ranks and micro-batches.
-        calculate_per_token_loss=True,
-        # A resume with another --train-iters takes the schedule of the command line.
-        override_opt_param_scheduler=True,
-        ckpt_format="torch_dist",
-        # Megatron's own needs no further package.
-        async_strategy="nvrx" if has_resiliency_package() else "mcore",
-        # The state of a distributed optimizer loads under every layout.
-        dist_ckpt_optim_fully_reshardable=True,
-        create_attention_mask_in_dataloader=False,
-        **_UNPUBLISHED,
     )
-    values.update(preset.training)
-    values.pop("vocab_size", None)  # the tokenizer says it
-    values.update(_host_arguments())
-    if data:
-        values.update(
-            train_data_path=[os.path.join(data, "train")],
-            valid_data_path=[os.path.join(data, "validation")],
-            tokenizer_type="HuggingFaceTokenizer",
-            tokenizer_model=os.path.join(data, "tokenizer"),
-        )
-    if out:
-        values.update(
-            save=os.path.join(out, "checkpoints"),
-            load=os.path.join(out, "checkpoints"),
-            save_interval=200,
-            # SIGTERM saves.  Ranks ask each other in every step, for which a GPU would be waited.
-            exit_signal_handler=is_cpu_host(),
-            data_cache_path=os.path.join(out, "data_cache"),
-            tensorboard_dir=os.path.join(out, "tensorboard"),
-            tensorboard_log_interval=values.get("tensorboard_log_interval", 1),
-            log_timers_to_tensorboard=True,
-            wandb_project=os.environ.get("WANDB_PROJECT", "trinity-megatron"),
-            wandb_exp_name=os.environ.get("WANDB_NAME", os.path.basename(os.path.normpath(out))),
-            wandb_save_dir=os.environ.get("WANDB_DIR", out),
-        )
     return values
 
 
-# Not published for any of the models: common values stand in.
-_UNPUBLISHED = {
+_TRAINING: dict[str, Any] = {
+    "optimizer": "muon",
+    "lr_warmup_init": 0.0,
+    "lr_wsd_decay_fraction": 0.1,
+    "eval_interval": 100,
+    "eval_iters": 8,
+    "log_interval": 10,
+    "logging_level": logging.WARNING,  # progress is printed; INFO lists every parameter
+    # Mean over the tokens of the global batch, however they lie on ranks and micro-batches.
+    "calculate_per_token_loss": True,
+    # A resume with another --train-iters takes the schedule of the command line.
+    "override_opt_param_scheduler": True,
+    "create_attention_mask_in_dataloader": False,
+    # Not published for any of the models: common values stand in.
     "weight_decay": 0.1,
     "adam_beta1": 0.9,
     "adam_beta2": 0.95,
     "clip_grad": 1.0,
     **MUON_ARGUMENT_DEFAULTS,
 }
+
+
+def _checkpoint_arguments() -> dict[str, Any]:
+    """Format of the checkpoints."""
+    return {
+        "ckpt_format": "torch_dist",
+        # Megatron's own needs no further package.
+        "async_strategy": "nvrx" if has_resiliency_package() else "mcore",
+        # The state of a distributed optimizer loads under every layout.
+        "dist_ckpt_optim_fully_reshardable": True,
+    }
+
+
+def _data_arguments(data: str) -> dict[str, Any]:
+    """What ``prepare-data`` wrote to the folder."""
+    return {
+        "train_data_path": [os.path.join(data, "train")],
+        "valid_data_path": [os.path.join(data, "validation")],
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "tokenizer_model": os.path.join(data, "tokenizer"),
+    }
+
+
+def _run_folder_arguments(out: str) -> dict[str, Any]:
+    """Checkpoints, caches and logs below the folder of the run."""
+    return {
+        "save": os.path.join(out, "checkpoints"),
+        "load": os.path.join(out, "checkpoints"),
+        "save_interval": 200,
+        # SIGTERM saves.  The ranks agree on it in every step, which would make a GPU wait.
+        "exit_signal_handler": is_cpu_host(),
+        "data_cache_path": os.path.join(out, "data_cache"),
+        "tensorboard_dir": os.path.join(out, "tensorboard"),
+        "log_timers_to_tensorboard": True,
+        "wandb_project": os.environ.get("WANDB_PROJECT", "trinity-megatron"),
+        "wandb_exp_name": os.environ.get("WANDB_NAME", os.path.basename(os.path.normpath(out))),
+        "wandb_save_dir": os.environ.get("WANDB_DIR", out),
+    }
 
 
 def _host_arguments() -> dict[str, Any]:

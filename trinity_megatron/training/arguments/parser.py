@@ -105,10 +105,8 @@ def _argument_dump(args: argparse.Namespace) -> Iterator[None]:
 def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our flags; let ``--preset``, ``--data``, ``--out`` and the host set the defaults."""
     friendly_parser_errors(parser)
-    ArgumentGroupFactory(RunConfig).build_group(parser, title="trinity run")
-    others = [field.name for field in fields(TrinityConfig) if field.name not in FLAG_FIELDS]
-    ArgumentGroupFactory(TrinityConfig, exclude=others).build_group(parser, title="trinity model")
-    given, _ = _first_parser().parse_known_args()
+    _add_own_flags(parser)
+    given, _ = _early_parser().parse_known_args()
     # What Megatron's parse_args() acts on by itself.
     early = argparse.Namespace(yaml_cfg=given.yaml_cfg, enable_msc=given.enable_msc)
     refuse_flags(early, parser)
@@ -119,7 +117,7 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     if any(getattr(given, name) is not None for name in _OTHER_DATA):
         defaults.pop("train_data_path", None)
         defaults.pop("valid_data_path", None)
-    # Megatron takes one of each pair only, and a default for a wish.
+    # Megatron accepts only one flag of each pair, and counts a default as given.
     defaults["override_opt_param_scheduler"] = not given.use_checkpoint_opt_param_scheduler
     for name, other in OVERRIDDEN_BY.items():
         if getattr(given, name) is not None:
@@ -132,12 +130,22 @@ def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
 OVERRIDDEN_BY = {"step_batch_size_schedule": "global_batch_size", "train_samples": "train_iters"}
 
 
-# What names training and validation data in another way than ``--data``, whose tokenizer stays.
+# Arguments that name training and validation data instead of ``--data``, whose tokenizer stays.
 _OTHER_DATA = ("data_path", "data_args_path", "per_split_data_args_path")
 
 
-def _first_parser() -> argparse.ArgumentParser:
-    """Of the flags that decide on defaults."""
+def _add_own_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags made from the fields of ``RunConfig`` and ``TrinityConfig``."""
+    run = ArgumentGroupFactory(RunConfig).build_group(parser, title="trinity run")
+    run.description = "Folders and rules of a run."
+    others = [field.name for field in fields(TrinityConfig) if field.name not in FLAG_FIELDS]
+    factory = ArgumentGroupFactory(TrinityConfig, exclude=others)
+    model = factory.build_group(parser, title="trinity model")
+    model.description = "Fields of TrinityConfig for which Megatron has no flag."
+
+
+def _early_parser() -> argparse.ArgumentParser:
+    """Parser of the flags that set defaults of other flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default="tiny")
     for name in ("data", "out", "optimizer", "yaml_cfg", *OVERRIDDEN_BY, *_OTHER_DATA):

@@ -22,6 +22,7 @@ class RunConfig:
             }
         },
     )
+    """Model and recipe: a preset, or the folder of a Hugging Face checkpoint."""
 
     data: str | None = None
     """Folder made by trinity-megatron prepare-data."""
@@ -48,6 +49,7 @@ class RunConfig:
             }
         },
     )
+    """Compare a checkpoint that is loaded with the checksums it was saved with."""
 
     muon_momentum_dtype: str = field(
         default="fp32", metadata={"argparse_meta": {"choices": sorted(MOMENTUM_DTYPES)}}
