@@ -11,19 +11,20 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from trinity_megatron.telemetry.wandb_run import record_type
+
 _BLOCK_BYTES, _HEADER_BYTES, _TAIL_BYTES = 32 << 10, 7, 1 << 20
 _FULL, _FIRST, _LAST = 1, 2, 4
 
 
 def last_history_step(file: Path) -> int:
     """The last step in a .wandb file, -1 if it has none; of a long file the end is read alone."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
+    parse = record_type().FromString
     with contextlib.suppress(OSError), file.open("rb") as stream:
         tail = max(0, (file.stat().st_size - _TAIL_BYTES) // _BLOCK_BYTES * _BLOCK_BYTES)
         for start in dict.fromkeys((tail, 0)):
             stream.seek(start)
-            records = map(Record.FromString, read_records(stream.read(), is_tail=start > 0))
+            records = map(parse, read_records(stream.read(), is_tail=start > 0))
             if steps := [r.history.step.num for r in records if r.HasField("history")]:
                 return max(steps)
     return -1

@@ -58,6 +58,13 @@ def import_wandb() -> Any:
     return wandb
 
 
+def record_type() -> Any:
+    """The protobuf class of a record in a .wandb file."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    return Record
+
+
 def find_folder(args: argparse.Namespace) -> Path:
     """Where wandb makes its own folder ``wandb``."""
     out = getattr(args, "out", None)
