@@ -65,7 +65,15 @@ ALL_WORLDS = {
     },
 }
 SAMPLE = (
-    *("micro_batch_1", "padded_packed", "bf16_recompute", "vpp", "tp2_packed", "cp2_padded"),
+    *(
+        "micro_batch_1",
+        "padded",
+        "padded_packed",
+        "bf16_recompute",
+        "vpp",
+        "tp2_packed",
+        "cp2_padded",
+    ),
     *("ep2_bf16_distributed", "tp2_ep2_etp1", "pp2_ep2", "tp2_cp2"),
 )
 WORLDS = {

@@ -213,6 +213,8 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
         return
     lock = FileLock(Path(args.out) / ".lock")
     new = [path for path in (Path(args.out), *Path(args.out).parents) if _is_new(path)]
+    logs = Path(args.out) / LOGS_NAME
+    has_logs = logs.exists()
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=_PATIENCE_SECONDS)
@@ -228,7 +230,10 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError):
-        if new and not hasattr(args, "curr_iteration"):  # refused before its first step
+        is_refused = not hasattr(args, "curr_iteration")  # before its first step
+        if is_refused and not has_logs:
+            shutil.rmtree(logs, ignore_errors=True)
+        if is_refused and new:
             shutil.rmtree(args.out, ignore_errors=True)
             with contextlib.suppress(OSError):
                 for path in new[1:]:

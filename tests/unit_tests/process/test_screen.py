@@ -20,7 +20,7 @@ def test_each_line_goes_where_it_belongs(
     with upstream_output_in(log):
         print("Megatron prints")
         print("Megatron complains", file=sys.stderr)
-        logging.getLogger("megatron.core").warning("Megatron logs")
+        logging.getLogger("some.library").error("Megatron logs")
         logging.getLogger("trinity_megatron.training").warning("we log")
         tell("we tell")
         tell("an error", is_error=True)
@@ -28,7 +28,7 @@ def test_each_line_goes_where_it_belongs(
     text = log.read_text()
     for line in ("Megatron prints", "Megatron complains", "Megatron logs"):
         assert line in text
-    logging.getLogger("megatron.core").warning("afterwards")
+    logging.getLogger("some.library").error("afterwards")
     print("afterwards, too")
     assert capsys.readouterr().out == "afterwards\nafterwards, too\n"
     assert logging.getLogger("trinity_megatron").propagate
