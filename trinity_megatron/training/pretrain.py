@@ -212,8 +212,9 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
         yield
         return
     lock = FileLock(Path(args.out) / ".lock")
-    new = [path for path in (Path(args.out), *Path(args.out).parents) if _is_new(path)]
-    logs = Path(args.out) / LOGS_NAME
+    out = Path(args.out)
+    new = [out] * _is_new(out) + [path for path in out.parents if not path.exists()]
+    logs = out / LOGS_NAME
     has_logs = logs.exists()
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -245,7 +246,12 @@ def _alone_in(args: argparse.Namespace) -> Iterator[None]:
 
 def _is_new(folder: Path) -> bool:
     """Whether a folder is missing, or has only what other ranks of this start have made."""
-    return not folder.exists() or {path.name for path in folder.iterdir()} == {LOGS_NAME}
+    try:
+        return {path.name for path in folder.iterdir()} == {LOGS_NAME}
+    except FileNotFoundError:
+        return True
+    except OSError:  # a file, or a folder that may not be listed
+        return False
 
 
 def _say_once(message: str) -> None:

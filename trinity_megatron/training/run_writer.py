@@ -80,8 +80,11 @@ class RunWriter(SummaryWriter):
 
     def latest_validation(self) -> dict[str, float]:
         """Losses of the latest evaluation, by name."""
-        losses = {tag: value for tag, (value, _) in self._held.items() if "ppl" not in tag}
-        return {tag: float(value) for tag, value in losses.items()}
+        return {
+            tag: float(value)
+            for tag, (value, _) in self._held.items()
+            if "ppl" not in tag and not tag.endswith(_SAMPLES_SUFFIX)
+        }
 
     def release(self) -> None:
         """Write the latest validation, unless an earlier start has it of the same step."""
