@@ -6,6 +6,9 @@ NPROC  ?=
 ARGS   ?=
 BIN    := .venv/bin
 
+# Else every process compiles the modules it imports, see scripts/bootstrap.sh.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-all lint gpu-check clean
 
