@@ -46,6 +46,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
                 Job("adam_half", f"{HALF} {SHARDED_ADAM}", ckpt["adam_half"]),
                 Job("jump_whole", f"{WHOLE} {JUMP}", ckpt["jump_whole"]),
                 Job("jump_half", f"{HALF} {JUMP}", ckpt["jump_half"]),
+                Job("again", WHOLE),
             ],
         ),
         (2, [Job("ep2_half", f"{HALF} {EP2}", ckpt["ep2"])]),
@@ -87,6 +88,14 @@ def test_losses_are_equal_bit_for_bit(kind: str, runs: SimpleNamespace) -> None:
     for tag in (TOKENS_TAG, BIAS_TAG):
         a, b = whole.tensors(tag), resumed.tensors(tag)
         assert list(a) == list(b) and all(np.array_equal(a[step], b[step]) for step in a)
+
+
+def test_a_run_leaves_nothing_to_the_next_one_of_its_process(runs: SimpleNamespace) -> None:
+    """Seven runs with other precisions, optimizers and batches lie between the two."""
+    first, again = runs.logs["whole"], runs.logs["again"]
+    for tag in ("lm loss", "grad-norm", "learning-rate", "moe/mean_max_violation"):
+        assert len(first.scalars(tag)) == 20
+        assert again.scalars(tag) == first.scalars(tag), tag
 
 
 def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -4,15 +4,27 @@ Megatron's writer passes on the type of an error without its text, and one of it
 ends the writing process without a word.
 """
 
+import queue
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from trinity_megatron.upstream.registry import replaced
 
-_WRITE = (
-    "megatron.core.dist_checkpointing.strategies.filesystem_async:"
-    "FileSystemWriterAsync.write_preloaded_data"
-)
+_WRITER_MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+_WRITE = f"{_WRITER_MODULE}:FileSystemWriterAsync.write_preloaded_data"
+
+
+def results_in_this_process() -> AbstractContextManager[None]:
+    """Let a synchronous save hand over its results in this process.
+
+    Megatron's queue lives in a helper process of every rank, which imports torch before the first
+    save: some seconds and half a GiB.  An asynchronous save, which writes in another process, needs
+    it.
+    """
+    return replaced(
+        f"{_WRITER_MODULE}:get_write_results_queue", lambda _: lambda *_args: queue.SimpleQueue()
+    )
 
 
 class _Results:

@@ -28,7 +28,11 @@ from trinity_megatron.optimizer.newton_schulz import COEFFICIENTS, coefficient_s
 from trinity_megatron.optimizer.param_groups import attach_muon_splits, is_adam_parameter
 from trinity_megatron.optimizer.sharded.buffer_layout import aligned_expert_buffers
 from trinity_megatron.optimizer.sharded.distributed_optimizer import ResumableDistributedOptimizer
-from trinity_megatron.optimizer.sharded.optimizer_chain import SkippingOptimizer, build_sharded
+from trinity_megatron.optimizer.sharded.optimizer_chain import (
+    SkippingOptimizer,
+    build_sharded,
+    init_muon_state,
+)
 from trinity_megatron.upstream.registry import replaced
 
 _OPTIMIZER = "megatron.core.optimizer"
@@ -117,7 +121,7 @@ def registered_muon(settings: MuonSettings | None = None) -> Iterator[None]:
         )
     entries["muon"] = EmergingOptimizerEntry(
         optimizer_cls=Muon,
-        init_state_fn=_init_state,
+        init_state_fn=init_muon_state,
         config_to_kwargs=functools.partial(_muon_kwargs, settings=settings),
         default_param_overrides={_ADAM_PARAMETERS: {"optimizer": "adam"}},
     )
@@ -240,10 +244,6 @@ def _build_muon_or(
     return wrapper
 
 
-def _init_state(optimizer: Muon, config: Any = None) -> None:
-    optimizer.init_state()
-
-
 def _muon_kwargs(
     config: Any, model_chunks: list[Any], pg_collection: Any, *, settings: MuonSettings
 ) -> dict[str, Any]:
@@ -301,11 +301,4 @@ def _check_settings(settings: Any, *, tensor_parallel_size: int) -> None:
     if not getattr(settings, "decoupled_weight_decay", True):
         raise UserError(
             "decoupled_weight_decay=False: Muon's weight decay is decoupled. Remedy: drop the flag."
-        )
-    peak, floor = settings.decoupled_lr, settings.decoupled_min_lr
-    floor = settings.min_lr if floor is None else floor
-    if peak is not None and floor is not None and floor > peak:
-        raise UserError(
-            f"decoupled_lr={peak} is below its minimum {floor} (decoupled_min_lr, or min_lr where "
-            "that is not set). Remedy: set --decoupled-min-lr."
         )

@@ -38,6 +38,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 
 from trinity_megatron.checkpoint.hf_assets import inherit_assets, keep_tokenizer  # noqa: E402
 from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads  # noqa: E402
+from trinity_megatron.checkpoint.save_worker import results_in_this_process  # noqa: E402
 from trinity_megatron.model.lm_head_loss import attach_language_model_loss  # noqa: E402
 from trinity_megatron.model.moe.bias_update import get_expert_bias_updater  # noqa: E402
 from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
@@ -175,6 +176,8 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
         enter = stack.enter_context
         enter(guarded_loads(verify_checksums=args.verify_checksums, advise=advise_other_step))
         enter(plain_index_cache())
+        if not args.async_save:
+            enter(results_in_this_process())
         recorder = enter(recorded())
         callbacks = [
             enter(metrics.installed()),

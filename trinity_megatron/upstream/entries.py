@@ -7,7 +7,8 @@ _OPTIMIZER = "megatron.core.optimizer"
 _EMERGING = "megatron.core.optimizer.emerging_optimizers"
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _SERIALIZATION = "megatron.core.dist_checkpointing.serialization"
-_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync"
+_WRITER_MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+_WRITER = f"{_WRITER_MODULE}:FileSystemWriterAsync"
 _TORCH_DIST = "megatron.core.dist_checkpointing.strategies.torch:TorchDistLoadShardedStrategy"
 _ASYNC = "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller"
 
@@ -141,6 +142,11 @@ _ENTRIES = (
         fingerprint="6537018adbec",
     ),
     # Checkpoints: saving.
+    Replacement(
+        f"{_WRITER_MODULE}:get_write_results_queue",
+        "a synchronous save needs no helper process (half a GiB and seconds of imports a rank)",
+        fingerprint="e395fb0e86a0",
+    ),
     Replacement(
         f"{_WRITER}.get_save_function_and_args",
         "an error of a writer keeps its text",

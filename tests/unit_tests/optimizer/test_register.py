@@ -124,7 +124,6 @@ def arguments(**changes: Any) -> Any:
             "set --muon-tp-mode duplicated",
         ),
         ({"decoupled_weight_decay": False}, "drop the flag"),
-        ({"decoupled_min_lr": None, "min_lr": 0.01}, "set --decoupled-min-lr"),
     ],
 )
 def test_refusals_name_the_remedy(changes: dict[str, Any], message: str) -> None:

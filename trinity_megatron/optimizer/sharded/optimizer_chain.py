@@ -180,7 +180,7 @@ class _PartBuilder:
     ) -> tuple[torch.optim.Optimizer, Callable[..., None]]:
         """The torch optimizer, and what makes its state, as Megatron's own builder returns them."""
         if kind.optimizer == "muon":
-            return self.make_muon(param_groups), _init_muon_state
+            return self.make_muon(param_groups), init_muon_state
         config = copy.copy(self.config)
         config.optimizer = "adam"
         return core_optimizer._get_megatron_optimizer_based_on_param_groups(
@@ -194,7 +194,8 @@ class _PartBuilder:
         return 0
 
 
-def _init_muon_state(optimizer: Muon, config: Any = None) -> None:
+def init_muon_state(optimizer: Muon, config: Any = None) -> None:
+    """Make the state of all parameters, as Megatron's ``init_state_fn`` does before a load."""
     optimizer.init_state()
 
 

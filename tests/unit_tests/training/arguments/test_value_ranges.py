@@ -64,13 +64,19 @@ def test_an_element_of_a_list_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high"),
-    [("min_lr", "lr"), ("decoupled_min_lr", "decoupled_lr"), ("lr_warmup_init", "lr")],
+    [
+        ("min_lr", "lr"),
+        ("decoupled_min_lr", "decoupled_lr"),
+        ("min_lr", "decoupled_lr"),  # where there is no decoupled_min_lr
+        ("lr_warmup_init", "lr"),
+    ],
 )
 def test_the_wrong_order_is_refused(low: str, high: str) -> None:
     first, second = (f"--{name.replace('_', '-')}" for name in (low, high))
     with pytest.raises(ValueError, match=f"{first} 0.1 is above {second} 0.01. Remedy: {first}"):
         check_values(Namespace(**{low: 0.1, high: 0.01}))
     check_values(Namespace(**{low: 0.01, high: 0.01}))
+    check_values(Namespace(min_lr=0.1, decoupled_min_lr=0.001, decoupled_lr=0.01))
 
 
 def test_what_is_common_is_accepted() -> None:
