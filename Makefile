@@ -6,6 +6,9 @@ NPROC  ?=
 ARGS   ?=
 BIN    := .venv/bin
 
+# The long files of tests/functional_tests first, and the short ones fill up the end.
+IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+
 # Else every process compiles the modules it imports, see scripts/bootstrap.sh.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -25,7 +28,7 @@ train: setup ## prepare the data and train (tiny preset, on the CPU if there is 
 		$(if $(NPROC),--nproc $(NPROC)) $(ARGS)
 
 test: setup ## the tests that need no GPU; of what is repeated in many layouts a sample
-	$(BIN)/python -m pytest tests -m "not gpu and not te" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest tests -m "not gpu and not te" $(IN_PARALLEL) $(ARGS)
 
 test-all: setup ## the same with every layout, signal and kill (an hour)
 	TRINITY_TESTS=all $(MAKE) test

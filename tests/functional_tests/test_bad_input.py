@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional_tests.launch import environment
+from tests.functional_tests.launch import environment, only_in_all
 from trinity_megatron.launch.local import single_rank_environment
 
 pytestmark = pytest.mark.slow  # imports megatron.training
@@ -214,7 +214,7 @@ def test_a_length_in_samples(parse: Parse) -> None:
         ("--moe-router-score-function softmax", "--moe-router-score-function softmax"),
     ],
 )
-@pytest.mark.parametrize("is_new", [True, False])
+@pytest.mark.parametrize("is_new", [True, pytest.param(False, marks=only_in_all)])
 def test_a_refused_start_leaves_nothing(
     flags: str, words: str, is_new: bool, data: Path, tmp_path: Path
 ) -> None:

@@ -2,13 +2,14 @@
 
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.functional_tests.launch import run_script
+from tests.functional_tests.launch import only_in_all, run_script
 from trinity_megatron.checkpoint.integrity.checksums import add_checksums, get_checksum, seal
 from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
 
@@ -20,9 +21,10 @@ from trinity_megatron.training import pretrain
 if __name__ == "__main__":  # the helper processes of a save import this module again
     pretrain.run()
 """
-PARALLEL = (
-    "--ckpt-fully-parallel-save --ckpt-fully-parallel-load --use-distributed-optimizer".split()
-)
+FLAGS = (
+    "--ckpt-fully-parallel-save --ckpt-fully-parallel-load --use-distributed-optimizer "
+    "--save-interval 2"
+).split()
 
 
 class Call:
@@ -48,30 +50,49 @@ def spoil_object(folder: Path, program: str) -> None:
     (folder / ".metadata").write_bytes(seal(pickle.dumps(metadata)))
 
 
-def test_it_is_named_and_nobody_waits(data: Path, tmp_path: Path) -> None:
-    checkpoints, flags = tmp_path / "run" / "checkpoints", [*PARALLEL, "--save-interval", "2"]
-    first = run_script(SCRIPT, data, tmp_path, "--train-iters", "4", *flags)
+@pytest.fixture(scope="module")
+def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("damaged")
+    first = run_script(SCRIPT, data, folder, "--train-iters", "4", *FLAGS)
     assert first.returncode == 0, first.stderr
-    latest = checkpoints / "iter_0000004"
+    return folder
+
+
+def start_again(checkpoint: Path, data: Path, folder: Path, spoil: Callable[[Path], None]) -> str:
+    """What a run from a spoilt copy says when it ends."""
+    shutil.copytree(checkpoint / "run", folder / "run")
+    spoil(folder / "run" / "checkpoints" / "iter_0000004")
+    result = run_script(SCRIPT, data, folder, "--train-iters", "6", *FLAGS)
+    assert result.returncode != 0 and "exitcode  : 2" in result.stderr, result.stderr
+    return result.stderr
+
+
+def test_every_shard_has_a_checksum(checkpoint: Path) -> None:
+    latest = checkpoint / "run" / "checkpoints" / "iter_0000004"
     TorchDistReader(latest).check_all()
     storage = FileSystemReader(latest).read_metadata().storage_data.values()
     assert all(get_checksum(info) is not None for info in storage)
-    good = shutil.copytree(latest, tmp_path / "good")
 
-    path = latest / "__1_0.distcp"  # what rank 1 reads and rank 0 does not
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    path.write_bytes(content)
-    second = run_script(SCRIPT, data, tmp_path, "--train-iters", "6", *flags)
-    assert second.returncode != 0 and "exitcode  : 2" in second.stderr, second.stderr
-    assert f"error: {path} is damaged" in second.stderr
-    assert "the complete checkpoint 2: --ckpt-step 2." in second.stderr
-    assert "Traceback" not in second.stderr.split("error: ")[0]
 
-    shutil.rmtree(latest)
-    good.rename(latest)
-    spoil_object(latest, f"open({str(tmp_path / 'made')!r}, 'w')")
-    third = run_script(SCRIPT, data, tmp_path, "--train-iters", "6", *flags)
-    assert third.returncode != 0 and "exitcode  : 2" in third.stderr, third.stderr
-    assert "an object in it names eval, which no checkpoint of Megatron holds" in third.stderr
+def test_it_is_named_and_nobody_waits(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    name = "__1_0.distcp"  # what rank 1 reads and rank 0 does not
+
+    def change_one_bit(latest: Path) -> None:
+        content = bytearray((latest / name).read_bytes())
+        content[len(content) // 2] ^= 0x10
+        (latest / name).write_bytes(content)
+
+    output = start_again(checkpoint, data, tmp_path, change_one_bit)
+    path = tmp_path / "run" / "checkpoints" / "iter_0000004" / name
+    assert f"error: {path} is damaged" in output
+    assert "the complete checkpoint 2: --ckpt-step 2." in output
+    assert "Traceback" not in output.split("error: ")[0]
+
+
+@only_in_all  # tests/unit_tests/checkpoint/integrity has it without ranks
+def test_an_object_that_runs_code(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    program = f"open({str(tmp_path / 'made')!r}, 'w')"
+    output = start_again(checkpoint, data, tmp_path, lambda latest: spoil_object(latest, program))
+    assert "an object in it names eval, which no checkpoint of Megatron holds" in output
     assert not (tmp_path / "made").exists()

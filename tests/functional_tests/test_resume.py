@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.functional_tests.launch import ADAM, Job, train
+from tests.functional_tests.launch import ADAM, TAKES_ALL, Job, only_in_all, train
 from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, TOKENS_TAG, RunLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -22,17 +22,20 @@ WHOLE = "--train-iters 20"
 HALF = f"{WHOLE} --exit-interval 10"
 EP2 = "--expert-model-parallel-size 2"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
-# The batch grows after 13 steps, at 13 x 4 samples of 64 tokens; the resume lies before it.
-JUMP = f"--step-batch-size-schedule 0:4,{13 * 4 * 64}:8"
+# In bf16; the batch grows after 13 steps, at 13 x 4 samples of 64 tokens, after the resume.
+JUMP = f"--bf16 --step-batch-size-schedule 0:4,{13 * 4 * 64}:8"
 # torch's AdamW, sharded by Megatron's distributed optimizer.
 SHARDED_ADAM = f"{' '.join(ADAM)} --use-distributed-optimizer --num-layers 2"
+
+
+def adam(job: Job) -> list[Job]:
+    return [job] * TAKES_ALL
 
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("resume")
-    names = ("whole", "half", "ep2", "longer", "bf16_whole", "bf16_half", "adam_whole", "adam_half")
-    names += ("jump_whole", "jump_half")
+    names = ("whole", "half", "ep2", "longer", "adam_whole", "adam_half", "jump_whole", "jump_half")
     ckpt = {name: folder / f"{name}_checkpoints" for name in names}
     first = [
         (
@@ -40,13 +43,11 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
             [
                 Job("whole", WHOLE, ckpt["whole"]),
                 Job("half", HALF, ckpt["half"]),
-                Job("bf16_whole", f"{WHOLE} --bf16", ckpt["bf16_whole"]),
-                Job("bf16_half", f"{HALF} --bf16", ckpt["bf16_half"]),
-                Job("adam_whole", f"{WHOLE} {SHARDED_ADAM}", ckpt["adam_whole"]),
-                Job("adam_half", f"{HALF} {SHARDED_ADAM}", ckpt["adam_half"]),
+                *adam(Job("adam_whole", f"{WHOLE} {SHARDED_ADAM}", ckpt["adam_whole"])),
+                *adam(Job("adam_half", f"{HALF} {SHARDED_ADAM}", ckpt["adam_half"])),
                 Job("jump_whole", f"{WHOLE} {JUMP}", ckpt["jump_whole"]),
                 Job("jump_half", f"{HALF} {JUMP}", ckpt["jump_half"]),
-                Job("again", WHOLE),
+                Job("again", f"{WHOLE} --exit-interval 5"),
             ],
         ),
         (2, [Job("ep2_half", f"{HALF} {EP2}", ckpt["ep2"])]),
@@ -60,8 +61,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
             1,
             [
                 Job("half", WHOLE, ckpt["half"]),
-                Job("bf16_half", f"{WHOLE} --bf16", ckpt["bf16_half"]),
-                Job("adam_half", f"{WHOLE} {SHARDED_ADAM}", ckpt["adam_half"]),
+                *adam(Job("adam_half", f"{WHOLE} {SHARDED_ADAM}", ckpt["adam_half"])),
                 Job("jump_half", f"{WHOLE} {JUMP}", ckpt["jump_half"]),
                 Job("longer", "--train-iters 13 --save-interval 100", ckpt["longer"]),
                 Job("ep2_on_one", f"{WHOLE} {load}"),
@@ -79,7 +79,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     return SimpleNamespace(logs=logs, checkpoints=ckpt)
 
 
-@pytest.mark.parametrize("kind", ["", "bf16_", "adam_", "jump_"])
+@pytest.mark.parametrize("kind", ["", pytest.param("adam_", marks=only_in_all), "jump_"])
 def test_losses_are_equal_bit_for_bit(kind: str, runs: SimpleNamespace) -> None:
     whole, resumed = runs.logs[f"{kind}whole"], runs.logs[f"{kind}half"]
     for tag in ("lm loss", "grad-norm", "learning-rate"):
@@ -91,11 +91,12 @@ def test_losses_are_equal_bit_for_bit(kind: str, runs: SimpleNamespace) -> None:
 
 
 def test_a_run_leaves_nothing_to_the_next_one_of_its_process(runs: SimpleNamespace) -> None:
-    """Seven runs with other precisions, optimizers and batches lie between the two."""
+    """Runs with another precision, another batch and other ends lie between the two."""
     first, again = runs.logs["whole"], runs.logs["again"]
     for tag in ("lm loss", "grad-norm", "learning-rate", "moe/mean_max_violation"):
-        assert len(first.scalars(tag)) == 20
-        assert again.scalars(tag) == first.scalars(tag), tag
+        values = again.scalars(tag)
+        assert list(values) == [1, 2, 3, 4, 5]
+        assert values.items() <= first.scalars(tag).items(), tag
 
 
 def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -154,6 +155,7 @@ def test_a_growing_batch_keeps_the_learning_rate_schedule(runs: SimpleNamespace)
         np.testing.assert_allclose(rates, expected, rtol=1e-6)
 
 
+@only_in_all
 def test_a_sharded_adam_is_saved_and_loaded_whole(runs: SimpleNamespace) -> None:
     whole = read_tensors(runs.checkpoints["adam_whole"] / "iter_0000020")
     resumed = read_tensors(runs.checkpoints["adam_half"] / "iter_0000020")
@@ -164,8 +166,8 @@ def test_a_sharded_adam_is_saved_and_loaded_whole(runs: SimpleNamespace) -> None
 
 def test_bf16_training_keeps_the_balance_in_fp32(runs: SimpleNamespace) -> None:
     # What was saved in the middle and loaded, and what was never saved before the end.
-    resumed = read_tensors(runs.checkpoints["bf16_half"] / "iter_0000020")
-    whole = read_tensors(runs.checkpoints["bf16_whole"] / "iter_0000020")
+    resumed = read_tensors(runs.checkpoints["jump_half"] / "iter_0000020")
+    whole = read_tensors(runs.checkpoints["jump_whole"] / "iter_0000020")
     names = [name for name in whole if "mlp.router.expert_bias" in name]
     assert len(names) == 6  # bias and momentum of three layers
     for name in names:
