@@ -35,9 +35,9 @@ def check_values(args: argparse.Namespace) -> None:
         raise UserError(
             f"--kv-channels {args.kv_channels} is odd: RoPE turns pairs. Remedy: an even number."
         )
-    ordered = _ORDERED
+    ordered = [*_ORDERED]
     if getattr(args, "decoupled_min_lr", None) is None:  # then it is --min-lr
-        ordered += (("min_lr", "decoupled_lr"),)
+        ordered.append(("min_lr", "decoupled_lr"))
     for low, high in ordered:
         smaller, larger = getattr(args, low, None), getattr(args, high, None)
         if smaller is not None and larger is not None and smaller > larger:
