@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.utils._device
 
 from trinity_megatron.cpu_host.collectives import stand_in_for_collectives
 from trinity_megatron.cpu_host.malloc import keep_freed_memory
@@ -59,11 +60,11 @@ def enter_host() -> bool:
     Returns:
         True on a CPU host, False if CUDA is available.
     """
-    _skip_helper_build()
-    if torch.cuda.is_available():
-        return False
-    _stand_in_for_cuda()
-    return True
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda:
+        _stand_in_for_cuda()
+    _skip_helper_build()  # imports Megatron
+    return not has_cuda
 
 
 def is_cpu_host() -> bool:
@@ -75,6 +76,7 @@ def is_cpu_host() -> bool:
 def _stand_in_for_cuda() -> None:
     """Make all replacements; the cache keeps a second call from making them again."""
     _set_environment()
+    _stand_in_for_compile()
     _stand_in_for_devices()
     stand_in_for_streams()
     _stand_in_for_random_state()
@@ -90,6 +92,20 @@ def _set_environment() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Megatron's argument check for tensor parallelism requires it; it has no effect on a CPU.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _stand_in_for_compile() -> None:
+    """Where nothing is compiled, ``torch.compile`` need not import the compiler: 3 s a process.
+
+    Megatron decorates its small fused functions with it when it is imported.
+    """
+    if os.environ["TORCHDYNAMO_DISABLE"] != "1":
+        return
+
+    def compile_nothing(model: Any = None, **_: Any) -> Any:
+        return (lambda function: function) if model is None else model
+
+    torch.compile = compile_nothing  # type: ignore[assignment]
 
 
 def _names_cuda(device: Any) -> bool:

@@ -90,3 +90,17 @@ def test_uneven_collectives(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(
         run_rank, (str(tmp_path / "store"),), nprocs=2, start_method="fork"
     )
+
+
+@pytest.mark.slow
+def test_a_training_does_not_import_the_compiler() -> None:
+    code = (
+        "import sys, torch; from trinity_megatron.training import pretrain; "
+        "assert torch.compile(len) is len and torch.compile(dynamic=False)(len) is len; "
+        "print([name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TORCHDYNAMO_DISABLE", None)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1:] == ["[]"], result.stderr

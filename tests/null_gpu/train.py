@@ -1,0 +1,89 @@
+"""The training entry on the null device; what each step did is written down, a JSON line a step.
+
+python -m tests.null_gpu.train STEPS.jsonl FLAGS ...
+"""
+
+import functools
+import json
+import sys
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.null_gpu.device import NullDevice
+from trinity_megatron.training import pretrain
+
+# Where a wait for the device is not asked for by the code that is looked for.
+_NOT_THE_CALLER = ("/torch/", "/warnings.py", "/contextlib.py", "/functools.py", __file__)
+
+
+class StepRecord:
+    """What the device counts in each step, and which code waits for it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._device = path, NullDevice()
+        self._waits: Counter[str] = Counter()
+
+    def around(self, train_step: Any) -> Any:
+        """Megatron's ``train_step``, recorded."""
+
+        @functools.wraps(train_step)  # the registry of replacements knows what it wraps
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            self._waits.clear()
+            torch.cuda.reset_peak_memory_stats()
+            self._device.reset()
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                warnings.showwarning = self._note
+                try:
+                    return train_step(*args, **kwargs)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                    self._write()
+
+        return wrapper
+
+    def _note(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        if "synchronizing CUDA operation" in str(message):
+            self._waits[find_caller()] += 1
+
+    def _write(self) -> None:
+        step = {
+            "counts": self._device.read(),
+            "waits": dict(self._waits),
+            "allocated": torch.cuda.memory_allocated(),
+            "peak": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+            "kernels": self._device.kernels(self._path.with_suffix(".kernels")),
+        }
+        with self._path.open("a") as file:
+            file.write(json.dumps(step) + "\n")
+
+
+def find_caller() -> str:
+    """The innermost three frames outside of torch: ``file:line function < ...``."""
+    frames = [
+        frame
+        for frame in reversed(traceback.extract_stack())
+        if not any(part in frame.filename for part in _NOT_THE_CALLER)
+    ]
+    return " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[:3])
+
+
+def main() -> None:
+    """Train with the flags that follow the file."""
+    from megatron.training import training
+
+    record = StepRecord(Path(sys.argv.pop(1)).absolute())
+    training.train_step = record.around(training.train_step)
+    pretrain.run()
+
+
+if __name__ == "__main__":
+    main()
