@@ -88,6 +88,7 @@ def build(folder: Path) -> dict[str, str]:
         "LD_LIBRARY_PATH": str(driver),
         "TRITON_LIBCUDA_PATH": str(driver),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",  # cuDNN's own library would look for a device
     }
 
 

@@ -3,6 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "counters.h"
+
 static int make(void **handle)
 {
     *handle = malloc(64);
@@ -97,3 +99,27 @@ int ncclMemAlloc(void **pointer, size_t size)
     *pointer = malloc(size);
     return 0;
 }
+
+#define LARGEST_COPY (4 << 20)
+static const int TYPE_BYTES[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
+
+/* The part of this rank, taken for that of all. */
+static int collect(const char *name, const void *source, void *target, size_t count, int type)
+{
+    size_t size = count * TYPE_BYTES[type];
+    null_count_call(name);
+    if (source != target && size <= LARGEST_COPY)
+        memmove(target, source, size);
+    return 0;
+}
+
+#define COLLECTIVE(name)                                                                           \
+    int name(const void *source, void *target, size_t count, int type)                             \
+    {                                                                                              \
+        return collect(#name, source, target, count, type);                                        \
+    }
+COLLECTIVE(ncclAllGather)
+COLLECTIVE(ncclAllReduce)
+COLLECTIVE(ncclReduceScatter)
+COLLECTIVE(ncclBroadcast)
+COLLECTIVE(ncclReduce)

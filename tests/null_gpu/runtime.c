@@ -1,7 +1,8 @@
 /* The CUDA runtime of a device that computes nothing, for LD_PRELOAD.
  *
- * Kernels are counted and not run, so that nobody knows what memory would hold: whatever is read from
- * the device is zero.  A training takes that for no NaN, no infinity, a loss of zero.
+ * Memory is host memory, and copies are real: objects travel between ranks through it.  Kernels are
+ * counted and not run.  A read of at most 4 bytes, a number that kernels have computed, gives zero: a
+ * training takes that for a loss, or for the number of values that are not finite.
  */
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
@@ -25,6 +26,8 @@
 #define LARGEST_GRID 2147483647
 #define CACHE_BYTES (50 << 20)
 #define PAGE (2ul << 20) /* what a device's allocator hands out */
+#define SMALL_READ 4
+#define LARGEST_COPY (1 << 20) /* on the device; weights and gradients would only take time */
 
 static __thread int current_device;
 static __thread cudaError_t last_error;
@@ -166,13 +169,14 @@ const char *cudaGetErrorString(cudaError_t error)
     return error == cudaErrorMemoryAllocation ? "out of memory" : "an error of the null GPU";
 }
 
-static int unavailable(void) { return 1; }
+/* Of the driver: descriptors of tensor memory, and the like. */
+static int do_nothing(void) { return 0; }
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
                                              unsigned long long flags,
                                              enum cudaDriverEntryPointQueryResult *result)
 {
-    *function = (void *)unavailable;
+    *function = (void *)do_nothing;
     if (result)
         *result = cudaDriverEntryPointSuccess;
     return cudaSuccess;
@@ -314,9 +318,9 @@ static cudaError_t allocate(void **pointer, size_t size)
 {
     size = size ? (size + PAGE - 1) & ~(PAGE - 1) : PAGE;
     pthread_mutex_lock(&mutex);
-    /* Addresses only: who reads them on the host dies, as with a real device. */
+    /* Not backed by memory before it is touched: only what is copied is. */
     char *raw = used + size > memory() ? MAP_FAILED
-                                       : mmap(NULL, size + PAGE, PROT_NONE,
+                                       : mmap(NULL, size + PAGE, PROT_READ | PROT_WRITE,
                                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (raw == MAP_FAILED) {
         pthread_mutex_unlock(&mutex);
@@ -411,14 +415,11 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, c
 static void copy(void *target, const void *source, size_t size)
 {
     int to_device = is_on_device(target), from_device = is_on_device(source);
-    if (to_device && from_device) {
-        null_count(COPIES_ON_DEVICE);
-    } else if (from_device) {
-        null_count(COPIES_TO_HOST);
+    null_count(to_device ? (from_device ? COPIES_ON_DEVICE : COPIES_TO_DEVICE) : COPIES_TO_HOST);
+    if (from_device && !to_device && size <= SMALL_READ)
         memset(target, 0, size);
-    } else {
-        null_count(COPIES_TO_DEVICE);
-    }
+    else if (!(to_device && from_device && size > LARGEST_COPY))
+        memmove(target, source, size);
 }
 
 cudaError_t cudaMemcpy(void *target, const void *source, size_t size, enum cudaMemcpyKind kind)
@@ -450,6 +451,8 @@ cudaError_t cudaGetSymbolAddress(void **pointer, const void *symbol)
 cudaError_t cudaMemset(void *pointer, int value, size_t size)
 {
     null_count(MEMSETS);
+    if (size <= LARGEST_COPY)
+        memset(pointer, value, size);
     return cudaSuccess;
 }
 

@@ -275,6 +275,7 @@ def run() -> None:
     try:
         use_short_temporary_folder()
         main()
+        _leave_world()
     except (UserError, OSError) as error:
         message = explain_disk_error(error) if isinstance(error, OSError) else None
         if message is None and is_user_error(error):
@@ -293,6 +294,12 @@ def run() -> None:
     except EndedBySignal as end:
         _wait_for_all_ranks()
         sys.exit(128 + end.signum)
+
+
+def _leave_world() -> None:
+    """NCCL wants it, once all ranks are done; Megatron leaves it to the entry."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _wait_for_all_ranks() -> None:

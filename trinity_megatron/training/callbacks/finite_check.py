@@ -36,11 +36,12 @@ def check_is_finite(iteration: int, model: Any, optimizer: Any) -> None:
     Raises:
         UserError: Names the tensors, the ranks and the remedy.
     """
-    mine = find_spoilt(model, optimizer)
-    count = torch.tensor(len(mine), device=torch.cuda.current_device())
+    names_here, is_spoilt = find_spoilt(model, optimizer)
+    count = is_spoilt.sum(dtype=torch.int32)
     torch.distributed.all_reduce(count)
-    if not count:
+    if not count:  # the one wait for the device
         return
+    mine = [name for name, is_bad in zip(names_here, is_spoilt.tolist(), strict=True) if is_bad]
     by_rank: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(by_rank, mine[:3])
     names = [f"{name} (rank {rank})" for rank, found in enumerate(by_rank) for name in found]
@@ -53,23 +54,28 @@ def check_is_finite(iteration: int, model: Any, optimizer: Any) -> None:
     )
 
 
-def find_spoilt(model: Any, optimizer: Any) -> list[str]:
-    """Names of this rank's tensors that hold NaN or infinity; one wait for the device.
+def find_spoilt(model: Any, optimizer: Any) -> tuple[list[str], Tensor]:
+    """Which of this rank's tensors hold NaN or infinity, without a wait for the device.
 
     Args:
         model: Chunks of the model.
         optimizer: Megatron's optimizer; None where there is none.
+
+    Returns:
+        Names of the tensors of floating point, and for each whether it does: bool ``[tensors]`` on
+        the device.
     """
     named = list(_tensors(model, optimizer))
     local = [getattr(tensor, "_local_tensor", tensor).detach() for _, tensor in named]
     kept = [i for i, t in enumerate(local) if t.dtype in _CHECKED and t.numel()]
+    device = torch.cuda.current_device()
+    names = [named[i][0] for i in kept]
     if not kept:
-        return []
+        return names, torch.zeros(0, dtype=torch.bool, device=device)
     # The largest absolute value: NaN if there is one.
     largest = torch._foreach_norm([local[i] for i in kept], float("inf"))
-    device = torch.cuda.current_device()  # states may lie on the host
-    spoilt = ~torch.stack([norm.to(device, torch.float32) for norm in largest]).isfinite()
-    return [named[i][0] for i, is_bad in zip(kept, spoilt.tolist(), strict=True) if is_bad]
+    # States may lie on the host.
+    return names, ~torch.stack([norm.to(device, torch.float32) for norm in largest]).isfinite()
 
 
 def _tensors(model: Any, optimizer: Any) -> Iterator[tuple[str, Tensor]]:

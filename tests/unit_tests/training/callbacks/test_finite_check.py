@@ -27,18 +27,24 @@ def make_state() -> tuple[list[torch.nn.Module], Any]:
     return chunks, SimpleNamespace(chained_optimizers=parts)
 
 
+def spoilt_names(*state: Any) -> list[str]:
+    names, is_spoilt = find_spoilt(*state)
+    assert is_spoilt.dtype == torch.bool and is_spoilt.shape == (len(names),)
+    return [name for name, is_bad in zip(names, is_spoilt, strict=True) if is_bad]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_each_kind_of_tensor(value: float) -> None:
     chunks, optimizer = make_state()
-    assert find_spoilt(chunks, optimizer) == []
-    assert find_spoilt(chunks, None) == []
-    assert find_spoilt([], None) == []
+    assert spoilt_names(chunks, optimizer) == []
+    assert spoilt_names(chunks, None) == []
+    assert spoilt_names([], None) == []
     linear, norm = chunks[:2]
     with torch.no_grad():
         linear.weight[1, 2] = value
         norm.running_var[3] = value
         optimizer.chained_optimizers[0].optimizer.state[linear.bias]["exp_avg_sq"][0] = value
-    assert find_spoilt(chunks, optimizer) == [
+    assert spoilt_names(chunks, optimizer) == [
         "weight",
         "running_var",
         "exp_avg_sq of a parameter of 2",
@@ -51,4 +57,4 @@ def test_large_numbers_are_numbers() -> None:
         for chunk in chunks:
             for param in chunk.parameters():
                 param.fill_(torch.finfo(param.dtype).max)
-    assert find_spoilt(chunks, optimizer) == []
+    assert spoilt_names(chunks, optimizer) == []

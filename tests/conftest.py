@@ -1,4 +1,4 @@
-"""A small prepared data folder for all functional tests."""
+"""A small prepared data folder for all tests that train."""
 
 import sysconfig
 from pathlib import Path
