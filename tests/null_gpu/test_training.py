@@ -12,21 +12,60 @@ from tests.null_gpu.conftest import Result
 
 pytestmark = [pytest.mark.null_gpu, pytest.mark.slow]
 
-Rehearse = Callable[..., Result]
+
+def train(variables: dict[str, str], data: Path, out: Path, *flags: str) -> str:
+    """``trinity-megatron train --preset tiny``; what it says."""
+    command = [sys.executable, "-m", "trinity_megatron.cli", "train", "--preset", "tiny"]
+    command += ["--data", str(data), "--out", str(out), *flags]
+    done = subprocess.run(
+        command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def run(variables: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``train`` with nothing but the preset, the data and the folder; and then the same again."""
+def out(variables: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with nothing but the preset, the data and the folder."""
     out = tmp_path_factory.mktemp("run") / "out"
-    command = [sys.executable, "-m", "trinity_megatron.cli", "train", "--preset", "tiny"]
-    command += ["--data", str(data), "--out", str(out)]
-    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    train(variables, data, out)
     return out
 
 
-def test_it_runs_from_start_to_end(run: Path) -> None:
-    tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
-    assert tracker.read_text().strip() == "400"
-    assert (run / "report" / "index.html").exists()
+def latest(out: Path) -> int:
+    """The step of the newest checkpoint."""
+    return int((out / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+
+
+def test_it_runs_from_start_to_end(out: Path) -> None:
+    assert latest(out) == 400
+    assert (out / "report" / "report.html").exists()
+
+
+def test_it_goes_on(out: Path, variables: dict[str, str], data: Path) -> None:
+    output = train(variables, data, out, "--train-iters", "402")
+    assert "402, of which 400 before this start" in output
+    assert latest(out) == 402
+
+
+@pytest.fixture(scope="module")
+def steps(rehearse: Callable[..., Result], data: Path) -> list[dict]:
+    """Steps of four micro-batches that log nothing, from the second to the last but one, as sm_90."""
+    flags = "--preset tiny --train-iters 5 --eval-iters 0 --micro-batch-size 2 --log-interval 100"
+    result = rehearse(*flags.split(), "--data", str(data))
+    assert result.code == 0, result.output[-3000:]
+    assert len(result.steps) == 5
+    return result.steps[1:-1]
+
+
+def test_who_waits_for_the_device(steps: list[dict]) -> None:
+    """The gradient norm, and Megatron's sums for its log, whatever the number of micro-batches."""
+    for step in steps:
+        assert sum(step["waits"].values()) <= 3, step["waits"]
+        assert step["counts"]["stream_syncs"] <= 4 and step["counts"]["device_syncs"] == 0
+
+
+def test_nothing_is_compiled_or_allocated_later(steps: list[dict]) -> None:
+    assert len({step["graphs"] for step in steps}) == 1
+    assert all(step["counts"]["allocations"] == 0 for step in steps[1:])
+    assert len({step["counts"]["launches"] for step in steps}) == 1

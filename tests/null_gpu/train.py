@@ -1,6 +1,6 @@
-"""The training entry on the null device; what each step did is written down, a JSON line a step.
+"""The training entry on the null device; what each step did is written down.
 
-python -m tests.null_gpu.train STEPS.jsonl FLAGS ...
+python -m tests.null_gpu.train STEPS.jsonl FLAGS ...        # a JSON object a line and step
 """
 
 import functools
@@ -22,37 +22,41 @@ _NOT_THE_CALLER = ("/torch/", "/warnings.py", "/contextlib.py", "/functools.py",
 
 
 class StepRecord:
-    """What the device counts in each step, and which code waits for it."""
+    """What the device counts from the start of a step to that of the next, and who waits for it."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._device = path, NullDevice()
         self._waits: Counter[str] = Counter()
+        self._has_begun = False
 
     def around(self, train_step: Any) -> Any:
         """Megatron's ``train_step``, recorded."""
 
         @functools.wraps(train_step)  # the registry of replacements knows what it wraps
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            self._waits.clear()
-            torch.cuda.reset_peak_memory_stats()
-            self._device.reset()
-            torch.cuda.set_sync_debug_mode("warn")
-            with warnings.catch_warnings():
-                warnings.simplefilter("always")
-                warnings.showwarning = self._note
-                try:
-                    return train_step(*args, **kwargs)
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-                    self._write()
+            self.write()
+            self._begin()
+            return train_step(*args, **kwargs)
 
         return wrapper
+
+    def _begin(self) -> None:
+        self._has_begun = True
+        self._waits.clear()
+        torch.cuda.reset_peak_memory_stats()
+        self._device.reset()
+        torch.cuda.set_sync_debug_mode("warn")
+        warnings.simplefilter("always")
+        warnings.showwarning = self._note
 
     def _note(self, message: Warning | str, *_: Any, **__: Any) -> None:
         if "synchronizing CUDA operation" in str(message):
             self._waits[find_caller()] += 1
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write down the step so far, if there is one."""
+        if not self._has_begun:
+            return
         step = {
             "counts": self._device.read(),
             "waits": dict(self._waits),
@@ -82,7 +86,10 @@ def main() -> None:
 
     record = StepRecord(Path(sys.argv.pop(1)).absolute())
     training.train_step = record.around(training.train_step)
-    pretrain.run()
+    try:
+        pretrain.run()
+    finally:
+        record.write()
 
 
 if __name__ == "__main__":

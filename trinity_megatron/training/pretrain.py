@@ -41,6 +41,7 @@ from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads  # 
 from trinity_megatron.checkpoint.save_worker import results_in_this_process  # noqa: E402
 from trinity_megatron.model.lm_head_loss import attach_language_model_loss  # noqa: E402
 from trinity_megatron.model.moe.bias_update import get_expert_bias_updater  # noqa: E402
+from trinity_megatron.optimizer.gradient_norm import norms_on_device  # noqa: E402
 from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
 from trinity_megatron.optimizer.register import MuonSettings, registered_muon  # noqa: E402
 from trinity_megatron.optimizer.sharded.buffer_layout import separate_muon_buffers  # noqa: E402
@@ -51,6 +52,7 @@ from trinity_megatron.training.arguments.parser_errors import megatron_refusals 
 from trinity_megatron.training.callbacks.callback import callbacks_in_training_loop  # noqa: E402
 from trinity_megatron.training.callbacks.end_of_run import ValidationTokens, finish_run  # noqa: E402
 from trinity_megatron.training.callbacks.finite_check import FiniteCheck  # noqa: E402
+from trinity_megatron.training.callbacks.gradient_check import GradientCheck  # noqa: E402
 from trinity_megatron.training.callbacks.hang_watchdog import watch_steps  # noqa: E402
 from trinity_megatron.training.callbacks.oom_report import explain, is_out_of_memory  # noqa: E402
 from trinity_megatron.training.callbacks.progress import Progress  # noqa: E402
@@ -71,6 +73,7 @@ from trinity_megatron.training.datasets.provider import train_valid_test_dataset
 from trinity_megatron.training.datasets.splits import check_splits  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
+from trinity_megatron.training.model_parallel_statistics import local_statistics  # noqa: E402
 from trinity_megatron.training.preflight import check_folders, check_space  # noqa: E402
 from trinity_megatron.training.resume import advise_other_step, get_tokenizer_folder  # noqa: E402
 from trinity_megatron.training.run_writer import recorded  # noqa: E402
@@ -103,8 +106,8 @@ def main() -> None:
         args = parse_trinity_args(begin)
         for line in check_upstream(REGISTRY.values(), allow_changes=args.allow_upstream_changes):
             tell_once(f"> Megatron-Core differs from the one this was written for: {line}")
-        if ON_CPU:
-            stack.enter_context(_training_without_cuda())
+        stack.enter_context(_training_without_cuda() if ON_CPU else norms_on_device())
+        stack.enter_context(local_statistics())
         check_folders(args)
         check_space(args)
         if args.rank == 0:
@@ -183,6 +186,7 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             enter(metrics.installed()),
             enter(named_save_errors()),
             FiniteCheck(),
+            *[GradientCheck()] * args.check_gradient_norm,
             enter(old_checkpoints_deleted(args)),
             enter(watch_steps()),
             enter(save_on_signals(args)),

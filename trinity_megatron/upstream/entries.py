@@ -40,6 +40,16 @@ _ENTRIES = (
         fingerprint="699dfbe69cf2",
     ),
     Replacement(
+        f"{_TRAINING}:logical_and_across_model_parallel_group",
+        "a rank without model-parallel peers need not ask its device",
+        fingerprint="04bcebc76638",
+    ),
+    Replacement(
+        f"{_TRAINING}:reduce_max_stat_across_model_parallel_group",
+        "a rank without model-parallel peers need not ask its device",
+        fingerprint="93e4f1eace4f",
+    ),
+    Replacement(
         f"{_TRAINING}:get_signal_handler",
         "several signals request a save, on any rank",
         fingerprint="b0b789345f8b",
@@ -225,13 +235,20 @@ _ENTRIES = (
     ),
     Replacement(
         "megatron.core.optimizer.clip_grads:l2_norm_impl",
-        "a running fp32 sum over a large tensor is wrong in the fifth digit on a CPU",
+        "a running fp32 sum over a large tensor is wrong in the fifth digit on a CPU; on a GPU "
+        "without Transformer Engine and apex every tensor's norm is waited for",
         source_of="megatron.core.optimizer.clip_grads:get_grad_norm_fp32",
         fingerprint="810944e99b1e",
     ),
     Replacement(
         "megatron.core.optimizer.clip_grads:multi_tensor_scale_impl",
         "gradients are scaled in place, without a copy",
+        source_of="megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32",
+        fingerprint="cf07b488fb76",
+    ),
+    Replacement(
+        "megatron.core.optimizer.clip_grads:multi_tensor_scale_tensor_impl",
+        "with it the norm stays on a GPU without Transformer Engine and apex",
         source_of="megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32",
         fingerprint="cf07b488fb76",
     ),

@@ -33,7 +33,15 @@ class SkippingOptimizer(ChainedOptimizer):
 
     @torch.no_grad()
     def get_grad_norm(self) -> Any:
-        self._grad_norm = super().get_grad_norm()
+        parts = self.chained_optimizers
+        if len(parts) > 1 and not self.grads_states_parallel_group_is_shared():
+            norms = [part.get_grad_norm() for part in parts]
+            if any(isinstance(norm, torch.Tensor) for norm in norms):
+                self._grad_norm = _norm_of_norms(norms)
+                return self._grad_norm
+            self._grad_norm = math.sqrt(sum(norm**2 for norm in norms if norm))
+        else:
+            self._grad_norm = float(super().get_grad_norm())
         return self._grad_norm
 
     @torch.no_grad()
@@ -45,6 +53,13 @@ class SkippingOptimizer(ChainedOptimizer):
     def step_all(self) -> bool:
         """Step all optimizers of the chain, with gradients known to be finite."""
         return bool(super().step_with_ready_grads())
+
+
+def _norm_of_norms(norms: list[float | torch.Tensor]) -> float:
+    """Read once from the device, where some of them are."""
+    device = next(norm.device for norm in norms if isinstance(norm, torch.Tensor))
+    values = [torch.as_tensor(norm, dtype=torch.float32, device=device).view(()) for norm in norms]
+    return float(torch.linalg.vector_norm(torch.stack(values)))
 
 
 class ShardedMuonOptimizer(SkippingOptimizer):

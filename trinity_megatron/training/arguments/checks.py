@@ -43,6 +43,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
         finish_fp8(args)
     if args.use_torch_fsdp2 or args.use_megatron_fsdp:
         args.gradient_accumulation_fusion = False  # on where apex is there; needs Megatron's DDP
+    finish_nan_check(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)
     if args.rank == 0:  # the others get it with the datasets
@@ -51,6 +52,18 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     check_vocabulary(args, manifest)
     # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.
     args.moe_layer_freq = [int(layer >= args.num_dense_layers) for layer in range(args.num_layers)]
+
+
+def finish_nan_check(args: argparse.Namespace) -> None:
+    """Check the gradient norm of a step, not each loss and bucket, where nothing is run again.
+
+    Megatron's check reads two numbers from the device for each micro-batch and each bucket of
+    gradients.  Its re-run engine needs them (``--rerun-mode validate_results``).
+    """
+    is_ours = args.check_for_nan_in_loss_and_grad and args.rerun_mode == "disabled"
+    args.check_gradient_norm = is_ours
+    if is_ours:
+        args.check_for_nan_in_loss_and_grad = False
 
 
 def check_data_is_named(args: argparse.Namespace) -> None:
