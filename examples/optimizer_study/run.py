@@ -222,7 +222,7 @@ def prepare_text(folder: Path) -> Path:
 def common_flags(args: argparse.Namespace, data: Path) -> list[str]:
     """What all runs share: the tiny preset, warmed up as there and then at a constant rate."""
     flags = f"""
-        --preset tiny --global-batch-size {BATCH_SIZE}
+        --preset tiny --global-batch-size {BATCH_SIZE} --moe-aux-loss-coeff 1e-4
         --lr-decay-style constant --min-lr 0 --decoupled-min-lr 0
         --eval-interval {args.eval_interval} --eval-iters {EVAL_ITERS}
         --log-interval 10 --tensorboard-log-interval 10

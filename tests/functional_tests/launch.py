@@ -26,7 +26,7 @@ SHORT = (
     "--global-batch-size 8 --micro-batch-size 2 --train-iters 10 --lr-warmup-fraction 0.5 "
     "--log-interval 1 --tensorboard-log-interval 1 --eval-iters 0 --seed 11"
 ).split()
-SMALL = [*SHORT, *NARROW, "--moe-router-bias-update-rate", "2e-3"]
+SMALL = [*SHORT, *NARROW, "--moe-router-bias-update-rate", "2e-3", "--moe-aux-loss-coeff", "1e-4"]
 ADAM = "--optimizer adam --lr 3e-3 --decoupled-lr 3e-3".split()
 only_in_all = pytest.mark.skipif(not TAKES_ALL, reason="a part of make test-all")
 

@@ -18,7 +18,7 @@ PP2 = "--pipeline-model-parallel-size 2"
 CP2 = "--context-parallel-size 2"
 ON_TWO = {"tp2": TP2, "ep2": EP2, "pp2": PP2, "cp2": CP2}
 ON_FOUR = sampled({"ep4": EP4, "tp2_ep2": f"{TP2} {EP2}", "pp2_ep2": f"{PP2} {EP2}"}, "tp2_ep2")
-# So strong that its scale shows in the gradient norm.  At the preset's 1e-4 nothing would.
+# So strong that its scale shows in the gradient norm.  At SMALL's 1e-4 nothing would.
 BALANCED = "--train-iters 3 --moe-aux-loss-coeff 3.0"
 # One step: what they log can only differ by rounding.
 METRICS = (

@@ -50,7 +50,7 @@ def test_it_goes_on(out: Path, variables: dict[str, str], data: Path) -> None:
 
 @pytest.fixture(scope="module")
 def steps(rehearse: Callable[..., Result], data: Path) -> list[dict]:
-    """Steps of four micro-batches that log nothing, from the second to the last but one, as sm_90."""
+    """Steps of four micro-batches that log nothing, without the first and the last, as sm_90."""
     flags = "--preset tiny --train-iters 5 --eval-iters 0 --micro-batch-size 2 --log-interval 100"
     result = rehearse(*flags.split(), "--data", str(data))
     assert result.code == 0, result.output[-3000:]

@@ -64,7 +64,9 @@ PRESETS: dict[str, Preset] = {
             "vocab_size": 4096,
             "max_position_embeddings": 512,
             **_SMEBU,
+            # Large's rates are for batches of 12M tokens; docs/balance_study.md has the search.
             "moe_router_bias_update_rate": 2e-3,
+            "moe_aux_loss_coeff": 1e-2,
         },
         training={
             "seq_length": 512,
