@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+
 from trinity_megatron.upstream.registry import replaced
 
 _TRAINING = "megatron.training.training"
@@ -29,7 +31,7 @@ def local_statistics() -> Iterator[None]:
 def _unless_alone(reduce: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(value: Any, group: Any = None) -> Any:
         if group is not None and group.size() == 1:
-            return value
+            return value.item() if isinstance(value, torch.Tensor) else value
         return reduce(value, group)
 
     return wrapper

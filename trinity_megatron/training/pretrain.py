@@ -186,7 +186,7 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             enter(metrics.installed()),
             enter(named_save_errors()),
             FiniteCheck(),
-            *[GradientCheck()] * args.check_gradient_norm,
+            *([GradientCheck()] if args.check_gradient_norm else []),
             enter(old_checkpoints_deleted(args)),
             enter(watch_steps()),
             enter(save_on_signals(args)),

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import torch
 from megatron.training import training
 
 from trinity_megatron.training.model_parallel_statistics import local_statistics
@@ -29,6 +30,8 @@ def test_only_a_group_of_one_is_left_out() -> None:
             assert logical_and(False, group=one) is False
             assert highest(2.5, group=one) == 2.5
             assert highest(None, group=one) is None
+            norm = highest(torch.tensor([2.5]), group=one)  # of Transformer Engine's kernels
+            assert norm == 2.5 and isinstance(norm, float)
             assert asked == []
             assert logical_and(True, group=two) == highest(2.5, group=two) == "reduced"
     assert asked == [(True, 2), (2.5, 2)]
