@@ -93,7 +93,12 @@ class StepStatistics:
             Count, total and maximum, fp64 ``[len(STATISTIC_NAMES), num_layers + 1, 3]``; nothing
             seen is 0, 0, -inf.
         """
-        nothing = torch.tensor([0.0, 0.0, float("-inf")], dtype=torch.float64, device=device)
+        # full(): see observe().
+        zero, least = (
+            torch.full((count,), value, dtype=torch.float64, device=device)
+            for count, value in ((2, 0.0), (1, float("-inf")))
+        )
+        nothing = torch.cat([zero, least])
         rows = [
             self._values.get((name, layer), nothing)
             for name in STATISTIC_NAMES

@@ -170,7 +170,7 @@ class StepMetrics(Callback):
             **speed,
         }
         if layers is not None:
-            numbers, counts, bias, momentum, idle = layers
+            numbers, counts, bias, momentum, idle = _on_host(*layers)
             scalars.update(routing_metrics(counts, bias, momentum, idle))
             self._write_tensors(writer, numbers, counts, bias, iteration)
         self.latest.update(scalars)
@@ -194,8 +194,8 @@ class StepMetrics(Callback):
         if not self._has_layer_numbers:
             writer.add_tensor(LAYER_NUMBERS_TAG, numbers, iteration)
             self._has_layer_numbers = True
-        writer.add_tensor(TOKENS_TAG, counts.cpu(), iteration)
-        writer.add_tensor(BIAS_TAG, bias.cpu(), iteration)
+        writer.add_tensor(TOKENS_TAG, counts, iteration)
+        writer.add_tensor(BIAS_TAG, bias, iteration)
 
     def _layers_of_all_stages(self, update: BiasUpdate) -> tuple[torch.Tensor, ...] | None:
         """Layer numbers, counts, bias, momentum and idle steps of the MoE layers of all stages.
@@ -315,7 +315,7 @@ def _exchange(
     """
     # Tensor-parallel ranks have the same tokens: one of them speaks.
     speaks = mpu.get_tensor_model_parallel_rank() == 0
-    place = losses.new_tensor([mpu.get_data_parallel_rank()])
+    place = torch.full_like(losses[0, :1], mpu.get_data_parallel_rank())  # waits for no copy
     own = torch.cat([statistics.flatten(), (losses * speaks).flatten(), squares, place])
     ranks = torch.distributed.get_world_size()
     everyone = own
@@ -331,6 +331,14 @@ def _exchange(
     micro_batches = torch.zeros(mpu.get_data_parallel_world_size(), losses.numel()).double()
     micro_batches.index_add_(0, places.flatten().long(), lost)
     return total, micro_batches.view(-1, 2), norms.sum(0)
+
+
+def _on_host(numbers: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Layer numbers and tables of all layers on the host, by one copy; fp64 holds them exactly."""
+    if tables[0].device.type == "cpu":
+        return (numbers, *tables)
+    copied = torch.stack([table.double() for table in tables]).cpu()
+    return (numbers, *(copy.to(table.dtype) for copy, table in zip(copied, tables, strict=True)))
 
 
 def _replicas(param: torch.Tensor) -> int:
