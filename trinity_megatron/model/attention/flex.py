@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from trinity_megatron.model.device_copy import copy_to
+
 # Queries and keys of a block, FlexAttention's own default.
 BLOCK = 128
 # Triton's products want this many columns.
@@ -48,7 +50,7 @@ def key_ranges(
     first = torch.tensor(documents).repeat_interleave(torch.tensor(lengths))
     if window is not None:
         first = torch.maximum(first, last - window + 1)
-    return KeyRanges(first.int().to(device), last.int().to(device))
+    return KeyRanges(*copy_to(torch.stack([first, last]).int(), device))
 
 
 def range_block_mask(ranges: KeyRanges, num_keys: int) -> BlockMask:

@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import divide
 
 from trinity_megatron.model.config import TrinityConfig
+from trinity_megatron.model.device_copy import copy_to
 
 
 def grouped_swiglu_experts(
@@ -42,7 +43,8 @@ def grouped_swiglu_experts(
 
     Source: report eq 15.
     """
-    ends = torch.cumsum(tokens_per_expert, dim=0, dtype=torch.int32).to(hidden_states.device)
+    ends = torch.cumsum(tokens_per_expert, dim=0, dtype=torch.int32)
+    ends = copy_to(ends, hidden_states.device)
     num_columns = hidden_states.shape[-1]
     if not _is_aligned(fc1) or not _is_aligned(fc2):
         hidden_states, fc1, fc2 = _align(hidden_states, fc1, fc2)
