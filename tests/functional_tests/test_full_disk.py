@@ -60,9 +60,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_an_asynchronous_save(small_disk: Path, data: Path) -> None:
     command = [sys.executable, "-m", "trinity_megatron.cli", "train", *SMALL, "--data", str(data)]
-    command += ["--out", str(small_disk / "run"), "--async-save", "--save-interval", "2"]
+    # So far apart that the first one is complete before the disk is full, on a busy machine too.
+    command += ["--out", str(small_disk / "run"), "--async-save", "--save-interval", "10"]
     result = subprocess.run(
-        [*command, "--train-iters", "40"],
+        [*command, "--train-iters", "60"],
         env=environment(),
         capture_output=True,
         text=True,
