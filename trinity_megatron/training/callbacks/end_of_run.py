@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from trinity_megatron.report.report import Report
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
+_PROMPT_LINES = 4
 
 
 def _complete(args: argparse.Namespace) -> int:
@@ -279,10 +280,12 @@ def _continue(
 
 
 def _describe(prompt: torch.Tensor, continuation: torch.Tensor) -> list[str]:
-    """Lines with the texts of the prompt and of the continuation."""
-    texts = (get_tokenizer().detokenize(part.tolist()) for part in (prompt, continuation))
+    """Lines with the end of the prompt's text and with that of the continuation."""
+    texts = (
+        get_tokenizer().detokenize(part.tolist()).split("\n") for part in (prompt, continuation)
+    )
+    before, after = texts
     return [
-        f"  {mark} {line}"
-        for mark, text in zip("|>", texts, strict=True)
-        for line in text.split("\n")
+        *(f"  | {line}" for line in before[-_PROMPT_LINES:]),
+        *(f"  > {line}" for line in after),
     ]
