@@ -33,6 +33,10 @@ ON_CPU = enter_host()  # before anything of Megatron is imported
 
 import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.rerun_state_machine import (  # noqa: E402
+    EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
+    EXIT_CODE_RESUME_TO_DISAMBIGUATE,
+)
 from megatron.training import get_wandb_writer, pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
@@ -163,6 +167,7 @@ def _train(args: argparse.Namespace) -> None:
             raise
         except SystemExit as early:  # --exit-interval and the like
             if early.code:
+                _say_why(args, early.code)
                 raise
             end = early
         if args.out:
@@ -199,6 +204,17 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             megatron_refusals((AssertionError, ValueError), lambda: hasattr(args, "curr_iteration"))
         )
         yield
+
+
+def _say_why(args: argparse.Namespace, code: object) -> None:
+    """Megatron's re-run engine ends a run with a code alone."""
+    if code in (EXIT_CODE_RESUME_TO_DISAMBIGUATE, EXIT_CODE_FAILED_ON_RESULT_VALIDATION):
+        where = f"; {args.out}/{LOGS_NAME} says what it found" if args.out else ""
+        tell_once(
+            f"--rerun-mode {args.rerun_mode}: Megatron has ended the run in step "
+            f"{args.curr_iteration + 1} with exit code {code}{where}. Remedy: the same command "
+            "again on another machine, or lower --lr and --decoupled-lr if the loss diverged."
+        )
 
 
 def _last_step(args: argparse.Namespace, has_ended_early: bool) -> int:
