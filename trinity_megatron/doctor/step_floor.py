@@ -1,19 +1,23 @@
 """The least time that a step can take on a GPU, computed from its operations.
 
 Every operation that torch dispatches is counted with the bytes it must read and write and its
-FLOPs.  Its floor is the larger of bytes over bandwidth and FLOPs over the rate of its dtype; the
-floor of a step is the sum, and a share of time for each launch.  It is computed, not measured: no
-cache is assumed between two operations, and no overlap.
+FLOPs; what torch has compiled counts as one operation.  Its floor is the larger of bytes over
+bandwidth and FLOPs over the rate of its dtype; the floor of a step is the sum, and a share of time
+for each launch.  It is computed, not measured: no cache is assumed between two operations, and no
+overlap.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._inductor.output_code import CompiledFxGraph
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -79,7 +83,7 @@ class GroupCost:
 class StepFloor(TorchDispatchMode):
     """Counts what runs while it is entered, by group.
 
-    FlexAttention is not run but counted: it cannot be compiled while operations are counted.
+    What is to be compiled must have been so before: run a step or two without it.
 
     Args:
         attended_keys: Mean number of keys of a query, from the name of the attention's module.
@@ -89,8 +93,6 @@ class StepFloor(TorchDispatchMode):
     Attributes:
         groups: Costs by name of the group.
     """
-
-    supports_higher_order_operators = True  # FlexAttention's
 
     def __init__(
         self,
@@ -102,36 +104,65 @@ class StepFloor(TorchDispatchMode):
         self.in_optimizer = False
         self._attended_keys, self._count_launches = attended_keys, count_launches
         self._modules = ModuleTracker()
-        self._stance: Any = None
+        self._is_in_graph = False
+        self._graphs = ExitStack()
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Else torch would not run what it has compiled."""
+        return True
 
     def __enter__(self) -> StepFloor:
-        self._modules.__enter__()
-        self._stance = torch.compiler.set_stance("force_eager")
-        self._stance.__enter__()
+        self._graphs.enter_context(self._modules)
+        call = CompiledFxGraph.__call__
+
+        def counted(graph: CompiledFxGraph, inputs: Sequence[Any]) -> Any:
+            return self._run_graph(lambda: call(graph, inputs), list(inputs))
+
+        CompiledFxGraph.__call__ = counted  # type: ignore[method-assign, assignment]
+        self._graphs.callback(setattr, CompiledFxGraph, "__call__", call)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._stance.__exit__(*error)
-        self._modules.__exit__(*error)
+        self._graphs.close()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operation and count it."""
         kwargs = kwargs or {}
+        if self._is_in_graph:
+            return func(*args, **kwargs)
         before = self._count_launches() if self._count_launches else 0
-        name = str(func)
-        if name in _FLEX:
-            result = _FLEX[name](*args)
-        else:
-            result = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         num_bytes = moved_bytes(func, args, kwargs, result)
         if num_bytes == 0:  # a view, or nothing at all
             return result
         launches = self._count_launches() - before if self._count_launches else 1
-        flops = self._flops(name, func, args, kwargs, result)
+        flops = operation_flops(func, args, kwargs, result)
         self._add(self._innermost(flops > 0), launches, num_bytes, flops, matrix_dtype(args))
+        return result
+
+    def _run_graph(self, run: Callable[[], Any], inputs: Sequence[Any]) -> Any:
+        """Run what torch has compiled, as one operation."""
+        read = sum(map(size_of, tensors_in(inputs)))
+        before = self._count_launches() if self._count_launches else 0
+        self._is_in_graph = True
+        try:
+            result = run()
+        finally:
+            self._is_in_graph = False
+        launches = self._count_launches() - before if self._count_launches else 1
+        module = self._innermost(is_product=True)
+        flops, dtype = 0.0, matrix_dtype(inputs)
+        if "core_attention" in module:  # FlexAttention: the gradients are more than one tensor
+            query = max(tensors_in(inputs), key=lambda t: t.numel() * (t.dim() == 4))
+            is_backward = sum(t.shape == query.shape for t in tensors_in(inputs)) > 1
+            flops = attention_flops(query.shape, self._attended_keys(module), is_backward)
+            dtype = query.dtype
+        num_bytes = read + sum(map(size_of, tensors_in(result)))
+        self._add(module, launches, num_bytes, flops, dtype)
         return result
 
     def _add(
@@ -148,17 +179,6 @@ class StepFloor(TorchDispatchMode):
             group.seconds[gpu] += max(by_bytes, by_flops)
             if by_bytes >= by_flops:
                 group.bound_by_bytes[gpu] += by_bytes
-
-    def _flops(self, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> float:
-        if name in _FLEX:
-            batch, heads, queries, size = args[0].shape
-            products = 2 if name == "flex_attention" else 5
-            keys = self._attended_keys(self._innermost(is_product=True))
-            return 2.0 * products * batch * heads * queries * keys * size
-        if func is _ATEN._grouped_mm.default:
-            return grouped_mm_flops(args[0], args[1], result)
-        formula = flop_registry.get(getattr(func, "overloadpacket", func))
-        return formula(*args, **kwargs, out_val=result) if formula else 0.0
 
     def _innermost(self, is_product: bool) -> str:
         """The longest name of the modules in work; in a backward pass a norm lasts too long."""
@@ -240,16 +260,23 @@ def grouped_mm_flops(a: torch.Tensor, b: torch.Tensor, result: torch.Tensor) -> 
     return 2.0 * result.numel() * a.shape[-1]
 
 
-def _flex_forward(query: torch.Tensor, *_: Any) -> Any:
-    logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    return torch.empty_like(query), logsumexp, logsumexp.clone()
+def operation_flops(func: Any, args: Any, kwargs: Any, result: Any) -> float:
+    """FLOPs of a matrix product; 0 for any other operation."""
+    if func is _ATEN._grouped_mm.default:
+        return grouped_mm_flops(args[0], args[1], result)
+    formula = flop_registry.get(getattr(func, "overloadpacket", func))
+    return float(formula(*args, **kwargs, out_val=result)) if formula else 0.0
 
 
-def _flex_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), ()
+def attention_flops(shape: Sequence[int], keys: float, is_backward: bool) -> float:
+    """FLOPs of attention: two products forward, five backward (the scores are made again).
 
-
-_FLEX = {"flex_attention": _flex_forward, "flex_attention_backward": _flex_backward}
+    Args:
+        shape: Of the query, batch, heads, queries, size of a head.
+        keys: Mean number of keys of a query.
+        is_backward: Which pass.
+    """
+    return 2.0 * (5 if is_backward else 2) * math.prod(shape) * keys
 
 
 def floor_table(groups: Mapping[str, GroupCost], gpu: str) -> list[tuple[str, ...]]:
