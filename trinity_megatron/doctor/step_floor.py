@@ -17,13 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._inductor.output_code import CompiledFxGraph
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
+from trinity_megatron.upstream.registry import replaced
+
 _ATEN = torch.ops.aten
+_RUN_GRAPH = "torch._inductor.output_code:CompiledFxGraph.__call__"
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,7 @@ class StepFloor(TorchDispatchMode):
 
     def __enter__(self) -> StepFloor:
         self._graphs.enter_context(self._modules)
-        call = CompiledFxGraph.__call__
-
-        def counted(graph: CompiledFxGraph, inputs: Sequence[Any]) -> Any:
-            return self._run_graph(lambda: call(graph, inputs), list(inputs))
-
-        CompiledFxGraph.__call__ = counted  # type: ignore[method-assign, assignment]
-        self._graphs.callback(setattr, CompiledFxGraph, "__call__", call)
+        self._graphs.enter_context(replaced(_RUN_GRAPH, self._counting_graphs))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -143,6 +139,12 @@ class StepFloor(TorchDispatchMode):
         flops = operation_flops(func, args, kwargs, result)
         self._add(self._innermost(flops > 0), launches, num_bytes, flops, matrix_dtype(args))
         return result
+
+    def _counting_graphs(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(graph: Any, inputs: Sequence[Any]) -> Any:
+            return self._run_graph(lambda: call(graph, inputs), list(inputs))
+
+        return counted
 
     def _run_graph(self, run: Callable[[], Any], inputs: Sequence[Any]) -> Any:
         """Run what torch has compiled, as one operation."""

@@ -43,6 +43,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from trinity_megatron.checkpoint.hf_assets import inherit_assets, keep_tokenizer  # noqa: E402
 from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads  # noqa: E402
 from trinity_megatron.checkpoint.save_worker import results_in_this_process  # noqa: E402
+from trinity_megatron.model.attention.rope import rope_on_device  # noqa: E402
 from trinity_megatron.model.lm_head_loss import attach_language_model_loss  # noqa: E402
 from trinity_megatron.model.moe.bias_update import get_expert_bias_updater  # noqa: E402
 from trinity_megatron.optimizer.gradient_norm import norms_on_device  # noqa: E402
@@ -112,6 +113,7 @@ def main() -> None:
             tell_once(f"> Megatron-Core differs from the one this was written for: {line}")
         stack.enter_context(_training_without_cuda() if ON_CPU else norms_on_device())
         stack.enter_context(local_statistics())
+        stack.enter_context(rope_on_device())
         check_folders(args)
         check_space(args)
         if args.rank == 0:
