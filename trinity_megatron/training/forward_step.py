@@ -60,6 +60,7 @@ def get_batch(
     if not is_first_or_last_pipeline_stage(vp_stage) and not packed:
         return batch
     tp_rank = mpu.get_tensor_model_parallel_rank()
+    tp_size = mpu.get_tensor_model_parallel_world_size()
     loaded: dict[str, Any] = {}
     rows: dict[str, Any] = {}
     if tp_rank == 0:
@@ -72,7 +73,8 @@ def get_batch(
         rows = {key: sample.get(key) for key in _BOUNDARY_KEYS}
     loaded = get_batch_on_this_tp_rank(
         loaded,
-        has_cu_seqlens=packed,
+        # A rank alone has nobody to tell, and would wait for the device to count the boundaries.
+        has_cu_seqlens=packed and tp_size * args.pipeline_model_parallel_size > 1,
         is_hybrid_cp=args.hybrid_context_parallel,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
