@@ -44,6 +44,10 @@ from trinity_megatron.checkpoint.hf_assets import inherit_assets, keep_tokenizer
 from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads  # noqa: E402
 from trinity_megatron.checkpoint.save_worker import results_in_this_process  # noqa: E402
 from trinity_megatron.model.attention.rope import rope_on_device  # noqa: E402
+from trinity_megatron.model.initialization import (  # noqa: E402
+    initialize_wrapped,
+    set_matrices_aside,
+)
 from trinity_megatron.model.lm_head_loss import attach_language_model_loss  # noqa: E402
 from trinity_megatron.model.moe.bias_update import get_expert_bias_updater  # noqa: E402
 from trinity_megatron.optimizer.gradient_norm import norms_on_device  # noqa: E402
@@ -142,6 +146,9 @@ def _train(args: argparse.Namespace) -> None:
     metrics = StepMetrics(config.transformer)
     validation = ValidationTokens()
     config.pre_wrap_hooks += [label_gradient_groups, attach_language_model_loss]
+    if args.use_distributed_optimizer and not args.use_megatron_fsdp:
+        config.pre_wrap_hooks.append(set_matrices_aside)
+        config.post_wrap_hooks.append(initialize_wrapped)
     if args.optimizer == "muon" and args.use_distributed_optimizer:
         config.pre_wrap_hooks.append(separate_muon_buffers)
     trained: list = []
