@@ -13,11 +13,22 @@ import torch
 from megatron.core.transformer.moe import token_dispatcher
 
 from tests.null_gpu import train
+from trinity_megatron.optimizer.sharded.sharded_parameters import _Stage
 
 
 def say_the_same(objects: list, own: Any, group: Any = None) -> None:
-    """In the place of ``all_gather_object``."""
+    """In the place of ``all_gather_object``; other pipeline stages have other ranks."""
     objects[:] = [own] * len(objects)
+    if isinstance(own, _Stage):
+        distance = torch.distributed.get_world_size() // len(objects)
+        objects[:] = [_moved(own, number * distance) for number in range(len(objects))]
+
+
+def _moved(stage: _Stage, distance: int) -> _Stage:
+    """The same stage on ranks further on."""
+    table = {rank: rank + distance for ranks in stage.shard_ranks for rank in ranks}
+    ranks = [[table[rank] for rank in some] for some in stage.shard_ranks]
+    return _Stage(ranks, [stack.renumbered(table) for stack in stage.stacks])
 
 
 class BalancedSplits:
