@@ -6,7 +6,6 @@ outside of it, or wholly inside, are known without looking at single elements.
 """
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from trinity_megatron.model.device_copy import copy_to
+from trinity_megatron.model.fusion import can_compile
 
 # Queries and keys of a block, FlexAttention's own default.
 BLOCK = 128
@@ -143,7 +143,7 @@ def has_fused_attention(query: torch.Tensor) -> bool:
     size = query.shape[-1]
     is_power_of_two = size >= _SMALLEST_HEAD and size & (size - 1) == 0
     has_blocks = query.shape[0] % BLOCK == 0
-    return query.is_cuda and is_power_of_two and has_blocks and _can_compile()
+    return query.is_cuda and is_power_of_two and has_blocks and can_compile()
 
 
 def _kernel_options(query: torch.Tensor) -> dict[str, int] | None:
@@ -152,13 +152,6 @@ def _kernel_options(query: torch.Tensor) -> dict[str, int] | None:
         return None
     major, _ = torch.cuda.get_device_capability(query.device)
     return _BACKWARD_TILING if major in _TILED_CAPABILITIES else None
-
-
-@functools.cache
-def _can_compile() -> bool:
-    from torch.utils._triton import has_triton
-
-    return os.environ.get("TORCHDYNAMO_DISABLE") != "1" and has_triton()
 
 
 @functools.cache

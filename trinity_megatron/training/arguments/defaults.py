@@ -119,6 +119,9 @@ def _host_arguments() -> dict[str, Any]:
         "gradient_accumulation_fusion": _has_fused_gradients(),
         "no_persist_layer_norm": True,
         "apply_rope_fusion": _has_fused_rope(),
+        # Megatron's engine wants another GPU for its second opinion, ends with a code and no word,
+        # and waits for the device several times a micro-batch; see GradientCheck.
+        "rerun_mode": "disabled",
     }
     if is_cpu_host():
         values.update(
@@ -130,8 +133,6 @@ def _host_arguments() -> dict[str, Any]:
     else:
         # No recipe asked for: the best that this GPU runs (Megatron's own default is "delayed").
         values.update(bf16=True, moe_grouped_gemm=True, fp8_recipe=None)
-        # Its checks wait for the device several times a micro-batch, see GradientCheck.
-        values["rerun_mode"] = "disabled"
     return values
 
 
