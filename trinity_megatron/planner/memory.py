@@ -111,8 +111,8 @@ def activation_memory(
     num_moe = sum(layer >= config.num_dense_layers for layer in layers)
     num_dense = len(layers) - num_moe
     query, key = _head_sizes(config)
-    # The fused kernel keeps its input in fp32; so do the norms of queries and keys.
-    norms = _FP32 * (len(layers) * (4 * hidden + query + key) + is_last * hidden)
+    # The fused kernels keep their input as it is; so do those of queries and keys.
+    norms = itemsize * (len(layers) * (4 * hidden + query + key) + is_last * hidden)
     dense = _swiglu(config, config.ffn_hidden_size or 0)
     shared = _swiglu(config, config.moe_shared_expert_intermediate_size or 0)
     values = {
