@@ -57,6 +57,7 @@ def count(data: Path, flags: list[str]) -> None:
         return mean_attended_keys(model.seq_length, window)
 
     floor = StepFloor(attended_keys, lambda: device.read()["launches"])
+    show_kernels(floor)
     step, optimizer_step = training.train_step, ChainedOptimizer.step
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -85,6 +86,22 @@ def count(data: Path, flags: list[str]) -> None:
         print("|---|---|---|---|---|---|")
         for row in floor_table(floor.groups, gpu):
             print(f"| {' | '.join(row)} |")
+
+
+def show_kernels(floor: Any) -> None:
+    """Let the floor count the Triton kernels of the loss, which torch does not dispatch."""
+    from trinity_megatron.doctor.step_floor import tensors_in
+    from trinity_megatron.model import fused_cross_entropy
+
+    def visible(function: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            given = tensors_in((args, kwargs))
+            return floor.run_kernels(lambda: function(*args, **kwargs), given)
+
+        return wrapper
+
+    for name in ("reduce_rows", "summarize_rows", "write_gradient"):
+        setattr(fused_cross_entropy, name, visible(getattr(fused_cross_entropy, name)))
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class StepFloor(TorchDispatchMode):
         self.in_optimizer = False
         self._attended_keys, self._count_launches = attended_keys, count_launches
         self._modules = ModuleTracker()
-        self._is_in_graph = False
+        self._is_in_graph = self._is_on = False
         self._graphs = ExitStack()
 
     @classmethod
@@ -117,10 +117,12 @@ class StepFloor(TorchDispatchMode):
     def __enter__(self) -> StepFloor:
         self._graphs.enter_context(self._modules)
         self._graphs.enter_context(replaced(_RUN_GRAPH, self._counting_graphs))
+        self._is_on = True
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._is_on = False
         self._graphs.close()
 
     def __torch_dispatch__(
@@ -142,13 +144,25 @@ class StepFloor(TorchDispatchMode):
 
     def _counting_graphs(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(graph: Any, inputs: Sequence[Any]) -> Any:
-            return self._run_graph(lambda: call(graph, inputs), list(inputs))
+            given = tensors_in(list(inputs))  # the call empties the list
+            flops = self._flex_flops(given) if "flex_attention" in graph.source_code else 0.0
+            return self.run_kernels(lambda: call(graph, inputs), given, flops)
 
         return counted
 
-    def _run_graph(self, run: Callable[[], Any], inputs: Sequence[Any]) -> Any:
-        """Run what torch has compiled, as one operation."""
-        read = sum(map(size_of, tensors_in(inputs)))
+    def run_kernels(
+        self, run: Callable[[], Any], inputs: Iterable[torch.Tensor], flops: float = 0.0
+    ) -> Any:
+        """Run what torch does not dispatch, as one operation that reads and writes each once.
+
+        Args:
+            run: Compiled code, or a kernel of Triton.
+            inputs: Tensors that it reads, or writes in place.
+            flops: Of matrix products in it.
+        """
+        if not self._is_on:
+            return run()
+        num_bytes, dtype = sum(map(size_of, inputs)), matrix_dtype(list(inputs))
         before = self._count_launches() if self._count_launches else 0
         self._is_in_graph = True
         try:
@@ -156,16 +170,17 @@ class StepFloor(TorchDispatchMode):
         finally:
             self._is_in_graph = False
         launches = self._count_launches() - before if self._count_launches else 1
-        module = self._innermost(is_product=True)
-        flops, dtype = 0.0, matrix_dtype(inputs)
-        if "core_attention" in module:  # FlexAttention: the gradients are more than one tensor
-            query = max(tensors_in(inputs), key=lambda t: t.numel() * (t.dim() == 4))
-            is_backward = sum(t.shape == query.shape for t in tensors_in(inputs)) > 1
-            flops = attention_flops(query.shape, self._attended_keys(module), is_backward)
-            dtype = query.dtype
-        num_bytes = read + sum(map(size_of, tensors_in(result)))
-        self._add(module, launches, num_bytes, flops, dtype)
+        num_bytes += sum(map(size_of, tensors_in(result)))
+        self._add(self._innermost(is_product=True), launches, num_bytes, flops, dtype)
         return result
+
+    def _flex_flops(self, inputs: Sequence[torch.Tensor]) -> float:
+        """FLOPs of FlexAttention's compiled code, from what it is given."""
+        query = max(inputs, key=lambda tensor: tensor.numel() * (tensor.dim() == 4))
+        # The backward pass has the output and its gradient beside the query.
+        is_backward = sum(tensor.shape == query.shape for tensor in inputs) > 1
+        keys = self._attended_keys(self._innermost(is_product=True))
+        return attention_flops(query.shape, keys, is_backward)
 
     def _add(
         self, module: str, launches: int, num_bytes: int, flops: float, dtype: torch.dtype
@@ -241,7 +256,7 @@ def size_of(tensor: torch.Tensor) -> int:
     return count * tensor.element_size()
 
 
-def tensors_in(values: Any) -> Iterable[torch.Tensor]:
+def tensors_in(values: Any) -> list[torch.Tensor]:
     """The tensors in nested tuples, lists and dicts."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
