@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.manifest import MANIFEST_NAME, DataManifest, load_manifest
-from trinity_megatron.data.mixture.definition import Corpus, Mixture
+from trinity_megatron.data.mixture.definition import Corpus, Mixture, is_mixture, load_mixture
 from trinity_megatron.errors import MissingInputError, UserError
 
 # Source: megatron.core.datasets.indexed_dataset, _IndexWriter and DType.
@@ -59,6 +59,15 @@ class MixtureData:
     def validated(self) -> dict[str, IndexedCorpus]:
         """The corpora that have validation data."""
         return {name: item for name, item in self.corpora.items() if item.validation is not None}
+
+
+def read_mixture(path: str | Path | None) -> MixtureData | None:
+    """The mixture that ``--data`` names; None for a folder and without.
+
+    Raises:
+        UserError: The file or a corpus cannot be read.
+    """
+    return open_mixture(load_mixture(path)) if path is not None and is_mixture(path) else None
 
 
 def open_mixture(mixture: Mixture) -> MixtureData:

@@ -1,6 +1,6 @@
 """Megatron's GPT datasets from the arguments."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
 )
 
+from trinity_megatron.data.mixture.corpora import MixtureData, read_mixture
 from trinity_megatron.errors import UserError
 from trinity_megatron.training.datasets.data_identity import share_identity
 from trinity_megatron.training.datasets.epoch_order import (
@@ -20,6 +21,10 @@ from trinity_megatron.training.datasets.epoch_order import (
     EpochOrderGPTDataset,
     EpochOrderMockGPTDataset,
     check_is_long_enough,
+)
+from trinity_megatron.training.datasets.mixture import (
+    build_training_set,
+    build_validation_set,
 )
 from trinity_megatron.training.datasets.splits import check_unweighted, needed_splits
 
@@ -109,16 +114,35 @@ def train_valid_test_datasets_provider(
     args = get_args()
     config = gpt_dataset_config_from_args(args)
     _leave_out(config, needed_splits(args))
-    if not config.mock and args.rank == 0:
+    if not config.mock and args.rank == 0 and not args.data_mixture:
         check_unweighted(args, num_samples)
     num_samples = samples_to_build(args, num_samples)
-    dataset_type = EpochOrderMockGPTDataset if args.mock_data else EpochOrderGPTDataset
     is_built = partial(_is_built_on_rank, vp_stage, args.dataloader_inter_document_masking)
+    if (data := read_mixture(args.data)) is not None:
+        with _named_index_errors(args):
+            return _build_mixture(args, data, config, num_samples, is_built)
+    dataset_type = EpochOrderMockGPTDataset if args.mock_data else EpochOrderGPTDataset
     with _named_index_errors(args):
         made = BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config).build()
     if not args.skip_train:
         check_is_long_enough(made[0], num_samples[0])
     return made
+
+
+def _build_mixture(
+    args: Any,
+    data: MixtureData,
+    config: EpochOrderConfig,
+    num_samples: Sequence[int],
+    is_built: Callable[[], bool],
+) -> tuple[Any, Any, Any]:
+    is_trained, is_evaluated, _ = needed_splits(args)
+    train = valid = None
+    if is_trained:
+        train = build_training_set(data, config, num_samples[0], is_built)
+    if is_evaluated:
+        valid = build_validation_set(data, config, num_samples[1], is_built)
+    return train, valid, None
 
 
 @contextmanager

@@ -1,0 +1,209 @@
+"""What the model of a mixture reads is the oracle's list, however often the run is stopped."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.functional_tests.launch import Job, Logs, entry, environment, only_in_all, train
+from tests.functional_tests.test_longer_run import shorten
+from tests.reference.mixture_order import mixture_samples, read_documents
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+SEQ_LENGTH, SEED = 64, 11
+STEADY = (
+    "--lr-decay-style constant --lr-warmup-fraction 0 --eval-iters 1 --eval-interval 4 "
+    "--eval-global-batch-size 4"
+)
+TEXT = """
+corpora:
+  web:  {{path: web, language: english, validation: valid}}
+  news: {{path: news, language: english, validation: valid2}}
+  code: {{path: code, language: python}}
+phases:
+  - {{until: {0}, weights: {{web: 0.7, code: 0.3}}}}
+  - {{until: {1}, weights: {{web: 0.25, news: 0.25, code: 0.5}}}}
+  - {{weights: {{news: 3, code: 1}}}}
+tokenizer: {2}
+order: {3}
+"""
+
+
+def write(data: Path, folder: Path, ends: tuple[int, int], order: str = "shuffled") -> Path:
+    """A mixture of three corpora of 40 to 120 sequences."""
+    for name, first, count in (("web", 0, 60), ("news", 60, 45), ("code", 105, 90)):
+        shorten(data / "train", folder / name, count, first)
+    for name, first in (("valid", 0), ("valid2", 7)):
+        shorten(data / "validation", folder / name, 7, first)
+    path = folder / "mix.yaml"
+    path.write_text(TEXT.format(*ends, data / "tokenizer", order))
+    return path
+
+
+def oracle(folder: Path, ends: tuple[int, int], samples: int) -> np.ndarray:
+    """The tokens of the first samples, ``[samples, seq_length]``."""
+    phases = [
+        (ends[0], {"web": 7, "code": 3}),
+        (ends[1], {"web": 1, "news": 1, "code": 2}),
+        (2**62, {"news": 3, "code": 1}),
+    ]
+    corpora = {name: read_documents(folder / name) for name in ("web", "news", "code")}
+    found = mixture_samples(
+        corpora, phases, seq_length=SEQ_LENGTH, seed=SEED, samples=samples, epochs=30
+    )
+    return np.stack(found)[:, :-1]
+
+
+def read_rows(
+    prefix: Path, ranks: int, micro_batch: int, before: int = 2**31 - 1
+) -> dict[int, np.ndarray]:
+    """The sequences of each step in the order of the run.
+
+    Args:
+        prefix: Of ``worker.read_tokens``.
+        ranks: That have read them.
+        micro_batch: Sequences of one.
+        before: The first step that is left out.
+    """
+    width = SEQ_LENGTH + 1
+    read = [np.fromfile(f"{prefix}.{rank}", np.int32) for rank in range(ranks)]
+    by_rank = [rows[: len(rows) // width * width].reshape(-1, width) for rows in read]
+    steps: dict[int, np.ndarray] = {}
+    for step in np.unique(by_rank[0][:, 0]).tolist():
+        if step < before:
+            parts = [rows[rows[:, 0] == step, 1:] for rows in by_rank]
+            shaped = [part.reshape(-1, micro_batch, SEQ_LENGTH) for part in parts]
+            steps[step] = np.stack(shaped, axis=1).reshape(-1, SEQ_LENGTH)
+    return steps
+
+
+ENDS = (850, 3000)  # sequences 14 and 47 are the first of their phases
+STEPS = 12  # 4 of 4 and 8 of 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mixture")
+
+
+@pytest.fixture(scope="module")
+def logs(data: Path, folder: Path) -> Logs:
+    mixture = write(data, folder, ENDS)
+    flags = f"{STEADY} --step-batch-size-schedule 0:4,1K:8 --micro-batch-size 2"
+    flags += f" --train-iters {STEPS} --data {mixture}"
+
+    def job(name: str, stop: int = 0, more: str = "") -> Job:
+        kept = None if name == "whole" else folder / "checkpoints"
+        stopped = f" --exit-interval {stop}" if stop else ""
+        probe = {"tokens": str(folder / f"{name}.tokens")}
+        return Job(name.split("_")[0], f"{flags}{stopped} {more}", kept, probe)
+
+    one = [job("whole"), job("parts_1", 3), job("parts_2", 7, "--num-workers 1")]
+    return train(data, folder, [(1, one), (2, [job("parts_3")])])
+
+
+def test_the_model_reads_the_oracle_s_tokens(logs: Logs, folder: Path) -> None:
+    assert logs
+    expected = oracle(folder, ENDS, 4 * 4 + 8 * 8)
+    whole = read_rows(folder / "whole.tokens", 1, 2)
+    np.testing.assert_array_equal(np.concatenate([whole[s] for s in range(1, 13)]), expected)
+    parts: dict[int, np.ndarray] = {}
+    for number, ranks in ((1, 1), (2, 1), (3, 2)):
+        read = read_rows(folder / f"parts_{number}.tokens", ranks, 2)
+        assert not parts.keys() & read.keys()
+        parts |= read
+    np.testing.assert_array_equal(np.concatenate([parts[s] for s in range(1, 13)]), expected)
+
+
+def test_the_losses_are_those_of_a_run_without_a_stop(logs: Logs) -> None:
+    whole, parts = (logs[name].scalars("lm loss") for name in ("whole", "parts"))
+    assert [whole[step] for step in range(1, 8)] == [parts[step] for step in range(1, 8)]
+    np.testing.assert_allclose(
+        [parts[step] for step in range(8, 13)], [whole[step] for step in range(8, 13)], rtol=2e-5
+    )
+
+
+def test_each_domain_has_its_loss(logs: Logs) -> None:
+    whole, parts = logs["whole"], logs["parts"]
+    names = ("", " web", " news", " language english")
+    domains = [whole.scalars(f"lm loss{name} validation") for name in names]
+    assert list(domains[0]) == [4, 8, 12]
+    for step in (4, 8, 12):
+        total, web, news, english = (losses[step] for losses in domains)
+        # As many samples of each, so the mean of both is the loss of all.
+        assert total == pytest.approx((web + news) / 2, rel=1e-5) == pytest.approx(english)
+        assert web != news
+    for name in ("web", "news"):
+        tag = f"lm loss {name} validation"
+        assert parts.scalars(tag) == pytest.approx(whole.scalars(tag), rel=2e-5)
+
+
+STOPS, LONG_STEPS = 10, 60
+LONG_ENDS = (6500, 15_000)  # of 23,040 tokens: 30 steps of 4 sequences and 30 of 8
+
+
+@only_in_all
+def test_ten_kills_change_nothing(data: Path, tmp_path: Path) -> None:
+    """SIGKILL at random steps; then 1, 2 or 4 ranks go on with 0, 1 or 3 workers."""
+    mixture = write(data, tmp_path, LONG_ENDS)
+    flags = f"{STEADY} --step-batch-size-schedule 0:4,7680:8 --micro-batch-size 1"
+    flags += f" --train-iters {LONG_STEPS} --data {mixture} --save-interval 2 --keep-last 3"
+    generator = random.Random(5)
+    stops = sorted(generator.sample(range(4, LONG_STEPS - 2), STOPS)) + [None]
+    worlds = [generator.choice((1, 2, 4)) for _ in stops]
+    read: dict[int, np.ndarray] = {}
+    attempts: list[tuple[Path, int]] = []
+    for number, (stop, ranks) in enumerate(zip(stops, worlds, strict=True)):
+        prefix = tmp_path / f"tokens_{number}"
+        more = f" --num-workers {generator.choice((0, 1, 3))}"
+        job = Job("run", flags + more, tmp_path / "checkpoints", {"tokens": str(prefix)})
+        train_until(data, tmp_path, job, ranks, stop, prefix)
+        attempts.append((prefix, ranks))
+    begin = 2**31 - 1
+    for prefix, ranks in reversed(attempts):
+        steps = read_rows(prefix, ranks, 1, before=begin)
+        begin = int(np.fromfile(f"{prefix}.0", np.int32, 1)[0])
+        read |= steps
+    assert sorted(read) == list(range(1, LONG_STEPS + 1))
+    tokens = np.concatenate([read[step] for step in sorted(read)])
+    np.testing.assert_array_equal(tokens, oracle(tmp_path, LONG_ENDS, 30 * 4 + 30 * 8))
+
+
+def train_until(
+    data: Path, folder: Path, job: Job, ranks: int, stop: int | None, prefix: Path
+) -> None:
+    """Train, and kill all ranks once one has begun a step; None trains to the end."""
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps([{"ranks": ranks, "jobs": [entry(data, folder, job)]}]))
+    command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(plan)]
+    with (folder / "log").open("w") as log:
+        run = subprocess.Popen(
+            command, env=environment(), cwd=folder, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        end = time.monotonic() + 300
+        while run.poll() is None and time.monotonic() < end and not has_begun(prefix, stop):
+            time.sleep(0.02)
+    finally:
+        if stop is not None:
+            os.killpg(run.pid, signal.SIGKILL)
+        code = run.wait(300)
+    lines = "\n".join((folder / "log").read_text().splitlines()[-40:])
+    assert code == (0 if stop is None else -signal.SIGKILL), lines
+
+
+def has_begun(prefix: Path, step: int | None) -> bool:
+    path = Path(f"{prefix}.0")
+    if step is None or not path.exists():
+        return False
+    width = SEQ_LENGTH + 1
+    rows = np.fromfile(path, np.int32)
+    return len(rows) >= width and int(rows[::width][-1]) >= step
