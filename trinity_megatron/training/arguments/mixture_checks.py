@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from trinity_megatron.data.mixture.corpora import MixtureData, read_mixture
 from trinity_megatron.data.mixture.plan import describe_epochs, make_plan
@@ -31,6 +32,8 @@ def check_mixture(args: argparse.Namespace) -> None:
     _check_validation(args, data)
     if args.skip_train:
         return
+    if data.mixture.order == "rsdb":
+        _finish_buffer(args, data)
     samples = args.train_samples or BatchSizes.of(args).samples_after(args.train_iters or 0)
     plan = make_plan(data, seq_length=args.seq_length, seed=args.seed, samples=samples)
     for line in describe_epochs(plan):
@@ -56,6 +59,29 @@ def _check_flags(args: argparse.Namespace, data: MixtureData) -> None:
             f"--phase-transition-iterations beside --data {args.data}, whose phases need no "
             "restart. Remedy: drop the flag."
         )
+
+
+def _finish_buffer(args: argparse.Namespace, data: MixtureData) -> None:
+    """Let Megatron take the loader of the buffers, and save its state in each checkpoint."""
+    for flag, value in (
+        ("--non-persistent-ckpt-type", args.non_persistent_ckpt_type),
+        ("--num-layers-per-virtual-pipeline-stage", args.num_layers_per_virtual_pipeline_stage),
+        (
+            "--num-virtual-stages-per-pipeline-rank",
+            args.num_virtual_stages_per_pipeline_rank,
+        ),
+    ):
+        if value is not None:
+            raise UserError(
+                f"{flag} {value} with order: rsdb of --data {args.data}, whose loader is saved in "
+                "the checkpoints of --save, one for each rank. Remedy: drop the flag, or order: "
+                "shuffled."
+            )
+    args.dataloader_type = "external"
+    args.dataloader_save = args.save  # Megatron looks for it, and has no flag
+    sizes = [batch for _, batch in BatchSizes.of(args).entries]
+    buffer = args.data_mixture["buffer"]
+    buffer["streams"] = buffer["streams"] or math.gcd(*sizes)
 
 
 def _check_validation(args: argparse.Namespace, data: MixtureData) -> None:

@@ -25,14 +25,15 @@ def describe_mixture(data: MixtureData, seq_length: int) -> Described:
         seq_length: Tokens of a sample.
 
     Returns:
-        ``order``; ``corpora``, the names in the order of ``data_identity``; ``languages``, theirs
-        or None; ``validated``, the names of those with validation data; ``phases``, each with
-        ``start`` (its first sample), ``names`` and ``parts`` (whole numbers in the ratio of the
-        weights).
+        ``order``; ``buffer``, the settings of ``order: rsdb``; ``corpora``, the names in the order
+        of ``data_identity``; ``languages``, theirs or None; ``validated``, the names of those with
+        validation data; ``phases``, each with ``start`` (its first sample), ``names`` and ``parts``
+        (whole numbers in the ratio of the weights).
     """
     phases = data.mixture.phases
     return {
         "order": data.mixture.order,
+        "buffer": vars(data.mixture.buffer).copy(),
         "corpora": list(data.corpora),
         "languages": [item.corpus.language for item in data.corpora.values()],
         "validated": list(data.validated),
@@ -89,6 +90,8 @@ def read_past(
     contents = {
         name: item["content"] for name, item in zip(mixture["corpora"], datasets, strict=True)
     }
+    if mixture["order"] == "rsdb":  # its order of the documents depends on the names
+        contents = {name: f"{name} {content}" for name, content in contents.items()}
     starts = [phase["start"] for phase in mixture["phases"]]
     past = []
     for phase, end in zip(mixture["phases"], [*starts[1:], consumed], strict=True):

@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.training import get_args, get_tokenizer
+from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron.training.utils import (
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
@@ -15,6 +17,7 @@ from megatron.training.utils import (
 
 from trinity_megatron.data.mixture.corpora import MixtureData, read_mixture
 from trinity_megatron.errors import UserError
+from trinity_megatron.training.datasets.buffer_state import build_buffer_loader
 from trinity_megatron.training.datasets.data_identity import share_identity
 from trinity_megatron.training.datasets.epoch_order import (
     EpochOrderConfig,
@@ -23,6 +26,7 @@ from trinity_megatron.training.datasets.epoch_order import (
     check_is_long_enough,
 )
 from trinity_megatron.training.datasets.mixture import (
+    DomainDataset,
     build_training_set,
     build_validation_set,
 )
@@ -137,12 +141,32 @@ def _build_mixture(
     is_built: Callable[[], bool],
 ) -> tuple[Any, Any, Any]:
     is_trained, is_evaluated, _ = needed_splits(args)
-    train = valid = None
-    if is_trained:
-        train = build_training_set(data, config, num_samples[0], is_built)
+    train: Any = None
+    valid: Any = None
     if is_evaluated:
         valid = build_validation_set(data, config, num_samples[1], is_built)
-    return train, valid, None
+    if data.mixture.order != "rsdb":
+        if is_trained:
+            train = build_training_set(data, config, num_samples[0], is_built)
+        return train, valid, None
+    if is_trained:
+        train = build_buffer_loader(args, data, config, is_built)
+    return train, None if valid is None else _iterate(valid, args), None
+
+
+def _iterate(valid: DomainDataset, args: Any) -> Iterator[Any]:
+    """What Megatron's loader makes of a set, where the training has a loader of its own."""
+    sampler = MegatronPretrainingSampler(
+        total_samples=len(valid),
+        consumed_samples=0 if args.skip_train else args.consumed_valid_samples,
+        micro_batch_size=args.eval_micro_batch_size,
+        data_parallel_rank=mpu.get_data_parallel_rank(),
+        data_parallel_size=mpu.get_data_parallel_world_size(),
+    )
+    loader = torch.utils.data.DataLoader(
+        valid, batch_sampler=sampler, pin_memory=torch.cuda.is_available()
+    )
+    return iter(loader)
 
 
 @contextmanager
