@@ -1,19 +1,19 @@
-"""A permutation of any size that is evaluated at any place, without a table."""
+"""A permutation of any size that is evaluated at any place, without a table as long."""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import numpy as np
 
 _ROUNDS = 6
-_MIN_HALF_BITS = 4  # narrower networks favour some of the few permutations there are
-_GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+# Up to this size a table is made, which all streams share.
+_TABLE_SIZE = 2**16
 
 
 def permute(places: np.ndarray, size: int, key: int) -> np.ndarray:
     """Where a pseudo-random permutation of ``0 .. size - 1`` sends places.
-
-    A Feistel network over the next even number of bits; what falls outside goes through it again
-    (cycle walking), so it is a permutation of the size itself.
 
     Args:
         places: int64 ``[n]``, below ``size``.
@@ -22,13 +22,31 @@ def permute(places: np.ndarray, size: int, key: int) -> np.ndarray:
 
     Returns:
         int64 ``[n]``.
+    """
+    if size <= _TABLE_SIZE:
+        return _make_table(size, key)[places]
+    return _walk(places, size, key)
+
+
+@lru_cache(maxsize=32)
+def _make_table(size: int, key: int) -> np.ndarray:
+    """Sort random numbers."""
+    start = _mix(np.array([key % 2**64], dtype=np.uint64))
+    numbers = _mix(start + np.arange(1, size + 1, dtype=np.uint64) * _GOLDEN)
+    return np.argsort(numbers, kind="stable")
+
+
+def _walk(places: np.ndarray, size: int, key: int) -> np.ndarray:
+    """A Feistel network over the next even number of bits.
+
+    What falls outside goes through it again (cycle walking), so it is a permutation of the size.
 
     Source: Black, Rogaway: Ciphers with Arbitrary Finite Domains (2002).
     """
-    half = np.uint64(max(_MIN_HALF_BITS, ((size - 1).bit_length() + 1) // 2))
+    half = np.uint64(((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << int(half)) - 1)
     start = _mix(np.array([key % 2**64], dtype=np.uint64))
-    keys = _mix(start + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
+    keys = _mix(start + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _GOLDEN)
     values = places.astype(np.uint64)
     outside = np.arange(len(values))
     while len(outside):

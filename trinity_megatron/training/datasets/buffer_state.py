@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def build_buffer_loader(
     folder = None
     if args.consumed_train_samples:
         folder = Path(args.load) / iteration_name(args.iteration)
-    state = folder and _read_head(folder, args)
+    state = folder and read_head(folder, args)
     if state:
         args.data_mixture["buffer"]["streams"] = state["num_streams"]
     rank = ReadingRank(
@@ -69,7 +68,7 @@ def build_buffer_loader(
     samples = BufferedSamples(datasets, config)
     loader = BufferLoader(mixture, samples, rank, args.consumed_train_samples)
     if folder and state:
-        _load(loader, folder, state)
+        load_state(loader, folder, state)
     return loader
 
 
@@ -115,8 +114,16 @@ def _make_mixture(
     )
 
 
-def _read_head(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
-    """The state of one rank, which says how the streams lie on all; None for a new order."""
+def read_head(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
+    """The state of one rank, which says how the streams lie on all; None for a new order.
+
+    Args:
+        folder: Of the checkpoint.
+        args: Of the run that resumes, with the checkpoint's counters.
+
+    Raises:
+        UserError: It is missing, damaged or of another sample of the run.
+    """
     files = sorted(folder.glob(_FILES))
     if not files:
         if args.allow_data_change:
@@ -135,8 +142,17 @@ def _read_head(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
     return state
 
 
-def _load(loader: BufferLoader, folder: Path, head: dict[str, Any]) -> None:
-    """Read the files of the ranks that had this rank's streams."""
+def load_state(loader: BufferLoader, folder: Path, head: dict[str, Any]) -> None:
+    """Read the files of the ranks that had this rank's streams.
+
+    Args:
+        loader: That goes on.
+        folder: Of the checkpoint.
+        head: The state of one of its ranks.
+
+    Raises:
+        UserError: A file is missing or damaged, or does not fit the mixture.
+    """
     states: dict[int, Any] = {}
     at_a_time = head["micro_batch"] * head["size"]
     paths = {int(path.stem.rpartition("dprank")[2]): path for path in folder.glob(_FILES)}
@@ -162,7 +178,7 @@ def _load(loader: BufferLoader, folder: Path, head: dict[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, weights_only=True)["dataloader_state_dict"]
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError) as error:
+    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError, KeyError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}). Remedy: another --ckpt-step."
         ) from error

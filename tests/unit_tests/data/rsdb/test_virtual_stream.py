@@ -45,32 +45,25 @@ def test_the_streams_deal_out_every_document_of_an_epoch_once() -> None:
 
 def test_no_token_is_lost_or_doubled_over_epochs() -> None:
     mixture = make()
-    read = {(c, d): 0 for c in range(2) for d in range(len(mixture.lengths[c]))}
-    partly: dict[tuple[int, int, int], int] = {}
+    tokens = [np.zeros(len(lengths), dtype=np.int64) for lengths in mixture.lengths]
     streams = [VirtualStream(mixture, number) for number in range(4)]
     for sample in range(800):
-        number = sample % 4
-        for piece in streams[number].next():
-            key = (number, piece.corpus, piece.document)
-            read[key[1:]] += piece.length
-            # A document may be in a stream's buffer of two epochs at a time.
-            partly[key] = partly.get(key, 0) + piece.length
-    for (corpus, document), tokens in read.items():
-        # What is not yet read to its end waits in a buffer.
-        waiting = 0
-        for stream in streams:
-            buffer = stream.buffer
-            active = slice(buffer.num_active)
-            mine = (buffer.corpora[active] == corpus) & (buffer.numbers[active] == document)
-            waiting += int((buffer.lengths[active] - buffer.heads[active])[mine].sum())
-        assert (tokens + waiting) % mixture.lengths[corpus][document] == 0
-    # Each stream takes its turns: the documents have come equally often, to an epoch.
-    for corpus in range(2):
-        times = [
-            read[corpus, document] / length
-            for document, length in enumerate(mixture.lengths[corpus])
-        ]
-        assert max(times) - min(times) < 3 and min(times) >= 1
+        for piece in streams[sample % 4].next():
+            tokens[piece.corpus][piece.document] += piece.length
+    entered = [np.zeros(len(lengths), dtype=np.int64) for lengths in mixture.lengths]
+    for number, stream in enumerate(streams):
+        buffer = stream.buffer
+        for place in range(buffer.num_active):  # what is not yet read to its end waits there
+            rest = buffer.lengths[place] - buffer.heads[place]
+            tokens[buffer.corpora[place]][buffer.numbers[place]] += rest
+        for corpus, name in enumerate(mixture.names):
+            lengths = mixture.lengths[corpus]
+            order = CorpusOrder(name, lengths, seed=5, stream=number, num_streams=4)
+            for taken in range(int(stream.feed.taken[corpus])):
+                entered[corpus][order.get(taken)[0]] += 1
+    for corpus, lengths in enumerate(mixture.lengths):
+        np.testing.assert_array_equal(tokens[corpus], entered[corpus] * lengths)
+        assert entered[corpus].min() > 2  # several epochs
 
 
 def test_the_corpora_have_their_shares() -> None:
