@@ -146,6 +146,28 @@ def test_each_domain_has_its_loss(logs: Logs) -> None:
         assert parts.scalars(tag) == pytest.approx(whole.scalars(tag), rel=2e-5)
 
 
+def test_the_buffers_go_on_under_other_ranks(data: Path, folder: Path) -> None:
+    """RSDB: a run of one rank, and from its checkpoint at step 5 on two ranks."""
+    mixture = folder / "rsdb.yaml"
+    shuffled = write(data, folder, ENDS).read_text()
+    buffers = "order: rsdb\nrsdb: {documents: 4, streams: 8}\n"
+    mixture.write_text(shuffled.replace("order: shuffled\n", buffers))
+    kept, flags = folder / "buffers", f"{STEADY} --step-batch-size-schedule 0:4,1K:8"
+    flags += f" --micro-batch-size 2 --train-iters {STEPS} --save-interval 5 --data {mixture}"
+    whole = Job("rsdb", flags, kept, {"tokens": str(folder / "rsdb.tokens")})
+    later = Job("later", f"{flags} --ckpt-step 5", kept, {"tokens": str(folder / "later.tokens")})
+    logs = train(data, folder, [(1, [whole]), (2, [later])])
+    one = read_rows(folder / "rsdb.tokens", 1, 2)
+    two = read_rows(folder / "later.tokens", 2, 2)
+    assert sorted(two) == list(range(6, STEPS + 1))
+    for step, rows in two.items():
+        np.testing.assert_array_equal(rows, one[step])
+    losses = logs["rsdb"].scalars("lm loss"), logs["later"].scalars("lm loss")
+    for step in two:
+        assert losses[1][step] == pytest.approx(losses[0][step], rel=2e-5)
+    assert set(logs["rsdb"].scalars("lm loss web validation")) == {4, 8, 12}
+
+
 STOPS, LONG_STEPS = 10, 60
 LONG_ENDS = (6500, 15_000)  # of 23,040 tokens: 30 steps of 4 sequences and 30 of 8
 
