@@ -20,7 +20,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "show",
         help="the plan of a mixture: tokens by corpus, language and phase",
         description="Show what a run reads of each corpus in each phase, and how often; exit with "
-        "2 if the mixture cannot be met.  docs/data.md describes the file.",
+        "2 if the mixture cannot be met.  docs/mixtures.md describes the file.",
         allow_abbrev=False,
     )
     show.add_argument("mixture", type=Path, metavar="MIX.yaml", help="file of --data")

@@ -177,7 +177,9 @@ class _Reader:
         self, key: str, value: Any, known: tuple[str, ...], needed: tuple[str, ...] = ()
     ) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise self.refuse(key, f"is {_kind(value)}, not keys and values", "see docs/data.md")
+            raise self.refuse(
+                key, f"is {_kind(value)}, not keys and values", "see docs/mixtures.md"
+            )
         for name in value:
             if name not in known:
                 raise self.refuse(

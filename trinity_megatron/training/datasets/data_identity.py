@@ -174,17 +174,21 @@ def check_data(saved: object, step: int | None, args: argparse.Namespace) -> Non
         changed[_TRAIN] = past_differences(saved, args)
         remedy = past_remedy(saved, args)
     what = "; ".join(line for name in (_ALL, _TRAIN) for line in changed.pop(name, []))
-    passed = f"the first {consumed} sequences of its order, as many as the run has read, are passed"
+    passed = (
+        f"the first {consumed} sequences of its order, as many as the run has read, are passed over"
+    )
+    if (getattr(args, "data_mixture", None) or {}).get("order") == "rsdb":
+        passed = "the buffers begin with the first documents of each corpus"
     if _begins_phase(step, args):
         tell(f"> a phase ends with step {step}; the next one reads its data from their start")
     elif what and not args.allow_data_change:
         raise UserError(
             f"--load {args.load} was trained on other data: {what}. Remedy: {remedy}; "
             "or another --out (or --finetune) to start anew; or --allow-data-change to go on with "
-            f"these: a new order begins, and {passed} over."
+            f"these: a new order begins, and {passed}."
         )
     elif what:
-        tell(f"> the training data have changed: {what}. A new order begins; {passed} over")
+        tell(f"> the training data have changed: {what}. A new order begins; {passed}")
     for name, lines in changed.items():
         tell(f"> the {name} data have changed: {'; '.join(lines)}")
     _say_other_order(saved, args)
