@@ -23,9 +23,9 @@ from trinity_megatron.data.rsdb.virtual_stream import BufferedMixture, VirtualSt
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SEQ_LENGTH, SEED = 64, 11
-BUFFERS = "{documents: 4, streams: 8}"
+ORDERS = {"shuffled": "shuffled", "rsdb": "rsdb\nrsdb: {documents: 4, streams: 8}"}
 STEADY = (
-    "--lr-decay-style constant --lr-warmup-fraction 0 --eval-iters 1 --eval-interval 4 "
+    "--lr-decay-style constant --lr-warmup-fraction 0 --eval-iters 1 --eval-interval 6 "
     "--eval-global-batch-size 4"
 )
 TEXT = """
@@ -101,82 +101,80 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def logs(data: Path, folder: Path) -> Logs:
-    mixture = write(data, folder, ENDS)
+    """A run of one rank in each order, and from its checkpoints on one rank and on two."""
+    shuffled = write(data, folder, ENDS)
+    buffers = folder / "rsdb.yaml"
+    text = shuffled.read_text()
+    buffers.write_text(text.replace("order: shuffled", f"order: {ORDERS['rsdb']}"))
     flags = f"{STEADY} --step-batch-size-schedule 0:4,1K:8 --micro-batch-size 2"
-    flags += f" --train-iters {STEPS} --data {mixture}"
+    flags += f" --train-iters {STEPS} --data"
 
-    def job(name: str, stop: int = 0, more: str = "") -> Job:
-        kept = None if name == "whole" else folder / "checkpoints"
-        stopped = f" --exit-interval {stop}" if stop else ""
+    def job(name: str, mixture: Path, more: str) -> Job:
         probe = {"tokens": str(folder / f"{name}.tokens")}
-        return Job(name.split("_")[0], f"{flags}{stopped} {more}", kept, probe)
+        return Job(name, f"{flags} {mixture} {more}", folder / mixture.stem, probe)
 
-    one = [job("whole"), job("parts_1", 3), job("parts_2", 7, "--num-workers 1")]
-    return train(data, folder, [(1, one), (2, [job("parts_3")])])
+    one = [
+        job("whole", shuffled, "--save-interval 3"),
+        job("on_one", shuffled, "--ckpt-step 3 --num-workers 1"),
+        job("buffers", buffers, "--save-interval 5"),
+    ]
+    two = [
+        job("on_two", shuffled, "--ckpt-step 6"),
+        job("buffers_on_two", buffers, "--ckpt-step 5"),
+    ]
+    return train(data, folder, [(1, one), (2, two)])
 
 
 def test_the_model_reads_the_oracle_s_tokens(logs: Logs, folder: Path) -> None:
     assert logs
     expected = oracle(folder, ENDS, 4 * 4 + 8 * 8)
-    whole = read_rows(folder / "whole.tokens", 1, 2)
-    np.testing.assert_array_equal(np.concatenate([whole[s] for s in range(1, 13)]), expected)
-    parts: dict[int, np.ndarray] = {}
-    for number, ranks in ((1, 1), (2, 1), (3, 2)):
-        read = read_rows(folder / f"parts_{number}.tokens", ranks, 2)
-        assert not parts.keys() & read.keys()
-        parts |= read
-    np.testing.assert_array_equal(np.concatenate([parts[s] for s in range(1, 13)]), expected)
+    for name, ranks, first in (("whole", 1, 1), ("on_one", 1, 4), ("on_two", 2, 7)):
+        read = read_rows(folder / f"{name}.tokens", ranks, 2)
+        assert sorted(read) == list(range(first, STEPS + 1))
+        tokens = np.concatenate([read[step] for step in sorted(read)])
+        np.testing.assert_array_equal(tokens, expected[len(expected) - len(tokens) :])
 
 
 def test_the_losses_are_those_of_a_run_without_a_stop(logs: Logs) -> None:
-    whole, parts = (logs[name].scalars("lm loss") for name in ("whole", "parts"))
-    assert [whole[step] for step in range(1, 8)] == [parts[step] for step in range(1, 8)]
-    np.testing.assert_allclose(
-        [parts[step] for step in range(8, 13)], [whole[step] for step in range(8, 13)], rtol=2e-5
+    whole, on_one, on_two = (
+        logs[name].scalars("lm loss") for name in ("whole", "on_one", "on_two")
     )
+    for step in range(4, STEPS + 1):
+        assert on_one[step] == whole[step]
+    for step in range(7, STEPS + 1):
+        assert on_two[step] == pytest.approx(whole[step], rel=2e-5)
+
+
+def test_the_buffers_go_on_under_other_ranks(logs: Logs, folder: Path) -> None:
+    assert logs
+    one = read_rows(folder / "buffers.tokens", 1, 2)
+    two = read_rows(folder / "buffers_on_two.tokens", 2, 2)
+    assert sorted(two) == list(range(6, STEPS + 1))
+    np.testing.assert_array_equal(
+        np.concatenate([one[step] for step in range(1, STEPS + 1)]),
+        without_a_stop(folder / "rsdb.yaml", 4 * 4 + 8 * 8),
+    )
+    for step, rows in two.items():
+        np.testing.assert_array_equal(rows, one[step])
 
 
 def test_each_domain_has_its_loss(logs: Logs) -> None:
-    whole, parts = logs["whole"], logs["parts"]
+    whole, on_two = logs["whole"], logs["on_two"]
     names = ("", " web", " news", " language english")
     domains = [whole.scalars(f"lm loss{name} validation") for name in names]
-    assert list(domains[0]) == [4, 8, 12]
-    for step in (4, 8, 12):
+    assert list(domains[0]) == [6, 12]
+    for step in (6, 12):
         total, web, news, english = (losses[step] for losses in domains)
         # As many samples of each, so the mean of both is the loss of all.
         assert total == pytest.approx((web + news) / 2, rel=1e-5) == pytest.approx(english)
         assert web != news
     for name in ("web", "news"):
         tag = f"lm loss {name} validation"
-        assert parts.scalars(tag) == pytest.approx(whole.scalars(tag), rel=2e-5)
-
-
-def test_the_buffers_go_on_under_other_ranks(data: Path, folder: Path) -> None:
-    """RSDB: a run of one rank, and from its checkpoint at step 5 on two ranks."""
-    mixture = folder / "rsdb.yaml"
-    shuffled = write(data, folder, ENDS).read_text()
-    mixture.write_text(shuffled.replace("order: shuffled", f"order: rsdb\nrsdb: {BUFFERS}"))
-    kept, flags = folder / "buffers", f"{STEADY} --step-batch-size-schedule 0:4,1K:8"
-    flags += f" --micro-batch-size 2 --train-iters {STEPS} --save-interval 5 --data {mixture}"
-    whole = Job("rsdb", flags, kept, {"tokens": str(folder / "rsdb.tokens")})
-    later = Job("later", f"{flags} --ckpt-step 5", kept, {"tokens": str(folder / "later.tokens")})
-    logs = train(data, folder, [(1, [whole]), (2, [later])])
-    one = read_rows(folder / "rsdb.tokens", 1, 2)
-    two = read_rows(folder / "later.tokens", 2, 2)
-    assert sorted(two) == list(range(6, STEPS + 1))
-    for step, rows in two.items():
-        np.testing.assert_array_equal(rows, one[step])
-    losses = logs["rsdb"].scalars("lm loss"), logs["later"].scalars("lm loss")
-    for step in two:
-        assert losses[1][step] == pytest.approx(losses[0][step], rel=2e-5)
-    assert set(logs["rsdb"].scalars("lm loss web validation")) == {4, 8, 12}
+        assert on_two.scalars(tag)[12] == pytest.approx(whole.scalars(tag)[12], rel=2e-5)
 
 
 STOPS, LONG_STEPS = 10, 60
 LONG_ENDS = (6500, 15_000)  # of 23,040 tokens: 30 steps of 4 sequences and 30 of 8
-
-
-ORDERS = {"shuffled": "shuffled", "rsdb": f"rsdb\nrsdb: {BUFFERS}"}
 
 
 @only_in_all
