@@ -43,8 +43,9 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
         UserError: The file or a corpus is at fault, or the plan cannot be met.
     """
     from trinity_megatron.data.mixture.corpora import open_mixture
-    from trinity_megatron.data.mixture.definition import load_mixture
-    from trinity_megatron.data.mixture.plan import format_plan, make_plan
+    from trinity_megatron.data.mixture.mixture_file import load_mixture
+    from trinity_megatron.data.mixture.plan import make_plan
+    from trinity_megatron.data.mixture.plan_table import format_plan
     from trinity_megatron.data.mixture.quantities import parse_tokens
 
     if args.seq_length < 1:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.manifest import MANIFEST_NAME, DataManifest, load_manifest
-from trinity_megatron.data.mixture.definition import Corpus, Mixture, is_mixture, load_mixture
+from trinity_megatron.data.mixture.definition import Corpus, Mixture, is_mixture
+from trinity_megatron.data.mixture.mixture_file import load_mixture
 from trinity_megatron.errors import MissingInputError, UserError
 
 # Source: megatron.core.datasets.indexed_dataset, _IndexWriter and DType.

@@ -82,6 +82,14 @@ def _finish_buffer(args: argparse.Namespace, data: MixtureData) -> None:
     sizes = [batch for _, batch in BatchSizes.of(args).entries]
     buffer = args.data_mixture["buffer"]
     buffer["streams"] = buffer["streams"] or math.gcd(*sizes)
+    capacity = 2 * buffer["documents"] * buffer["streams"]
+    held = sum(item.documents for item in data.corpora.values())
+    if capacity > held:
+        tell_once(
+            f"> order: rsdb: the buffers hold {capacity:,} documents and the corpora have "
+            f"{held:,}, so those of several epochs are mixed; a smaller number under rsdb, "
+            "documents, makes the buffers smaller"
+        )
 
 
 def _check_validation(args: argparse.Namespace, data: MixtureData) -> None:

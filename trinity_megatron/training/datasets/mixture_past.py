@@ -158,7 +158,11 @@ def _difference(
 
 
 def past_remedy(saved: object, args: argparse.Namespace) -> str:
-    """How to change the weights of the present phase from here on."""
+    """How to go on, and to change the weights of the present phase from here on."""
+    mixture = getattr(saved, "data_mixture", None)
+    order = (mixture or {}).get("order", "shuffled")
+    if order != (getattr(args, "data_mixture", None) or {}).get("order", "shuffled"):
+        return f"order: {order}, as the run has begun"
     consumed = getattr(saved, "consumed_train_samples", 0) * args.seq_length
     return (
         "leave what the run has read as it was; new weights go into a phase behind it: until: "

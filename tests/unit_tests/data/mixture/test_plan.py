@@ -9,7 +9,7 @@ import pytest
 from tests.unit_tests.indexed_data import write_dataset
 from trinity_megatron.cli import main as cli
 from trinity_megatron.data.mixture.corpora import MixtureData, open_mixture
-from trinity_megatron.data.mixture.definition import load_mixture
+from trinity_megatron.data.mixture.mixture_file import load_mixture
 from trinity_megatron.data.mixture.plan import describe_epochs, make_plan, make_schedule
 from trinity_megatron.errors import UserError
 

@@ -74,7 +74,7 @@ def test_a_mixture_is_described_in_plain_words(
     assert "> code is read 1." in said and "web" not in said
 
 
-def test_the_buffers_have_their_streams(folder: Path) -> None:
+def test_the_buffers_have_their_streams(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = make_args(folder, f"{TEXT}order: rsdb", step_batch_size_schedule="0:8,1K:12")
     check_mixture(args)
     assert args.data_mixture["buffer"] == {"documents": 2048, "streams": 4}
@@ -82,6 +82,8 @@ def test_the_buffers_have_their_streams(folder: Path) -> None:
     args = make_args(folder, f"{TEXT}order: rsdb\nrsdb: {{streams: 24, documents: 2}}")
     check_mixture(args)
     assert args.data_mixture["buffer"] == {"documents": 2, "streams": 24}
+    said = capsys.readouterr().out
+    assert "hold 16,384 documents and the corpora have 104" in said and "hold 96" not in said
 
 
 def test_a_folder_is_no_mixture(folder: Path) -> None:

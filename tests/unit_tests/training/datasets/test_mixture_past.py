@@ -9,7 +9,7 @@ import pytest
 from tests.unit_tests.indexed_data import write_dataset
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 from trinity_megatron.data.mixture.corpora import open_mixture
-from trinity_megatron.data.mixture.definition import load_mixture
+from trinity_megatron.data.mixture.mixture_file import load_mixture
 from trinity_megatron.errors import UserError
 
 enter_host()
@@ -116,7 +116,7 @@ def test_other_content_under_the_same_name(folder: Path) -> None:
 
 
 def test_another_order(folder: Path) -> None:
-    with pytest.raises(UserError, match="order shuffled -> sequential"):
+    with pytest.raises(UserError, match="order shuffled -> sequential.*Remedy: order: shuffled"):
         check_data(run(folder, FIRST, SECOND), 2, run(folder, FIRST, SECOND, order="sequential"))
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trinity_megatron.data.mixture.definition import is_mixture, load_mixture
+from trinity_megatron.data.mixture.definition import is_mixture
+from trinity_megatron.data.mixture.mixture_file import load_mixture
 from trinity_megatron.data.mixture.quantities import format_tokens, parse_tokens
 from trinity_megatron.errors import UserError
 
