@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from trinity_megatron import __version__
 from trinity_megatron.cli import (
     convert,
+    data,
     generate,
     gpu_check,
     prepare_data,
@@ -24,7 +25,7 @@ from trinity_megatron.process.temporary import use_short_temporary_folder
 _INTERRUPTED = 130
 
 # In the order of --help.
-_COMMANDS = (prepare_data, train, convert, verify, generate, report, gpu_check)
+_COMMANDS = (prepare_data, data, train, convert, verify, generate, report, gpu_check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from trinity_megatron.model.attention.segments import note_boundaries
 from trinity_megatron.model.device_copy import copy_to
 from trinity_megatron.telemetry.step_statistics import StepStatistics, statistics_of
 from trinity_megatron.training.callbacks.end_of_run import ValidationTokens
+from trinity_megatron.training.domain_losses import domains_of, share_corpora, sum_by_domain
 
 BATCH_KEYS = (
     "attention_mask",
@@ -48,7 +49,8 @@ def get_batch(
         ``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (fp32), each
         ``[b, s / cp]``, and with ``--dataloader-inter-document-masking`` ``cu_seqlens`` (int32) and
         ``boundaries``, the same as a list.
-        Values a pipeline stage does not need are None.  ``padding_mask`` (bool, True for padding):
+        Values a pipeline stage does not need are None.  ``dataset_id`` (int64 ``[b]``): the corpus
+        of each validation sample of a mixture.  ``padding_mask`` (bool, True for padding):
         see :func:`padding_positions`.
 
     Raises:
@@ -63,6 +65,7 @@ def get_batch(
     tp_size = mpu.get_tensor_model_parallel_world_size()
     loaded: dict[str, Any] = {}
     rows: dict[str, Any] = {}
+    sample = None
     if tp_rank == 0:
         assert data_iterator is not None
         sample = next(data_iterator)
@@ -71,6 +74,8 @@ def get_batch(
             loaded[key] = value if value is None else value.cuda(non_blocking=True)
         _refuse_padding_in_pipeline(sample, training)
         rows = {key: sample.get(key) for key in _BOUNDARY_KEYS}
+    if args.data_mixture and not training:
+        batch["dataset_id"] = share_corpora(sample, args.eval_micro_batch_size)
     loaded = get_batch_on_this_tp_rank(
         loaded,
         # A rank alone has nobody to tell, and would wait for the device to count the boundaries.
@@ -194,17 +199,22 @@ def get_packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
 
 
 def loss_func(
-    loss_mask: torch.Tensor, statistics: StepStatistics, output_tensor: torch.Tensor
+    loss_mask: torch.Tensor,
+    statistics: StepStatistics,
+    corpora: torch.Tensor | None,
+    output_tensor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the token losses of one micro-batch.
 
     Args:
         loss_mask: fp32 ``[b, s]``.
         statistics: Collector of the model.
+        corpora: The corpus of each validation sample, int64 ``[b]``; None where it does not matter.
         output_tensor: Cross entropy of each token in nats, ``[b, s]``.
 
     Returns:
-        Summed loss, number of tokens (int32), and both under ``lm loss`` for the log.
+        Summed loss, number of tokens (int32), and both under ``lm loss`` for the log; those of
+        each corpus and language under a name of their own.
     """
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output_tensor.view(-1).float() * mask)
@@ -221,6 +231,9 @@ def loss_func(
     if statistics.is_collecting:
         statistics.observe_micro_batch(loss, num_tokens)
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
+    if corpora is not None:
+        domains = domains_of(get_args().data_mixture)
+        report.update(sum_by_domain(output_tensor.detach(), loss_mask, corpora, domains))
     return loss, num_tokens, report
 
 
@@ -250,4 +263,4 @@ def forward_step(
         padding_mask=batch.get("padding_mask"),
     )
     statistics = statistics_of(unwrap_model(model).config)
-    return output, partial(loss_func, batch["loss_mask"], statistics)
+    return output, partial(loss_func, batch["loss_mask"], statistics, batch.get("dataset_id"))
