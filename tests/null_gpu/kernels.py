@@ -19,6 +19,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 # Trinity Large; no step of a sequence is longer.
 SEQ_LENGTH, WINDOW, HEADS, GROUPS, HEAD = 8192, 4096, 48, 8, 128
 VOCAB_SIZE, EXPERT = 200192, (2, 3072, 3072)
+EXPERTS, TOPK = 256, 4
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
@@ -70,6 +71,31 @@ def launch_attention() -> None:
         flex.fused_attention(query, key, value, mask, scale=head**-0.5).sum().backward()
 
 
+def launch_compiled() -> None:
+    """What torch compiles of ours and of Megatron's beside attention, there and back."""
+    # Not before the fork: Megatron asks for the device.
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    from trinity_megatron.model.fusion import fused
+    from trinity_megatron.model.moe.balance_loss import mean_balance_loss
+    from trinity_megatron.model.moe.experts import weighted_swiglu
+    from trinity_megatron.model.moe.router import route
+    from trinity_megatron.model.norms import rms_norm_in_fp32
+
+    query = empty(SEQ_LENGTH, 1, HEADS, HEAD, dtype=BF16).requires_grad_()
+    gain = empty(HEAD, dtype=BF16).requires_grad_()
+    fused(rms_norm_in_fp32, query)(query, gain, eps=1e-5).sum().backward()
+    angles = empty(SEQ_LENGTH, 1, 1, HEAD)
+    fused(_apply_rotary_pos_emb_bshd, query)(query, angles).sum().backward()
+    logits = empty(SEQ_LENGTH, EXPERTS).requires_grad_()
+    routing = fused(route, logits)(logits, empty(EXPERTS), topk=TOPK, route_scale=2.5)
+    counts = torch.zeros(1, EXPERTS, dtype=torch.int64, device="cuda")
+    loss, _ = fused(mean_balance_loss, logits)(routing.scores, counts, None, topk=TOPK, coeff=1.0)
+    (routing.probs.sum() + loss).backward()
+    hidden = empty(SEQ_LENGTH, 2 * EXPERT[1], dtype=BF16).requires_grad_()
+    weighted_swiglu(hidden, empty(SEQ_LENGTH, 1)).sum().backward()
+
+
 def launch_all(capability: str) -> None:
     """In a process of its own, before anything asks for the device."""
     os.environ["NULL_GPU_CAPABILITY"] = capability
@@ -77,6 +103,8 @@ def launch_all(capability: str) -> None:
     launch_loss()
     launch_syrk()
     launch_attention()
+    if TAKES_ALL:
+        launch_compiled()
 
 
 def main() -> None:

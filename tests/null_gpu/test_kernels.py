@@ -42,6 +42,12 @@ class Kernel:
     ptx: str
     resources: dict[str, int]
 
+    @property
+    def arrays(self) -> int:
+        """Bytes of the arrays of a thread, filled up to words of 8."""
+        sizes = re.findall(r"\.local .*\[(\d+)\];", self.ptx)
+        return sum(-(-int(size) // 8) * 8 for size in sizes)
+
     @classmethod
     def read(cls, path: Path) -> "Kernel":
         """The kernel beside this ``.cubin``."""
@@ -90,11 +96,11 @@ def test_every_kernel_is_compiled(kernels: list[Kernel], capability: int) -> Non
 
 
 def test_no_kernel_spills_registers(kernels: list[Kernel]) -> None:
-    """None of them has arrays: what lies on the stack are registers that there was no room for."""
+    """On the stack are registers that there was no room for, and arrays: those of sin and cos."""
     spilt = {
         (kernel.name, kernel.capability): kernel.resources
         for kernel in kernels
-        if kernel.resources["STACK"] or kernel.resources["LOCAL"]
+        if kernel.resources["STACK"] > kernel.arrays or kernel.resources["LOCAL"]
     }
     assert not spilt
 
