@@ -11,6 +11,7 @@ from trinity_megatron.cli import (
     convert,
     generate,
     gpu_check,
+    plan,
     prepare_data,
     report,
     train,
@@ -24,7 +25,7 @@ from trinity_megatron.process.temporary import use_short_temporary_folder
 _INTERRUPTED = 130
 
 # In the order of --help.
-_COMMANDS = (prepare_data, train, convert, verify, generate, report, gpu_check)
+_COMMANDS = (prepare_data, plan, train, convert, verify, generate, report, gpu_check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
