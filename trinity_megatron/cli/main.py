@@ -12,6 +12,7 @@ from trinity_megatron.cli import (
     data,
     generate,
     gpu_check,
+    plan,
     prepare_data,
     report,
     train,
@@ -25,7 +26,7 @@ from trinity_megatron.process.temporary import use_short_temporary_folder
 _INTERRUPTED = 130
 
 # In the order of --help.
-_COMMANDS = (prepare_data, data, train, convert, verify, generate, report, gpu_check)
+_COMMANDS = (prepare_data, data, plan, train, convert, verify, generate, report, gpu_check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

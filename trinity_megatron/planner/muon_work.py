@@ -29,6 +29,7 @@ from trinity_megatron.optimizer.sharded.buffer_layout import (
     tag_for_buffers,
 )
 from trinity_megatron.optimizer.sharded.ownership import Assignment, Stack, own_dense, relieve
+from trinity_megatron.planner.shapes import stage_shapes
 
 # fp32 master weight with momentum, or with both of Adam's moments.
 _MUON_BYTES, _ADAM_BYTES = 8, 12
@@ -150,44 +151,10 @@ def stage_parameters(
     expert_parallel: int,
 ) -> Iterator[tuple[str, Parameter]]:
     """Yield names and parameters of a pipeline stage, in the order of the model, without data."""
-
-    def empty(*shape: int, expert: bool = False) -> Parameter:
-        param = Parameter(torch.empty(*shape, device="meta", dtype=torch.bfloat16))
-        param.allreduce = not expert  # type: ignore[attr-defined]
-        return param
-
-    hidden, head = config.hidden_size, config.kv_channels
-    query = config.num_attention_heads * head
-    groups = config.num_query_groups or config.num_attention_heads
-    if is_first:
-        yield "embedding.word_embeddings.weight", empty(vocab_size, hidden)
-    for layer in layers:
-        prefix = f"decoder.layers.{layer}."
-        for norm in ("input_layernorm", "post_self_attn_layernorm"):
-            yield f"{prefix}{norm}.weight", empty(hidden)
-        attention = f"{prefix}self_attention."
-        yield f"{attention}linear_proj.weight", empty(hidden, query)
-        yield f"{attention}linear_qkv.weight", empty(2 * query + 2 * groups * head, hidden)
-        for norm in ("q_layernorm", "k_layernorm"):
-            yield f"{attention}{norm}.weight", empty(head)
-        for norm in ("pre_mlp_layernorm", "post_mlp_layernorm"):
-            yield f"{prefix}{norm}.weight", empty(hidden)
-        if layer < config.num_layers - config.num_moe_layers:
-            yield f"{prefix}mlp.linear_fc1.weight", empty(2 * config.ffn_hidden_size, hidden)
-            yield f"{prefix}mlp.linear_fc2.weight", empty(hidden, config.ffn_hidden_size)
-            continue
-        count, width = config.num_moe_experts // expert_parallel, config.moe_ffn_hidden_size
-        shared = config.moe_shared_expert_intermediate_size
-        yield f"{prefix}mlp.router.weight", empty(config.num_moe_experts, hidden)
-        experts = f"{prefix}mlp.experts."
-        yield f"{experts}linear_fc1.weight", empty(count, 2 * width, hidden, expert=True)
-        yield f"{experts}linear_fc2.weight", empty(count, hidden, width, expert=True)
-        if shared:
-            yield f"{prefix}mlp.shared_experts.linear_fc1.weight", empty(2 * shared, hidden)
-            yield f"{prefix}mlp.shared_experts.linear_fc2.weight", empty(hidden, shared)
-    if is_last:
-        yield "decoder.final_layernorm.weight", empty(hidden)
-        yield "output_layer.weight", empty(vocab_size, hidden)
+    for item in stage_shapes(config, vocab_size, layers, is_first, is_last, expert_parallel):
+        param = Parameter(torch.empty(item.shape, device="meta", dtype=torch.bfloat16))
+        param.allreduce = not item.is_expert  # type: ignore[attr-defined]
+        yield item.name, param
 
 
 def even_stages(num_layers: int, count: int) -> list[range]:
