@@ -1,13 +1,21 @@
 """``trinity-megatron plan``."""
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trinity_megatron.model.presets import PRESETS
 from trinity_megatron.planner.flags import PARALLEL_SIZES, add_plan_flags
+from trinity_megatron.process.rank import quiet_megatron
+
+if TYPE_CHECKING:
+    from trinity_megatron.planner.plan import Plan
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -50,7 +58,7 @@ def run(args: Namespace, others: Sequence[str]) -> int:
         plan = search.best[0]
         beside = report_layout(plan)
         _print(args, plan.as_json() if args.json else describe_search(search, beside))
-    return 0
+    return verify(plan) if args.verify else 0
 
 
 def _print(args: Namespace, result: Any) -> None:
@@ -65,7 +73,7 @@ def refuse_packed_documents(args: Namespace) -> None:
     """
     if not args.dataloader_inter_document_masking:
         return
-    # Here, because it imports torch.
+    quiet_megatron()  # here, because it imports torch
     from trinity_megatron.training.arguments.layout_checks import check_packed_documents
 
     preset = PRESETS.get(args.preset)
@@ -79,3 +87,14 @@ def refuse_packed_documents(args: Namespace) -> None:
             moe_router_load_balancing_type=balance,
         )
     )
+
+
+def verify(plan: Plan) -> int:
+    """Build ranks and compare, on the standard error; return 1 if one differs by more than 5%."""
+    quiet_megatron()
+    from trinity_megatron.planner.dry_world import verify_plan
+
+    with contextlib.redirect_stdout(sys.stderr):  # the optimizer's news too
+        result = verify_plan(plan)
+        print("\n".join(result.lines))
+    return int(result.worst > 0.05)

@@ -26,6 +26,12 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", metavar="N", help="of the run, for example 17T")
     parser.add_argument("--gpu-hour-usd", type=float, metavar="USD", help="price of a GPU hour")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="build the first, a middle and the last rank of every pipeline stage, without memory, "
+        "and compare (Trinity's presets; a minute)",
+    )
     _add_layout_flags(parser)
 
 

@@ -277,6 +277,11 @@ _ENTRIES = (
         "the wheel has the compiled helper but no Makefile",
         fingerprint="84029a50ae8c",
     ),
+    # Dry worlds of the planner.
+    Replacement(
+        "torch.distributed:all_gather_object",
+        "a rank of a world without a network answers for all: with what it has itself",
+    ),
     # The launcher.
     Replacement(
         "torch.distributed.elastic.multiprocessing.api:PContext.close",
