@@ -175,7 +175,7 @@ chosen, those of the host's launches above all: this is no blind test.
 * **H100 in FP8 with EP32 across nodes** is bound by the network; how much of it hides is the
   largest unknown.
 * **Learned routing** comes as a band: the fullest of the expert-parallel ranks, for loads of
-  experts that vary by 10% (a balanced run) and by 100% of their mean (one that is not).
+  experts that vary by 3% of their mean (a balanced run) and by 100% (one that is not).
 * **Memory** is what the allocator hands out at the worst moment of a step, on the fullest rank.
   Reserved is more: 2.5 to 7% on Blackwell, 7 to 21% on Hopper.
 
