@@ -23,7 +23,7 @@ NARROW = (
 ).split()
 SHORT = (
     "--preset tiny --seq-length 64 --max-position-embeddings 64 --window-size 15,0 "
-    "--global-batch-size 8 --micro-batch-size 2 --train-iters 10 --lr-warmup-fraction 0.5 "
+    "--global-batch-size 8 --micro-batch-size 4 --train-iters 10 --lr-warmup-fraction 0.5 "
     "--log-interval 1 --tensorboard-log-interval 1 --eval-iters 0 --seed 11"
 ).split()
 SMALL = [*SHORT, *NARROW, "--moe-router-bias-update-rate", "2e-3", "--moe-aux-loss-coeff", "1e-4"]

@@ -159,6 +159,44 @@ def test_other_vocabulary_than_the_checkpoint(parse: Parse, data: Path, tmp_path
         parse("--preset tiny")
 
 
+MIXTURE = """
+corpora: {{web: {{path: {0}}}, code: {{path: {0}/validation{1}}}}}
+phases: [{{until: {2}, weights: {{web: 1, code: 1}}}}]
+order: {3}
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "expected"),
+    [
+        ("--valid-data-path x", ("", "1T", "shuffled"), ("--valid-data-path", "names all data")),
+        ("--eval-iters 0", ("", "3K", "shuffled"), ("last phase ends at 3.00K", "later until")),
+        ("--eval-iters 0", ("x", "1T", "shuffled"), ("corpora.code.path", "validationx.idx")),
+        ("--eval-iters 0", ("", "1T", "random"), ("order is 'random'", "rsdb")),
+        (
+            "--eval-iters 0 --num-layers-per-virtual-pipeline-stage 1",
+            ("", "1T", "rsdb"),
+            ("--num-layers-per-virtual-pipeline-stage 1 with order: rsdb",),
+        ),
+    ],
+)
+def test_a_mixture_that_is_refused(
+    flags: str,
+    given: tuple[str, str, str],
+    expected: tuple[str, ...],
+    parse: Parse,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "mix.yaml"
+    path.write_text(MIXTURE.format(data, *given))
+    with pytest.raises((ValueError, OSError)) as error:
+        parse(f"--preset tiny --data {path} {flags}")
+    for words in (str(path), *expected):
+        assert words in str(error.value), str(error.value)
+    assert "Remedy: " in str(error.value)
+
+
 def test_wrong_megatron() -> None:
     from trinity_megatron.training.arguments.parser import check_megatron_version
 

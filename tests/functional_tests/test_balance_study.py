@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.functional_tests.launch import ROOT, environment
+from tests.functional_tests.launch import ROOT, TAKES_ALL, environment, only_in_all
 from trinity_megatron.report.balance_windows import sampling_noise
 from trinity_megatron.telemetry.metrics import max_violation
 from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, TOKENS_TAG, RunLog
@@ -32,6 +32,8 @@ def start(out: Path, data: Path, *flags: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def study(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    if not TAKES_ALL:
+        pytest.skip("several starts: a part of make test-all")
     out = tmp_path_factory.mktemp("study") / "out"
     result = start(out, data)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -107,6 +109,7 @@ def test_a_complete_run_is_not_trained_again(study: SimpleNamespace, data: Path)
     assert other.returncode == 2 and "other flags" in other.stderr
 
 
+@only_in_all
 def test_a_failing_run_names_its_log(tmp_path: Path, data: Path) -> None:
     failed = start(tmp_path, data, "--moe-router-topk", "65")
     assert failed.returncode == 2

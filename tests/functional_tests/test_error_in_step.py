@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional_tests.launch import SMALL, environment
+from tests.functional_tests.launch import SMALL, environment, only_in_all
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -57,3 +57,22 @@ def test_an_error_in_a_step(kind: str, code: int, data: Path, tmp_path: Path) ->
     assert has_trace == (kind == "torch")
     words = "Expected parameter loc" if kind == "torch" else "error: --flag 3 is wrong. Remedy:"
     assert words in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "words"),
+    [
+        ("disabled", 2, "the gradient norm is nan. The latest checkpoint in "),
+        pytest.param(
+            "validate_results", 16, "--rerun-mode validate_results: Megatron", marks=only_in_all
+        ),
+    ],
+)
+def test_a_loss_that_diverges(mode: str, code: int, words: str, data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trinity_megatron.cli", "train", *SMALL, "--data", str(data)]
+    command += ["--out", str(tmp_path / "run"), "--lr", "1e30", "--lr-warmup-fraction", "0"]
+    command += ["--rerun-mode", mode]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == code, result.stderr[-3000:]
+    assert words in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.functional_tests.launch import ROOT, environment
+from tests.functional_tests.launch import ROOT, TAKES_ALL, environment
 from trinity_megatron.doctor import throughput
 from trinity_megatron.doctor.main import PARTS, main
 from trinity_megatron.doctor.profiler import kind_of, self_times
@@ -19,11 +19,16 @@ from trinity_megatron.doctor.suites import read_junit
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 
 
+# `make test` leaves out two trainings of a part that says little on a CPU.
+TAKEN = [part for part in PARTS if TAKES_ALL or part != "fp8_loss"]
+
+
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     out = tmp_path_factory.mktemp("suite")
     command = [sys.executable, "-m", "trinity_megatron.cli", "gpu-check", "--device", "cpu"]
     command += ["--out", str(out / "out"), "--report", str(out / "reports" / "report.md")]
+    command += ["--parts", ",".join(TAKEN)]
     # In the checkout: its setup.cfg has the tests' markers.
     done = subprocess.run(
         command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600
@@ -41,7 +46,7 @@ def row(report: str, *cells: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", TAKEN)
 def test_every_part_ran_or_says_why_not(part: str, suite: SimpleNamespace) -> None:
     status, _, reason = row(suite.report, part)[1:]
     assert f"{part} " in suite.output
@@ -56,7 +61,8 @@ def test_the_report_has_figures(suite: SimpleNamespace) -> None:
     report = suite.report
     assert row(report, "megatron-core")[1].startswith("0.19")
     assert "logits" in row(report, "test_local_equals_float64[fp32]", "passed")[2]
-    assert float(row(report, "bf16")[3]) < float(row(report, "bf16")[4]) == 0.05
+    if TAKES_ALL:
+        assert float(row(report, "bf16")[3]) < float(row(report, "bf16")[4]) == 0.05
     for balance in ("learned", "forced"):
         tokens, milliseconds = (row(report, "tiny", "fp32 local", balance)[i] for i in (4, 3))
         seconds = float(milliseconds.replace(",", "")) / 1e3
@@ -79,7 +85,7 @@ def test_the_report_names_what_was_skipped(suite: SimpleNamespace) -> None:
         "FP8 recipes",
         "test_every_number_of_rows[blockwise]",
         "test_transformer_engine_is_as_exact_as_local",
-        "bf16 against FP8",
+        *["bf16 against FP8"] * TAKES_ALL,
         "Large-width",
         "CUDA kernels",
     ):

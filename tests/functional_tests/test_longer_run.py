@@ -14,13 +14,13 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEADY = "--lr-decay-style constant --lr-warmup-fraction 0 --eval-iters 1 --eval-interval 3"
 
 
-def shorten(prefix: Path, target: Path, count: int) -> Path:
-    """The beginnings of the first documents of a dataset: 48 tokens of each."""
+def shorten(prefix: Path, target: Path, count: int, first: int = 0) -> Path:
+    """The beginnings of some documents of a dataset, from the first on: 48 tokens of each."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     source = IndexedDataset(str(prefix), mmap=True)
     builder = IndexedDatasetBuilder(f"{target}.bin", dtype=source.index.dtype)
-    for index in range(count):
+    for index in range(first, first + count):
         tokens = source[index % len(source)][index : index + 48]
         builder.add_document(torch.from_numpy(tokens.astype("int64")), [len(tokens)])
     builder.finalize(f"{target}.idx")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.functional_tests.launch import ROOT, environment
+from tests.functional_tests.launch import ROOT, TAKES_ALL, environment
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -37,6 +37,8 @@ def start(out: Path, data: Path, *flags: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def study(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not TAKES_ALL:
+        pytest.skip("six starts: a part of make test-all")
     out = tmp_path_factory.mktemp("study") / "out"
     result = start(out, data)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -44,6 +44,7 @@ def probed(
     pad: int = 0,
     collectives: str | None = None,
     gather_state: bool = False,
+    tokens: str | None = None,
 ) -> Iterator[None]:
     """Record the routers' state as each step finds it; spoil the gradient of some steps.
 
@@ -53,6 +54,7 @@ def probed(
         trace: Prefix of the files of ``traced``, one for each rank.
         pad: Tokens of padding at the end of the last sequence of each global batch of 8.
         collectives: Prefix of the files of ``counted``, one for each rank.
+        tokens: Prefix of the files of ``read_tokens``, one for each rank.
         gather_state: Save and load the optimizer's state as Megatron does, see ``gathered``.
     """
     from trinity_megatron.model import layer_specs
@@ -80,7 +82,13 @@ def probed(
     if record or spoil:
         layer_specs.finalize_model_grads = finalize_model_grads
     try:
-        with traced(trace), padded(pad), counted(collectives), gathered(gather_state):
+        with (
+            traced(trace),
+            padded(pad),
+            counted(collectives),
+            gathered(gather_state),
+            read_tokens(tokens),
+        ):
             yield
     finally:
         layer_specs.finalize_model_grads = real
@@ -235,6 +243,35 @@ def gathered(active: bool) -> Iterator[None]:
     finally:
         for name, method in ours.items():
             setattr(ResumableDistributedOptimizer, name, method)
+
+
+@contextmanager
+def read_tokens(prefix: str | None) -> Iterator[None]:
+    """Append the tokens of every training micro-batch to a file, with the step (1-based).
+
+    A row of the file is int32: the step, and the tokens of a sequence.
+    """
+    from megatron.training import get_args
+
+    from trinity_megatron.training import forward_step
+
+    get_batch = forward_step.get_batch
+
+    def recorded(*args: Any, training: bool, **kwargs: Any) -> dict[str, Any]:
+        batch = get_batch(*args, training=training, **kwargs)
+        if training:
+            step = torch.full((len(batch["tokens"]), 1), get_args().curr_iteration + 1)
+            rows = torch.cat([step, batch["tokens"].cpu()], dim=1).to(torch.int32)
+            with open(f"{prefix}.{torch.distributed.get_rank()}", "ab") as file:
+                file.write(rows.numpy().tobytes())
+        return batch
+
+    if prefix is not None:
+        forward_step.get_batch = recorded
+    try:
+        yield
+    finally:
+        forward_step.get_batch = get_batch
 
 
 @contextmanager

@@ -28,12 +28,15 @@ class StepRecord:
         self._path, self._device = path, NullDevice()
         self._waits: Counter[str] = Counter()
         self._has_begun = False
+        self._startup_peak = 0
 
     def around(self, train_step: Any) -> Any:
         """Megatron's ``train_step``, recorded."""
 
         @functools.wraps(train_step)  # the registry of replacements knows what it wraps
         def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if not self._has_begun:
+                self._startup_peak = torch.cuda.max_memory_allocated()
             self.write()
             self._begin()
             return train_step(*args, **kwargs)
@@ -63,6 +66,7 @@ class StepRecord:
             "allocated": torch.cuda.memory_allocated(),
             "peak": torch.cuda.max_memory_allocated(),
             "reserved": torch.cuda.memory_reserved(),
+            "startup_peak": self._startup_peak,
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
             "kernels": self._device.kernels(self._path.with_suffix(".kernels")),
         }

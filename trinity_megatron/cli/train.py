@@ -20,7 +20,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--preset", default="tiny", metavar="NAME", help="tiny (default), nano, mini or large"
     )
     parser.add_argument(
-        "--data", required=True, metavar="DIR", help="folder that prepare-data made"
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder that prepare-data made, or MIX.yaml (see trinity-megatron data show)",
     )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder of the run; continued if it has begun"

@@ -44,7 +44,7 @@ def train(
     Args:
         megatron_flags: Further flags, passed to Megatron as they are.
         preset: Name of a preset.
-        data: Folder that ``prepare-data`` made.
+        data: Folder that ``prepare-data`` made, or the file of a mixture.
         out: Folder of the run; made if missing.
         nproc: Number of ranks; one per CUDA device, or one on a CPU, if None.
 
@@ -77,15 +77,17 @@ def check_preset(preset: str) -> None:
 
 
 def check_data(data: str) -> None:
-    """Refuse a data folder without complete, readable data.
+    """Refuse a data folder or a mixture without complete, readable data.
 
     Raises:
         UserError: What is there cannot be used.
         FileNotFoundError: Nothing is there.
     """
     from trinity_megatron.data.manifest import load_manifest
+    from trinity_megatron.data.mixture.corpora import read_mixture
 
-    load_manifest(Path(data))
+    if read_mixture(data) is None:
+        load_manifest(Path(data))
 
 
 def check_out(out: str) -> None:

@@ -55,6 +55,9 @@ TRINITY_ARCHITECTURE: dict[str, Any] = {
     "attention_dropout": 0.0,
     "moe_router_score_function": "sigmoid",
     "moe_router_enable_expert_bias": True,
+    # Without Transformer Engine a product in fp32.  Tensor cores with fp32 output would be faster,
+    # but cut off what does not fit into a sum: an error of 4e-6, computed for 3072 terms; that of
+    # fp32's own operations is 5e-7.
     "moe_router_dtype": "fp32",
     "moe_token_dispatcher_type": "alltoall",
 }

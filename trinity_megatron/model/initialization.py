@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import get_pg_rank, get_pg_size
+from megatron.core.utils import get_pg_rank, get_pg_size, unwrap_model
 
 from trinity_megatron.model.config import TrinityConfig
 
@@ -32,6 +32,27 @@ def initialize_parameters(model: list[MegatronModule]) -> list[MegatronModule]:
         for name, parameter in chunk.named_parameters():
             if parameter.dim() > 1:
                 _initialize(_global_name(chunk, name), parameter, chunk)
+    return model
+
+
+def set_matrices_aside(model: list[MegatronModule]) -> list[MegatronModule]:
+    """Leave of every matrix its shape alone, until it has its place in the buffers.
+
+    Megatron's distributed optimizer copies the parameters into a buffer of their size and makes one
+    for the gradients: with the parameters themselves that is more than a step ever needs.  A
+    pre-wrap hook; :func:`initialize_wrapped` has to be a post-wrap hook then.
+    """
+    for chunk in model:
+        for parameter in chunk.parameters():
+            if parameter.dim() > 1:
+                parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+    torch.cuda.empty_cache()  # the buffers are single blocks, and find none that is free
+    return model
+
+
+def initialize_wrapped(model: list[MegatronModule]) -> list[MegatronModule]:
+    """:func:`initialize_parameters` of a model with Megatron's wrappers around it."""
+    initialize_parameters(unwrap_model(model))
     return model
 
 

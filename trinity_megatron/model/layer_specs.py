@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.attention.core_attention import TrinityDotProductAttention
 from trinity_megatron.model.config import TrinityConfig
-from trinity_megatron.model.initialization import initialize_parameters
+from trinity_megatron.model.initialization import initialize_parameters, initialize_wrapped
 from trinity_megatron.model.moe.bias_update import finalize_model_grads
 from trinity_megatron.model.moe.experts import TrinityGroupedMLP
 from trinity_megatron.model.moe.moe_layer import TrinityMoELayer
@@ -69,7 +69,8 @@ def _prepare(config: Any) -> TrinityConfig:
     if hasattr(config, "transformer"):
         config.transformer = trinity
         trinity.vocab_size, trinity.rotary_base = config.vocab_size, config.rotary_base
-        if initialize_parameters not in config.pre_wrap_hooks:
+        hooks = (*config.pre_wrap_hooks, *config.post_wrap_hooks)
+        if initialize_parameters not in hooks and initialize_wrapped not in hooks:
             config.pre_wrap_hooks.append(initialize_parameters)
     return trinity
 

@@ -8,7 +8,10 @@ import torch
 
 @dataclass(frozen=True)
 class Statistic:
-    """Scalar tensors: number of values (int64), their sum, their maximum (-inf without values)."""
+    """Scalar tensors: number of values, their sum, their maximum (-inf without values).
+
+    The number is of int64; all three are of fp64 where a kernel computed them.
+    """
 
     count: torch.Tensor
     total: torch.Tensor

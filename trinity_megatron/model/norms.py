@@ -11,6 +11,33 @@ import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from trinity_megatron.model.fusion import fused
+
+# torch's kernel on CUDA computes in fp32 whatever the dtype, and rounds once.  But from this number
+# of rows on it sums the gradient of the gain in two steps, and rounds the partial sums, of 32 rows
+# each, to the dtype of the gain.  Source: LaunchGammaBetaBackwardCUDAKernel in
+# aten/src/ATen/native/cuda/layer_norm_kernel.cu of github.com/pytorch/pytorch.
+_ROWS_SUMMED_AT_ONCE = 64 * 1024
+
+
+def rms_norm_in_fp32(
+    hidden_states: torch.Tensor, weight: torch.Tensor, *, eps: float
+) -> torch.Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight``, computed in fp32 and rounded once.
+
+    Args:
+        hidden_states: x, ``[..., hidden_size]``.
+        weight: ``[hidden_size]``.
+        eps: Added to the mean square.
+
+    Returns:
+        In the dtype of ``hidden_states``.
+
+    Source: report section 2.3; transformers ``AfmoeRMSNorm``.
+    """
+    normed = F.rms_norm(hidden_states.float(), weight.shape, weight.float(), eps)
+    return normed.to(hidden_states.dtype)
+
 
 class TrinityRMSNorm(torch.nn.Module):
     """RMSNorm over the last dimension, computed and scaled in fp32, returned in the input's dtype.
@@ -37,11 +64,17 @@ class TrinityRMSNorm(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise ``[..., hidden_size]``."""
-        shape = self.weight.shape
-        if hidden_states.dtype == torch.float32:
-            return F.rms_norm(hidden_states, shape, self.weight, self.eps)
-        normed = F.rms_norm(hidden_states.float(), shape, self.weight.float(), self.eps)
-        return normed.to(hidden_states.dtype)
+        if hidden_states.dtype == torch.float32 or self._is_summed_at_once(hidden_states):
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        compute = fused(rms_norm_in_fp32, hidden_states)
+        return compute(hidden_states, self.weight, eps=self.eps)
+
+    def _is_summed_at_once(self, hidden_states: torch.Tensor) -> bool:
+        """Whether torch's kernel rounds nothing but its results, for a dtype below fp32."""
+        num_rows = hidden_states.numel() // hidden_states.shape[-1]
+        is_fused = hidden_states.is_cuda and self.weight.dtype == hidden_states.dtype
+        # The kernel would copy a view in each direction.
+        return is_fused and hidden_states.is_contiguous() and num_rows <= _ROWS_SUMMED_AT_ONCE
 
 
 class TrinityTENorm:

@@ -32,15 +32,15 @@ class Tiling(NamedTuple):
 
 
 # Candidates for bench_muon.py; the first one is used.  Not yet measured on any GPU: the order is
-# that of usual tilings of a matrix product of the same block sizes.
+# that of usual tilings of a matrix product of the same block sizes.  None of them spills registers
+# on sm_90, sm_100 or sm_103 (tests/null_gpu/test_kernels.py).
 TILINGS: dict[torch.dtype, tuple[Tiling, ...]] = {
     torch.bfloat16: (
         Tiling(128, 64, 8, 3),
-        Tiling(128, 64, 4, 4),
         Tiling(128, 32, 8, 4),
         Tiling(64, 64, 4, 4),
     ),
-    torch.float32: (Tiling(64, 32, 4, 3), Tiling(128, 16, 8, 3), Tiling(32, 32, 4, 3)),
+    torch.float32: (Tiling(64, 32, 8, 3), Tiling(128, 16, 8, 3), Tiling(32, 32, 4, 3)),
 }
 
 

@@ -50,6 +50,11 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
     for name in ("micro_batch_size", "global_batch_size", "seq_length"):
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
     group.add_argument("--recompute-granularity", choices=("full", "selective"))
+    group.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        help="default: local for Trinity in bf16, as in a training",
+    )
     group.add_argument("--optimizer", choices=("muon", "adam"))
     group.add_argument("--use-megatron-fsdp", action="store_true")
     group.add_argument("--num-distributed-optimizer-instances", type=int, metavar="N")

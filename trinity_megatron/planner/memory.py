@@ -2,7 +2,7 @@
 
 Weights, gradients and optimizer state are exact.  Activations are an estimate of what the backward
 pass of the ``local`` layers in bf16 keeps without recomputation; what lives only within a function
-(workspaces, Newton-Schulz, chunks of the loss) is not in it.
+(workspaces, Newton-Schulz) is not in it.
 """
 
 from collections.abc import Sequence
@@ -111,8 +111,8 @@ def activation_memory(
     num_moe = sum(layer >= config.num_dense_layers for layer in layers)
     num_dense = len(layers) - num_moe
     query, key = _head_sizes(config)
-    # The fused kernel keeps its input in fp32; so do the norms of queries and keys.
-    norms = _FP32 * (len(layers) * (4 * hidden + query + key) + is_last * hidden)
+    # The fused kernels keep their input as it is; so do those of queries and keys.
+    norms = itemsize * (len(layers) * (4 * hidden + query + key) + is_last * hidden)
     dense = _swiglu(config, config.ffn_hidden_size or 0)
     shared = _swiglu(config, config.moe_shared_expert_intermediate_size or 0)
     values = {
@@ -122,7 +122,8 @@ def activation_memory(
         "shared experts": num_moe * itemsize * (hidden + shared),
         "routed experts": num_moe * _routed(config, itemsize),
         "LM head": is_last * itemsize * hidden,
-        # The gradient is written into their storage, see loss.py.
+        # The gradient is written into their storage, see model/cross_entropy.py; beside them are
+        # a few values for each token.
         "logits": is_last * itemsize * config.vocab_size,
     }
     return {name: value * num_tokens for name, value in values.items()}

@@ -111,12 +111,17 @@ def _stage_seconds(step: StepModel, number: int, imbalance: float) -> Seconds:
 
 
 def _recompute(layout: Layout, seconds: Seconds) -> None:
-    """Full: the forward pass once more.  Selective: a third of what moves through memory."""
+    """Full: the forward pass once more.  Selective: norms and activations, or the MoE layer."""
     if layout.recompute == "full":
         forward = sum(seconds.forward.values())
         seconds.add("recomputation", 0.0, forward)
     elif layout.recompute == "selective":
-        seconds.add("recomputation", 0.0, 0.6 * seconds.forward.get("elementwise", 0.0))
+        again = 0.6 * seconds.forward["elementwise"]
+        if layout.transformer_impl == "local":
+            again += sum(
+                seconds.forward.get(term, 0.0) for term in ("experts", "expert_all_to_all")
+            )
+        seconds.add("recomputation", 0.0, again)
 
 
 def _host(step: StepModel, seconds: Seconds, is_dense: bool) -> None:

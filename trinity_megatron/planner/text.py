@@ -108,7 +108,8 @@ def layout_flags(layout: Layout) -> str:
         flags.append("--recompute-granularity full --recompute-method uniform")
         flags.append("--recompute-num-layers 1")
     elif layout.recompute == "selective":
-        flags.append("--recompute-granularity selective --recompute-modules layernorm moe_act")
+        modules = "moe" if layout.transformer_impl == "local" else "layernorm moe_act"
+        flags.append(f"--recompute-granularity selective --recompute-modules {modules}")
     if layout.sharding == "hsdp":
         instances = layout.dense_ranks // layout.shard_size
         flags.append(f"--use-megatron-fsdp --num-distributed-optimizer-instances {instances}")
@@ -117,6 +118,8 @@ def layout_flags(layout: Layout) -> str:
             flags.append("--outer-dp-sharding-strategy optim")
     else:
         flags.append("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")
+    if layout.transformer_impl == "transformer_engine":
+        flags.append("--transformer-impl transformer_engine")
     if layout.grad_reduce_bytes == 2:
         flags.append("--grad-reduce-in-bf16")
     if layout.fp8_recipe:

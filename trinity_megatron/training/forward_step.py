@@ -1,5 +1,6 @@
 """Batch, forward pass and loss of one micro-batch, as Megatron's ``pretrain_gpt.py`` does it."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -19,8 +20,11 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from trinity_megatron.errors import UserError
+from trinity_megatron.model.attention.segments import note_boundaries
+from trinity_megatron.model.device_copy import copy_to
 from trinity_megatron.telemetry.step_statistics import StepStatistics, statistics_of
 from trinity_megatron.training.callbacks.end_of_run import ValidationTokens
+from trinity_megatron.training.domain_losses import domains_of, share_corpora, sum_by_domain
 
 BATCH_KEYS = (
     "attention_mask",
@@ -43,8 +47,10 @@ def get_batch(
 
     Returns:
         ``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (fp32), each
-        ``[b, s / cp]``, and with ``--dataloader-inter-document-masking`` ``cu_seqlens`` (int32).
-        Values a pipeline stage does not need are None.  ``padding_mask`` (bool, True for padding):
+        ``[b, s / cp]``, and with ``--dataloader-inter-document-masking`` ``cu_seqlens`` (int32) and
+        ``boundaries``, the same as a list.
+        Values a pipeline stage does not need are None.  ``dataset_id`` (int64 ``[b]``): the corpus
+        of each validation sample of a mixture.  ``padding_mask`` (bool, True for padding):
         see :func:`padding_positions`.
 
     Raises:
@@ -56,7 +62,10 @@ def get_batch(
     if not is_first_or_last_pipeline_stage(vp_stage) and not packed:
         return batch
     tp_rank = mpu.get_tensor_model_parallel_rank()
+    tp_size = mpu.get_tensor_model_parallel_world_size()
     loaded: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    sample = None
     if tp_rank == 0:
         assert data_iterator is not None
         sample = next(data_iterator)
@@ -64,9 +73,13 @@ def get_batch(
             value = sample.get(key)
             loaded[key] = value if value is None else value.cuda(non_blocking=True)
         _refuse_padding_in_pipeline(sample, training)
+        rows = {key: sample.get(key) for key in _BOUNDARY_KEYS}
+    if args.data_mixture and not training:
+        batch["dataset_id"] = share_corpora(sample, args.eval_micro_batch_size)
     loaded = get_batch_on_this_tp_rank(
         loaded,
-        has_cu_seqlens=packed,
+        # A rank alone has nobody to tell, and would wait for the device to count the boundaries.
+        has_cu_seqlens=packed and tp_size * args.pipeline_model_parallel_size > 1,
         is_hybrid_cp=args.hybrid_context_parallel,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -82,9 +95,8 @@ def get_batch(
     )
     if training and mpu.get_pipeline_model_parallel_world_size() == 1:
         loaded["padding_mask"] = padding_positions(loaded["tokens"], loaded["loss_mask"])
-    loaded = flatten_batch_for_packed_sequences(loaded)
-    if packed and loaded.get("padding_mask") is not None:
-        loaded["padding_mask"] = loaded["padding_mask"].reshape(1, -1)
+    if packed:
+        loaded = _flatten_documents(loaded, rows)
     if is_first_or_last_pipeline_stage(vp_stage):
         loaded = get_batch_on_this_cp_rank(
             loaded,
@@ -92,7 +104,34 @@ def get_batch(
             cp_group=mpu.get_context_parallel_group(),
             use_per_sequence_balancing=packed,
         )
-    batch.update({key: loaded.get(key) for key in (*BATCH_KEYS, "padding_mask")})
+    batch.update({key: loaded.get(key) for key in (*BATCH_KEYS, "padding_mask", "boundaries")})
+    return batch
+
+
+_BOUNDARY_KEYS = ("cu_seqlens", "cu_seqlens_padded")
+
+
+def _flatten_documents(batch: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
+    """One row of all documents of the micro-batch, and their boundaries on the host.
+
+    Megatron would look for the end of each row of boundaries on the device, and wait for it.
+
+    Args:
+        batch: Of this tensor-parallel rank.
+        rows: Boundaries as the sample has them on the host, ``[b, s + 1]``; empty where another
+            rank has read the sample: then this one waits for the device once.
+    """
+    device = batch["cu_seqlens"].device
+    for key in _BOUNDARY_KEYS:
+        if batch.get(key) is not None:
+            batch[key] = rows[key] if rows else batch[key].cpu()
+    batch = flatten_batch_for_packed_sequences(batch)
+    for key in _BOUNDARY_KEYS:
+        if batch.get(key) is not None:
+            batch["boundaries"] = batch[key].flatten().tolist()  # the padded ones, if there are
+            batch[key] = copy_to(batch[key], device)
+    if batch.get("padding_mask") is not None:
+        batch["padding_mask"] = batch["padding_mask"].reshape(1, -1)
     return batch
 
 
@@ -143,8 +182,9 @@ def get_packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
     padded = batch["cu_seqlens_padded"]
     padded = padded.squeeze(0) if padded is not None else None
     used = padded if padded is not None else cu_seqlens
-    max_seqlen = int(batch["max_seqlen"].item())
-    return PackedSeqParams(
+    boundaries = batch["boundaries"]
+    max_seqlen = max(end - start for start, end in itertools.pairwise(boundaries))
+    params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=used,
         cu_seqlens_kv=used,
@@ -154,20 +194,27 @@ def get_packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
         max_seqlen_kv=max_seqlen,
         tokens_per_sample=get_args().seq_length,
     )
+    note_boundaries(params, boundaries, boundaries[-1])
+    return params
 
 
 def loss_func(
-    loss_mask: torch.Tensor, statistics: StepStatistics, output_tensor: torch.Tensor
+    loss_mask: torch.Tensor,
+    statistics: StepStatistics,
+    corpora: torch.Tensor | None,
+    output_tensor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the token losses of one micro-batch.
 
     Args:
         loss_mask: fp32 ``[b, s]``.
         statistics: Collector of the model.
+        corpora: The corpus of each validation sample, int64 ``[b]``; None where it does not matter.
         output_tensor: Cross entropy of each token in nats, ``[b, s]``.
 
     Returns:
-        Summed loss, number of tokens (int32), and both under ``lm loss`` for the log.
+        Summed loss, number of tokens (int32), and both under ``lm loss`` for the log; those of
+        each corpus and language under a name of their own.
     """
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output_tensor.view(-1).float() * mask)
@@ -184,6 +231,9 @@ def loss_func(
     if statistics.is_collecting:
         statistics.observe_micro_batch(loss, num_tokens)
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
+    if corpora is not None:
+        domains = domains_of(get_args().data_mixture)
+        report.update(sum_by_domain(output_tensor.detach(), loss_mask, corpora, domains))
     return loss, num_tokens, report
 
 
@@ -213,4 +263,4 @@ def forward_step(
         padding_mask=batch.get("padding_mask"),
     )
     statistics = statistics_of(unwrap_model(model).config)
-    return output, partial(loss_func, batch["loss_mask"], statistics)
+    return output, partial(loss_func, batch["loss_mask"], statistics, batch.get("dataset_id"))

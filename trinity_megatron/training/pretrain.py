@@ -33,12 +33,21 @@ ON_CPU = enter_host()  # before anything of Megatron is imported
 
 import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.rerun_state_machine import (  # noqa: E402
+    EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
+    EXIT_CODE_RESUME_TO_DISAMBIGUATE,
+)
 from megatron.training import get_wandb_writer, pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
 from trinity_megatron.checkpoint.hf_assets import inherit_assets, keep_tokenizer  # noqa: E402
 from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads  # noqa: E402
 from trinity_megatron.checkpoint.save_worker import results_in_this_process  # noqa: E402
+from trinity_megatron.model.attention.rope import rope_on_device  # noqa: E402
+from trinity_megatron.model.initialization import (  # noqa: E402
+    initialize_wrapped,
+    set_matrices_aside,
+)
 from trinity_megatron.model.lm_head_loss import attach_language_model_loss  # noqa: E402
 from trinity_megatron.model.moe.bias_update import get_expert_bias_updater  # noqa: E402
 from trinity_megatron.optimizer.gradient_norm import norms_on_device  # noqa: E402
@@ -108,6 +117,7 @@ def main() -> None:
             tell_once(f"> Megatron-Core differs from the one this was written for: {line}")
         stack.enter_context(_training_without_cuda() if ON_CPU else norms_on_device())
         stack.enter_context(local_statistics())
+        stack.enter_context(rope_on_device())
         check_folders(args)
         check_space(args)
         if args.rank == 0:
@@ -136,6 +146,9 @@ def _train(args: argparse.Namespace) -> None:
     metrics = StepMetrics(config.transformer)
     validation = ValidationTokens()
     config.pre_wrap_hooks += [label_gradient_groups, attach_language_model_loss]
+    if args.use_distributed_optimizer and not args.use_megatron_fsdp:
+        config.pre_wrap_hooks.append(set_matrices_aside)
+        config.post_wrap_hooks.append(initialize_wrapped)
     if args.optimizer == "muon" and args.use_distributed_optimizer:
         config.pre_wrap_hooks.append(separate_muon_buffers)
     trained: list = []
@@ -163,6 +176,7 @@ def _train(args: argparse.Namespace) -> None:
             raise
         except SystemExit as early:  # --exit-interval and the like
             if early.code:
+                _say_why(args, early.code)
                 raise
             end = early
         if args.out:
@@ -199,6 +213,17 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             megatron_refusals((AssertionError, ValueError), lambda: hasattr(args, "curr_iteration"))
         )
         yield
+
+
+def _say_why(args: argparse.Namespace, code: object) -> None:
+    """Megatron's re-run engine ends a run with a code alone."""
+    if code in (EXIT_CODE_RESUME_TO_DISAMBIGUATE, EXIT_CODE_FAILED_ON_RESULT_VALIDATION):
+        where = f"; {args.out}/{LOGS_NAME} says what it found" if args.out else ""
+        tell_once(
+            f"--rerun-mode {args.rerun_mode}: Megatron has ended the run in step "
+            f"{args.curr_iteration + 1} with exit code {code}{where}. Remedy: the same command "
+            "again on another machine, or lower --lr and --decoupled-lr if the loss diverged."
+        )
 
 
 def _last_step(args: argparse.Namespace, has_ended_early: bool) -> int:

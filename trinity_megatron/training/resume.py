@@ -17,6 +17,7 @@ from trinity_megatron.checkpoint.torch_dist.tracker import (
 )
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.manifest import DataManifest
+from trinity_megatron.data.mixture.definition import is_mixture
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.architecture import ARGUMENT_DEST, MODEL_FIELDS, SHAPE_FIELDS
 from trinity_megatron.model.hf_config import plain
@@ -360,7 +361,7 @@ def get_tokenizer_folder(args: argparse.Namespace) -> Path | None:
     Args:
         args: Of the run.
     """
-    if getattr(args, "data", None):
+    if getattr(args, "data", None) and not is_mixture(args.data):
         return Path(args.data) / "tokenizer"
     named = getattr(args, "tokenizer_model", None)
     is_of_hf = getattr(args, "tokenizer_type", None) in (None, "HuggingFaceTokenizer")

@@ -6,6 +6,7 @@ _TRAINING = "megatron.training.training"
 _OPTIMIZER = "megatron.core.optimizer"
 _EMERGING = "megatron.core.optimizer.emerging_optimizers"
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+_ROPE = "megatron.core.models.common.embeddings.rope_utils"
 _SERIALIZATION = "megatron.core.dist_checkpointing.serialization"
 _WRITER_MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 _WRITER = f"{_WRITER_MODULE}:FileSystemWriterAsync"
@@ -63,6 +64,21 @@ _ENTRIES = (
         f"{_TRAINING}:initialize_megatron",
         "pretrain() does not pass allow_no_cuda on",
         fingerprint="d9b467adcaed",
+    ),
+    # The model.
+    Replacement(
+        f"{_ROPE}:_apply_rotary_pos_emb_bshd",
+        "one kernel on a GPU without Transformer Engine, in the place of twenty",
+        fingerprint="4a54b66e47ae",
+    ),
+    Replacement(
+        f"{_ROPE}:_apply_rotary_pos_emb_thd",
+        "packed documents without a loop over them and without waits for the device",
+        fingerprint="99798acffbb2",
+    ),
+    Replacement(
+        "torch._inductor.output_code:CompiledFxGraph.__call__",
+        "the computed floor of a step counts what torch has compiled as one operation",
     ),
     # Writers.
     Replacement(
@@ -133,6 +149,10 @@ _ENTRIES = (
         f"{_OPTIMIZER}:_get_megatron_emerging_optimizer",
         "Muon is sharded by the distributed optimizer",
         fingerprint="bb0185983746",
+    ),
+    Replacement(
+        "torch.optim:AdamW",
+        "one kernel on a GPU where Megatron takes torch's AdamW in its default form",
     ),
     Replacement(
         f"{_OPTIMIZER}:DistributedOptimizer",

@@ -115,13 +115,8 @@ def test_newton_schulz_is_imported_without_triton() -> None:
     assert result.returncode == 0, result.stderr[-4000:]
 
 
-@pytest.mark.parametrize(
-    ("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05.mma")]
-)
-def test_kernel_compiles_for_gpus_that_are_not_here(
-    capability: int, instruction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Triton brings its own assembler: tensor cores are used, and shared memory suffices."""
+def test_kernel_compiles_for_an_a100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor cores are used, and shared memory suffices; newer ones: null_gpu/test_kernels.py."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -145,9 +140,9 @@ def test_kernel_compiles_for_gpus_that_are_not_here(
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(_syrk_kernel, signature, constants, attributes)
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert instruction in kernel.asm["ptx"]
-    assert kernel.metadata.shared <= 160 * 1024  # of an A100; H100 and B200 have more
+    kernel = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+    assert "mma.sync" in kernel.asm["ptx"]
+    assert kernel.metadata.shared <= 160 * 1024  # of an A100
 
 
 @pytest.mark.gpu

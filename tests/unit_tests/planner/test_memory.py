@@ -101,8 +101,8 @@ def test_activations_are_what_autograd_keeps_in_bf16(build: Build) -> None:
     kept = kept_by_module(model)
     terms = activation_memory(model.config, NUM_TOKENS, 2, range(4), True)
     norms = sum(kept.pop(name) for name in list(kept) if name.endswith("layernorm"))
-    # Without the fused kernel, torch keeps what is normalised beside what it made of it.
-    assert norms == pytest.approx(2 * terms.pop("norms"), rel=0.03)
+    # Without the fused kernel, torch keeps what is normalised beside what it made of it, in fp32.
+    assert norms == pytest.approx(4 * terms.pop("norms"), rel=0.03)
     terms.pop("logits")
     # Masks, angles, indices and norms of a row are left out; they do not grow with the widths.
     assert sum(kept.values()) == pytest.approx(sum(terms.values()), rel=0.06)

@@ -1,4 +1,4 @@
-"""The sequence-wise balance loss as a pure function of counts and score sums."""
+"""The sequence-wise balance loss as pure functions of scores and counts."""
 
 import torch
 
@@ -34,3 +34,47 @@ def sequence_balance_loss(
     weights = tokens_per_expert.to(score_sums.dtype)
     dot = (weights * score_sums).sum(dim=-1)
     return coeff * num_experts / topk * dot / num_tokens.square()
+
+
+def normalized_scores(scores: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    """``s_i / sum_j s_j`` of each token, 0 for padding.
+
+    Args:
+        scores: fp32 ``[num_tokens, num_experts]``.
+        padding_mask: Bool ``[num_tokens]``, True for padding; None where there is none.
+
+    Returns:
+        fp32 ``[num_tokens, num_experts]``.
+    """
+    scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+    return scores if padding_mask is None else scores * ~padding_mask[:, None]
+
+
+def mean_balance_loss(
+    scores: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    *,
+    topk: int,
+    coeff: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of :func:`sequence_balance_loss` over the sequences, each weighed by its tokens.
+
+    Megatron's own weighs micro-batches; with padding that depends on how they are cut.
+
+    Args:
+        scores: Of the tokens of this rank, ``[num_tokens, num_experts]``, sequences alternating.
+        tokens_per_expert: See :func:`sequence_balance_loss`.
+        padding_mask: See :func:`normalized_scores`.
+        topk: K.
+        coeff: alpha.
+
+    Returns:
+        The loss and the number of tokens, at least 1; scalars.
+    """
+    scores = normalized_scores(scores, padding_mask)
+    sums = scores.view(-1, *tokens_per_expert.shape).sum(dim=0)
+    losses = sequence_balance_loss(sums, tokens_per_expert, topk=topk, coeff=coeff)
+    num_tokens = tokens_per_expert.sum(dim=-1) / topk
+    total = num_tokens.sum().clamp_min(1.0)
+    return (losses * num_tokens).sum() / total, total

@@ -6,7 +6,8 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 from trinity_megatron.model.config import TrinityConfig
-from trinity_megatron.model.moe.balance_loss import sequence_balance_loss
+from trinity_megatron.model.fusion import fused
+from trinity_megatron.model.moe.balance_loss import mean_balance_loss, normalized_scores
 from trinity_megatron.telemetry.step_statistics import statistics_of
 
 
@@ -106,7 +107,7 @@ class TrinityRouter(TopKRouter):
         if padding_mask is not None:
             padding_mask = self._own_rows(padding_mask, seq_length).reshape(-1)
         logits = self.apply_z_loss(logits, padding_mask=padding_mask)
-        probs, routing_map, scores = route(
+        probs, routing_map, scores = fused(route, logits)(
             logits,
             self.expert_bias,
             topk=self.topk,
@@ -148,26 +149,31 @@ class TrinityRouter(TopKRouter):
 
         Megatron would select without the bias here.
         """
-        scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
         masked = padding_mask is not None
-        if padding_mask is not None:
-            scores = scores * ~padding_mask[:, None]
-        probs = self._apply_aux_loss(probs, scores, routing_map, with_padding_mask=masked)
-        probs = self._apply_sequence_balance_loss(probs, scores, counts)
-        return self._apply_global_aux_loss(probs, scores, routing_map, with_padding_mask=masked)
+        probs = self._apply_sequence_balance_loss(probs, scores, counts, padding_mask)
+        if self.get_aux_loss_coeff("aux_loss") or self.get_aux_loss_coeff("global_aux_loss"):
+            scores = normalized_scores(scores, padding_mask)
+            probs = self._apply_aux_loss(probs, scores, routing_map, with_padding_mask=masked)
+            probs = self._apply_global_aux_loss(
+                probs, scores, routing_map, with_padding_mask=masked
+            )
+        return probs
 
     def _apply_sequence_balance_loss(
-        self, probs: torch.Tensor, scores: torch.Tensor, counts: torch.Tensor
+        self,
+        probs: torch.Tensor,
+        scores: torch.Tensor,
+        counts: torch.Tensor,
+        padding_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attach the mean over the sequences, each weighed by its tokens.
-
-        Megatron's own weighs micro-batches; with padding that depends on how they are cut.
+        """Attach :func:`.balance_loss.mean_balance_loss`.
 
         Args:
             probs: ``[num_tokens, num_experts]``.
-            scores: Normalised scores, 0 for padding, ``[num_tokens, num_experts]``.
+            scores: Sigmoid scores, ``[num_tokens, num_experts]``.
             counts: Tokens of each of this rank's (parts of) sequences that selected each expert,
                 int64 ``[b, num_experts]``.
+            padding_mask: Bool ``[num_tokens]`` or None.
         """
         coeff = self.get_aux_loss_coeff("seq_aux_loss")
         if coeff == 0:
@@ -175,14 +181,12 @@ class TrinityRouter(TopKRouter):
         if self.tp_cp_group.size() > 1:
             counts = counts.clone()
             torch.distributed.all_reduce(counts, group=self.tp_cp_group)
-        sums = scores.view(-1, *counts.shape).sum(dim=0)
-        losses = sequence_balance_loss(sums, counts, topk=self.topk, coeff=coeff)
-        num_tokens = counts.sum(dim=-1) / self.topk
-        total = num_tokens.sum().clamp_min(1.0)
+        compute = fused(mean_balance_loss, scores)
+        loss, total = compute(scores, counts, padding_mask, topk=self.topk, coeff=coeff)
         return self.attach_and_log_load_balancing_loss(
             probs,
             coeff,
-            (losses * num_tokens).sum() / total,
+            loss,
             "seq_load_balancing_loss",
             self.tp_cp_group,
             # Megatron multiplies with this and the size of the group, and divides the gradient by

@@ -14,6 +14,7 @@ from trinity_megatron.optimizer.register import validate_muon_arguments
 from trinity_megatron.process.screen import tell_once
 from trinity_megatron.training.arguments.defaults import has_resiliency_package
 from trinity_megatron.training.arguments.layout_checks import check_layout
+from trinity_megatron.training.arguments.mixture_checks import check_mixture
 from trinity_megatron.training.arguments.schedule import fit_schedule
 from trinity_megatron.training.arguments.unsupported import refuse_host
 from trinity_megatron.training.arguments.value_ranges import check_keep_last, check_values
@@ -46,6 +47,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     finish_nan_check(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)
+    check_mixture(args)
     if args.rank == 0:  # the others get it with the datasets
         args.data_identity = read_identity(args)
     check_start(args, manifest)

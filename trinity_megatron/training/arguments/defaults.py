@@ -10,6 +10,7 @@ from typing import Any
 from megatron.core.models.common.embeddings import rope_utils
 
 from trinity_megatron.cpu_host.cuda_stand_ins import is_cpu_host
+from trinity_megatron.data.mixture.corpora import read_mixture
 from trinity_megatron.model.architecture import ARGUMENT_DEST, TRINITY_ARCHITECTURE
 from trinity_megatron.model.presets import Preset
 from trinity_megatron.optimizer.register import MUON_ARGUMENT_DEFAULTS
@@ -20,7 +21,7 @@ def default_arguments(preset: Preset, data: str | None, out: str | None) -> dict
 
     Args:
         preset: Of ``--preset``.
-        data: Folder of ``--data``; None without.
+        data: Folder or file of ``--data``; None without.
         out: Folder of ``--out``; None without.
     """
     values = {**_model_arguments(preset), **_TRAINING, **_checkpoint_arguments()}
@@ -85,7 +86,15 @@ def _checkpoint_arguments() -> dict[str, Any]:
 
 
 def _data_arguments(data: str) -> dict[str, Any]:
-    """What ``prepare-data`` wrote to the folder."""
+    """What ``prepare-data`` wrote to the folder, or the file of a mixture names."""
+    if mixture := read_mixture(data):
+        valid = [str(item.validation) for item in mixture.validated.values()]
+        return {
+            "train_data_path": [str(item.train) for item in mixture.corpora.values()],
+            "valid_data_path": valid or None,
+            "tokenizer_type": "HuggingFaceTokenizer",
+            "tokenizer_model": str(mixture.tokenizer),
+        }
     return {
         "train_data_path": [os.path.join(data, "train")],
         "valid_data_path": [os.path.join(data, "validation")],
@@ -119,6 +128,9 @@ def _host_arguments() -> dict[str, Any]:
         "gradient_accumulation_fusion": _has_fused_gradients(),
         "no_persist_layer_norm": True,
         "apply_rope_fusion": _has_fused_rope(),
+        # Megatron's engine wants another GPU for its second opinion, ends with a code and no word,
+        # and waits for the device several times a micro-batch; see GradientCheck.
+        "rerun_mode": "disabled",
     }
     if is_cpu_host():
         values.update(
@@ -130,8 +142,6 @@ def _host_arguments() -> dict[str, Any]:
     else:
         # No recipe asked for: the best that this GPU runs (Megatron's own default is "delayed").
         values.update(bf16=True, moe_grouped_gemm=True, fp8_recipe=None)
-        # Its checks wait for the device several times a micro-batch, see GradientCheck.
-        values["rerun_mode"] = "disabled"
     return values
 
 

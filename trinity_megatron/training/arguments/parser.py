@@ -14,7 +14,8 @@ from megatron.training import global_vars
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_args, validate_args
 
-from trinity_megatron.data.manifest import load_manifest
+from trinity_megatron.data.manifest import DataManifest, load_manifest
+from trinity_megatron.data.mixture.corpora import read_mixture
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.architecture import flag_of
 from trinity_megatron.model.config import FLAG_FIELDS, TrinityConfig
@@ -72,7 +73,7 @@ def parse_trinity_args(
 
     args = parse_args(extra_args_provider=add_args)
     refuse_flags(args, parsers[0])
-    manifest = load_manifest(Path(args.data)) if args.data else None
+    manifest = _read_manifest(args.data)
     check_args(args, manifest)
     if on_checked:
         on_checked(args)
@@ -84,6 +85,13 @@ def parse_trinity_args(
         global_vars.set_global_variables(args)
     set_vocab_size(args, manifest, rows)
     return args
+
+
+def _read_manifest(data: str | None) -> DataManifest | None:
+    """The manifest of ``--data``: of the folder, or of a prepared folder of the mixture."""
+    if mixture := read_mixture(data):
+        return mixture.manifest
+    return load_manifest(Path(data)) if data else None
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ class RunConfig:
     """Model and recipe: a preset, or the folder of a Hugging Face checkpoint."""
 
     data: str | None = None
-    """Folder made by trinity-megatron prepare-data."""
+    """Folder made by trinity-megatron prepare-data, or the YAML file of a mixture of corpora."""
 
     out: str | None = None
     """Folder of the run: checkpoints, logs, pictures."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron.training import get_args
+
 from trinity_megatron.errors import UserError
 from trinity_megatron.training.callbacks.callback import Callback
 
@@ -26,8 +28,13 @@ class GradientCheck(Callback):
         norm = result[_GRADIENT_NORM]
         if norm is not None and not math.isfinite(norm):
             raise UserError(
-                f"step {iteration}: the gradient norm is {norm}. The latest checkpoint stands. "
+                f"step {iteration}: the gradient norm is {norm}. {_latest_checkpoint()} "
                 "Remedy: start again from it with lower --lr and --decoupled-lr, or "
                 "--iterations-to-skip the step; --rerun-mode validate_results says which "
                 "micro-batch and bucket it was."
             )
+
+
+def _latest_checkpoint() -> str:
+    folder = get_args().save
+    return f"The latest checkpoint in {folder} stands." if folder else "No checkpoint is kept."

@@ -25,6 +25,7 @@ from megatron.core.transformer.moe.moe_logging import (
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
 from trinity_megatron.model.config import TrinityConfig
+from trinity_megatron.model.device_copy import to_host
 from trinity_megatron.model.moe.bias_update import BiasUpdate
 from trinity_megatron.optimizer.muon import Muon, UpdateStatistics
 from trinity_megatron.optimizer.param_groups import local_gradient_squares
@@ -113,7 +114,7 @@ class StepMetrics(Callback):
             muon.statistics = None
         if self._update is not None:  # not a step that was skipped
             rates = {**self._rates, **muon_share(measured, seconds)}
-            self._write(optimizer, self._update, rates, measured, grad_norm=result[5])
+            self._write(optimizer, self._update, rates, measured, result)
 
     def _count_flops(
         self,
@@ -143,22 +144,30 @@ class StepMetrics(Callback):
         update: BiasUpdate,
         rates: dict[str, float],
         muon: Sequence[UpdateStatistics],
-        grad_norm: float | None,
+        result: Any,
     ) -> None:
         """Exchange and write; every rank comes here in a logging step."""
         device = torch.device(torch.cuda.current_device())
         squares, updates = local_gradient_squares(optimizer, _replicas), _update_sums(muon, device)
-        statistics, losses, sums = _exchange(
+        own = (
             self._statistics.take(self.config.num_layers, device),
             self._statistics.take_micro_batches(get_num_microbatches(), device),
             torch.cat([squares, updates.flatten()]),
         )
-        squares, updates = sums[: len(squares)], sums[len(squares) :].view(-1, 2)
+        everyone = _gather(*own)
         layers = self._layers_of_all_stages(update)
         writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
         speed = self._speed(device, is_writer=writer is not None)
         if writer is None:
             return
+        losses_of_step, grad_norm = result[0], result[5]
+        # The one wait for the device.  Megatron logs each loss several times.
+        everyone, reduced, *tables = to_host(
+            [everyone, list(losses_of_step.values()), *(layers or (None,))[1:]]
+        )
+        losses_of_step.update(zip(losses_of_step, [r.squeeze() for r in reduced], strict=True))
+        statistics, losses, sums = _combine(everyone, *own)
+        squares, updates = sums[: len(squares)], sums[len(squares) :].view(-1, 2)
         iteration = get_args().curr_iteration + 1
         scalars = {
             **logit_metrics(statistics, z_loss_coeff=self.config.lm_head_z_loss_coeff),
@@ -170,7 +179,7 @@ class StepMetrics(Callback):
             **speed,
         }
         if layers is not None:
-            numbers, counts, bias, momentum, idle = _on_host(*layers)
+            numbers, (counts, bias, momentum, idle) = layers[0], tables
             scalars.update(routing_metrics(counts, bias, momentum, idle))
             self._write_tensors(writer, numbers, counts, bias, iteration)
         self.latest.update(scalars)
@@ -259,6 +268,10 @@ class _LoggingStepTracker(MoEMetricsTracker):
             kwargs["track_names"].remove("load_balancing_loss")
         return super().report(loss_scale, iteration, *args, **kwargs)
 
+    def _aggregate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # Megatron would wait for the device for each name and each writer.
+        return to_host(super()._aggregate(*args, **kwargs))
+
     @staticmethod
     def _format(scalars: dict) -> str:
         return "".join(f" {name}: {float(value):.6E} |" for name, value in scalars.items())
@@ -299,12 +312,27 @@ def load_picture(load: torch.Tensor) -> Any:
     return colors.repeat(8, axis=0).repeat(4, axis=1)
 
 
-def _exchange(
-    statistics: torch.Tensor, losses: torch.Tensor, squares: torch.Tensor
+def _gather(statistics: torch.Tensor, losses: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """One all-gather over all ranks of what :func:`_combine` takes, fp64 ``[ranks, numbers]``."""
+    # Tensor-parallel ranks have the same tokens: one of them speaks.
+    speaks = mpu.get_tensor_model_parallel_rank() == 0
+    place = torch.full_like(losses[0, :1], mpu.get_data_parallel_rank())  # waits for no copy
+    own = torch.cat([statistics.flatten(), (losses * speaks).flatten(), squares, place])
+    ranks = torch.distributed.get_world_size()
+    if ranks == 1:
+        return own.view(1, -1)
+    everyone = own.new_empty(ranks * own.numel())
+    _all_gather(everyone, own)
+    return everyone.view(ranks, -1)
+
+
+def _combine(
+    everyone: torch.Tensor, statistics: torch.Tensor, losses: torch.Tensor, squares: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One all-gather over all ranks; the results are on the host.
+    """What all ranks have said, together.
 
     Args:
+        everyone: From :func:`_gather`, on the host.
         statistics: This rank's, fp64 ``[names, num_layers + 1, 3]``.
         losses: Loss sum and tokens of this rank's micro-batches, fp64 ``[M, 2]``.
         squares: This rank's share of sums over all ranks, fp64 ``[sums]``.
@@ -313,16 +341,7 @@ def _exchange(
         The same of all ranks: statistics; losses of all data-parallel ranks' micro-batches,
         ``[dp * M, 2]``; sums.
     """
-    # Tensor-parallel ranks have the same tokens: one of them speaks.
-    speaks = mpu.get_tensor_model_parallel_rank() == 0
-    place = torch.full_like(losses[0, :1], mpu.get_data_parallel_rank())  # waits for no copy
-    own = torch.cat([statistics.flatten(), (losses * speaks).flatten(), squares, place])
-    ranks = torch.distributed.get_world_size()
-    everyone = own
-    if ranks > 1:
-        everyone = own.new_empty(ranks * own.numel())
-        _all_gather(everyone, own)
-    everyone = everyone.cpu().view(ranks, -1)
+    ranks = len(everyone)
     sizes = [statistics.numel(), losses.numel(), squares.numel(), 1]
     seen, lost, norms, places = everyone.split(sizes, dim=1)
     seen = seen.view(ranks, *statistics.shape)
@@ -331,14 +350,6 @@ def _exchange(
     micro_batches = torch.zeros(mpu.get_data_parallel_world_size(), losses.numel()).double()
     micro_batches.index_add_(0, places.flatten().long(), lost)
     return total, micro_batches.view(-1, 2), norms.sum(0)
-
-
-def _on_host(numbers: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Layer numbers and tables of all layers on the host, by one copy; fp64 holds them exactly."""
-    if tables[0].device.type == "cpu":
-        return (numbers, *tables)
-    copied = torch.stack([table.double() for table in tables]).cpu()
-    return (numbers, *(copy.to(table.dtype) for copy, table in zip(copied, tables, strict=True)))
 
 
 def _replicas(param: torch.Tensor) -> int:

@@ -20,6 +20,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.screen import tell
+from trinity_megatron.training.datasets.mixture_past import past_differences, past_remedy
 
 # Files up to this size are read whole, larger ones in blocks that are spread evenly.
 _WHOLE_BYTES = 64 * 2**20
@@ -154,7 +155,7 @@ def check_data(saved: object, step: int | None, args: argparse.Namespace) -> Non
     Args:
         saved: Arguments of the run that saved the checkpoint.
         step: Its iteration.
-        args: Of the run that resumes, with ``data_identity``.
+        args: Of the run that resumes, with ``data_identity`` and ``data_mixture``.
 
     Raises:
         UserError: Names both data and the remedy.
@@ -167,18 +168,27 @@ def check_data(saved: object, step: int | None, args: argparse.Namespace) -> Non
         _say_old_order(saved, args, now)
         return
     changed = differences(before, now)
+    remedy = "the data of that run"
+    if getattr(saved, "data_mixture", None) or getattr(args, "data_mixture", None):
+        changed.pop(_ALL, None)
+        changed[_TRAIN] = past_differences(saved, args)
+        remedy = past_remedy(saved, args)
     what = "; ".join(line for name in (_ALL, _TRAIN) for line in changed.pop(name, []))
-    passed = f"the first {consumed} sequences of its order, as many as the run has read, are passed"
+    passed = (
+        f"the first {consumed} sequences of its order, as many as the run has read, are passed over"
+    )
+    if (getattr(args, "data_mixture", None) or {}).get("order") == "rsdb":
+        passed = "the buffers begin with the first documents of each corpus"
     if _begins_phase(step, args):
         tell(f"> a phase ends with step {step}; the next one reads its data from their start")
     elif what and not args.allow_data_change:
         raise UserError(
-            f"--load {args.load} was trained on other data: {what}. Remedy: the data of that run; "
+            f"--load {args.load} was trained on other data: {what}. Remedy: {remedy}; "
             "or another --out (or --finetune) to start anew; or --allow-data-change to go on with "
-            f"these: a new order begins, and {passed} over."
+            f"these: a new order begins, and {passed}."
         )
     elif what:
-        tell(f"> the training data have changed: {what}. A new order begins; {passed} over")
+        tell(f"> the training data have changed: {what}. A new order begins; {passed}")
     for name, lines in changed.items():
         tell(f"> the {name} data have changed: {'; '.join(lines)}")
     _say_other_order(saved, args)

@@ -44,6 +44,8 @@ class EpochOrderGPTDataset(GPTDataset):
         config: The configuration.
     """
 
+    is_shuffled = True
+
     def __init__(
         self,
         indexed_dataset: Any,
@@ -98,9 +100,15 @@ class EpochOrderGPTDataset(GPTDataset):
             self.dataset.sequence_lengths,
             seq_length=self.config.sequence_length,
             num_epochs=self._get_num_epochs(tokens),
-            seed=self.config.random_seed,
+            seed=self.config.random_seed if self.is_shuffled else None,
             has_extra_token=self.config.add_extra_token_to_sequence,
         )
+
+
+class FileOrderGPTDataset(EpochOrderGPTDataset):
+    """A GPT dataset whose documents and samples are read in the order of the file."""
+
+    is_shuffled = False
 
 
 class EpochOrderMockGPTDataset(EpochOrderGPTDataset, MockGPTDataset):
@@ -113,7 +121,7 @@ def draw_index(
     *,
     seq_length: int,
     num_epochs: int,
-    seed: int,
+    seed: int | None,
     has_extra_token: bool = True,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draw Megatron's document, sample and shuffle index, epoch by epoch.
@@ -126,7 +134,7 @@ def draw_index(
         lengths: int32: tokens of every document of the dataset.
         seq_length: Tokens of a sample.
         num_epochs: How often each document is read.
-        seed: Of the run.
+        seed: Of the run; None for the order of the file.
         has_extra_token: Whether a sample reaches one token into the next one, for its labels.
 
     Returns:
@@ -143,11 +151,12 @@ def draw_index(
     # As Megatron: 32 bits where they are enough.
     is_small = ends[-1] < np.iinfo(np.uint32).max - 1
     shuffle = np.arange(ends[-1], dtype=np.uint32 if is_small else np.int64)
-    for epoch in range(num_epochs):
-        # Megatron's generator in the first epoch, which draws documents, then samples.
-        generator = np.random.RandomState([seed, epoch] if epoch else seed)
-        generator.shuffle(stream[epoch * len(documents) : (epoch + 1) * len(documents)])
-        generator.shuffle(shuffle[ends[epoch] : ends[epoch + 1]])
+    if seed is not None:
+        for epoch in range(num_epochs):
+            # Megatron's generator in the first epoch, which draws documents, then samples.
+            generator = np.random.RandomState([seed, epoch] if epoch else seed)
+            generator.shuffle(stream[epoch * len(documents) : (epoch + 1) * len(documents)])
+            generator.shuffle(shuffle[ends[epoch] : ends[epoch + 1]])
     if len(stream) * 2 > len(lengths):
         lengths = lengths.copy()  # read at once instead of page by page, in the order of the stream
     samples = helpers.build_sample_idx(

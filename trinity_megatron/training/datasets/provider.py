@@ -1,25 +1,34 @@
 """Megatron's GPT datasets from the arguments."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.training import get_args, get_tokenizer
+from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron.training.utils import (
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
 )
 
+from trinity_megatron.data.mixture.corpora import MixtureData, read_mixture
 from trinity_megatron.errors import UserError
+from trinity_megatron.training.datasets.buffer_state import build_buffer_loader
 from trinity_megatron.training.datasets.data_identity import share_identity
 from trinity_megatron.training.datasets.epoch_order import (
     EpochOrderConfig,
     EpochOrderGPTDataset,
     EpochOrderMockGPTDataset,
     check_is_long_enough,
+)
+from trinity_megatron.training.datasets.mixture import (
+    DomainDataset,
+    build_training_set,
+    build_validation_set,
 )
 from trinity_megatron.training.datasets.splits import check_unweighted, needed_splits
 
@@ -109,16 +118,55 @@ def train_valid_test_datasets_provider(
     args = get_args()
     config = gpt_dataset_config_from_args(args)
     _leave_out(config, needed_splits(args))
-    if not config.mock and args.rank == 0:
+    if not config.mock and args.rank == 0 and not args.data_mixture:
         check_unweighted(args, num_samples)
     num_samples = samples_to_build(args, num_samples)
-    dataset_type = EpochOrderMockGPTDataset if args.mock_data else EpochOrderGPTDataset
     is_built = partial(_is_built_on_rank, vp_stage, args.dataloader_inter_document_masking)
+    if (data := read_mixture(args.data)) is not None:
+        with _named_index_errors(args):
+            return _build_mixture(args, data, config, num_samples, is_built)
+    dataset_type = EpochOrderMockGPTDataset if args.mock_data else EpochOrderGPTDataset
     with _named_index_errors(args):
         made = BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config).build()
     if not args.skip_train:
         check_is_long_enough(made[0], num_samples[0])
     return made
+
+
+def _build_mixture(
+    args: Any,
+    data: MixtureData,
+    config: EpochOrderConfig,
+    num_samples: Sequence[int],
+    is_built: Callable[[], bool],
+) -> tuple[Any, Any, Any]:
+    is_trained, is_evaluated, _ = needed_splits(args)
+    train: Any = None
+    valid: Any = None
+    if is_evaluated:
+        valid = build_validation_set(data, config, num_samples[1], is_built)
+    if data.mixture.order != "rsdb":
+        if is_trained:
+            train = build_training_set(data, config, num_samples[0], is_built)
+        return train, valid, None
+    if is_trained:
+        train = build_buffer_loader(args, data, config, is_built)
+    return train, None if valid is None else _iterate(valid, args), None
+
+
+def _iterate(valid: DomainDataset, args: Any) -> Iterator[Any]:
+    """What Megatron's loader makes of a set, where the training has a loader of its own."""
+    sampler = MegatronPretrainingSampler(
+        total_samples=len(valid),
+        consumed_samples=0 if args.skip_train else args.consumed_valid_samples,
+        micro_batch_size=args.eval_micro_batch_size,
+        data_parallel_rank=mpu.get_data_parallel_rank(),
+        data_parallel_size=mpu.get_data_parallel_world_size(),
+    )
+    loader = torch.utils.data.DataLoader(
+        valid, batch_sampler=sampler, pin_memory=torch.cuda.is_available()
+    )
+    return iter(loader)
 
 
 @contextmanager

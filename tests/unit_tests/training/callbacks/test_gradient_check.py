@@ -10,6 +10,8 @@ from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 
 enter_host()
 
+from megatron.training import global_vars  # noqa: E402
+
 from trinity_megatron.errors import UserError  # noqa: E402
 from trinity_megatron.training.arguments.checks import finish_nan_check  # noqa: E402
 from trinity_megatron.training.callbacks.gradient_check import GradientCheck  # noqa: E402
@@ -21,8 +23,13 @@ def result_of_step(norm: float | None) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
-def test_it_names_the_step(norm: float) -> None:
-    with pytest.raises(UserError, match=f"step 7: the gradient norm is {norm}. .* Remedy: "):
+@pytest.mark.parametrize("save", ["runs/a/checkpoints", None])
+def test_it_names_the_step(norm: float, save: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", Namespace(save=save))
+    folder = "The latest checkpoint in runs/a/checkpoints stands" if save else "No checkpoint"
+    with pytest.raises(
+        UserError, match=f"step 7: the gradient norm is {norm}. {folder}.* Remedy: "
+    ):
         GradientCheck().on_train_step_end(7, None, None, result_of_step(norm))
 
 

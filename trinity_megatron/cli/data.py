@@ -1,0 +1,66 @@
+"""``trinity-megatron data``."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from trinity_megatron.errors import UserError
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the parser of ``trinity-megatron``."""
+    parser = commands.add_parser(
+        "data",
+        help="show what a run reads of a mixture of corpora",
+        description="Look at the data of a run before it starts.",
+        allow_abbrev=False,
+    )
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    show = actions.add_parser(
+        "show",
+        help="the plan of a mixture: tokens by corpus, language and phase",
+        description="Show what a run reads of each corpus in each phase, and how often; exit with "
+        "2 if the mixture cannot be met.  docs/mixtures.md describes the file.",
+        allow_abbrev=False,
+    )
+    show.add_argument("mixture", type=Path, metavar="MIX.yaml", help="file of --data")
+    show.add_argument(
+        "--seq-length", type=int, default=4096, metavar="N", help="as of the run (%(default)s)"
+    )
+    show.add_argument(
+        "--until",
+        metavar="TOKENS",
+        help="length of the run, such as 17T (default: the end of the last phase)",
+    )
+    show.add_argument("--seed", type=int, default=1234, help="as of the run (%(default)s)")
+    show.set_defaults(command=run, takes_further_flags=False)
+
+
+def run(args: argparse.Namespace, others: Sequence[str]) -> int:
+    """Print the plan of a mixture; return the exit code.
+
+    Raises:
+        UserError: The file or a corpus is at fault, or the plan cannot be met.
+    """
+    from trinity_megatron.data.mixture.corpora import open_mixture
+    from trinity_megatron.data.mixture.mixture_file import load_mixture
+    from trinity_megatron.data.mixture.plan import make_plan
+    from trinity_megatron.data.mixture.plan_table import format_plan
+    from trinity_megatron.data.mixture.quantities import parse_tokens
+
+    if args.seq_length < 1:
+        raise UserError(f"--seq-length {args.seq_length} is below 1. Remedy: that of the run.")
+    mixture = load_mixture(args.mixture)
+    try:
+        tokens = parse_tokens(args.until) if args.until else mixture.end
+    except ValueError as error:
+        raise UserError(f"--until: {error}. Remedy: --until 17T.") from error
+    if tokens is None:
+        raise UserError(
+            f"--data {args.mixture}: the last phase is open. Remedy: --until with the tokens that "
+            "the run consumes."
+        )
+    samples = -(-tokens // args.seq_length)
+    data = open_mixture(mixture)
+    print(format_plan(make_plan(data, seq_length=args.seq_length, seed=args.seed, samples=samples)))
+    return 0

@@ -1,0 +1,1 @@
+"""Several corpora in one run: which sample comes from which, by consumed tokens."""

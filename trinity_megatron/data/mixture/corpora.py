@@ -1,0 +1,169 @@
+"""The corpora of a mixture as they lie on the disk: opened, counted and compared."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trinity_megatron.data.corpus import hash_file
+from trinity_megatron.data.manifest import MANIFEST_NAME, DataManifest, load_manifest
+from trinity_megatron.data.mixture.definition import Corpus, Mixture, is_mixture
+from trinity_megatron.data.mixture.mixture_file import load_mixture
+from trinity_megatron.errors import MissingInputError, UserError
+
+# Source: megatron.core.datasets.indexed_dataset, _IndexWriter and DType.
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+_BYTES_OF_TOKEN = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # by code; 6 and 7 are no whole numbers
+
+
+@dataclass(frozen=True)
+class IndexedCorpus:
+    """A corpus in Megatron's format.
+
+    Attributes:
+        corpus: What the file of the mixture says of it.
+        train: Prefix of its ``.bin`` and ``.idx``.
+        validation: Prefix of its validation data, if any.
+        documents: Number of its documents.
+        tokens: Number of its tokens.
+        manifest: Of the folder that ``prepare-data`` made; None for a bare prefix.
+    """
+
+    corpus: Corpus
+    train: Path
+    validation: Path | None
+    documents: int
+    tokens: int
+    manifest: DataManifest | None
+
+
+@dataclass(frozen=True)
+class MixtureData:
+    """A mixture and its corpora.
+
+    Attributes:
+        mixture: The file.
+        corpora: By name, in the order of the file.
+        tokenizer: Folder of the tokenizer that made all of them.
+        manifest: Of a prepared folder among them, which knows that tokenizer; None without one.
+    """
+
+    mixture: Mixture
+    corpora: Mapping[str, IndexedCorpus]
+    tokenizer: Path
+    manifest: DataManifest | None
+
+    @property
+    def validated(self) -> dict[str, IndexedCorpus]:
+        """The corpora that have validation data."""
+        return {name: item for name, item in self.corpora.items() if item.validation is not None}
+
+
+def read_mixture(path: str | Path | None) -> MixtureData | None:
+    """The mixture that ``--data`` names; None for a folder and without.
+
+    Raises:
+        UserError: The file or a corpus cannot be read.
+    """
+    return open_mixture(load_mixture(path)) if path is not None and is_mixture(path) else None
+
+
+def open_mixture(mixture: Mixture) -> MixtureData:
+    """Look at the corpora of a mixture.
+
+    Args:
+        mixture: Its file.
+
+    Raises:
+        UserError: A corpus is missing, damaged, empty, or of another tokenizer than the others;
+            names the file, the key and the remedy.
+    """
+    corpora = {name: _open_corpus(mixture, corpus) for name, corpus in mixture.corpora.items()}
+    prepared = [item for item in corpora.values() if item.manifest is not None]
+    manifest = prepared[0].manifest if prepared else None
+    _check_tokenizers(mixture, prepared)
+    tokenizer = mixture.tokenizer
+    if tokenizer is None and manifest is not None:
+        tokenizer = manifest.tokenizer_path
+    if tokenizer is None:
+        raise UserError(
+            f"--data {mixture.file}: no corpus is a folder of prepare-data, so nothing says which "
+            "tokenizer made them. Remedy: tokenizer: FOLDER, of a Hugging Face tokenizer."
+        )
+    if not (tokenizer / "tokenizer.json").is_file():
+        raise MissingInputError(
+            f"--data {mixture.file}: tokenizer {tokenizer} holds no tokenizer.json. Remedy: the "
+            "folder of a Hugging Face tokenizer"
+        )
+    return MixtureData(mixture, corpora, tokenizer, manifest)
+
+
+def _open_corpus(mixture: Mixture, corpus: Corpus) -> IndexedCorpus:
+    key = f"--data {mixture.file}: corpora.{corpus.name}"
+    manifest, train, validation = None, corpus.path, corpus.validation
+    if (corpus.path / MANIFEST_NAME).is_file():
+        manifest = load_manifest(corpus.path)
+        train, validation = manifest.train_prefix, validation or manifest.validation_prefix
+    elif corpus.path.exists():
+        raise UserError(
+            f"{key}.path {corpus.path} is neither a folder that prepare-data made nor the prefix "
+            f"of a .bin and .idx. Remedy: for text, trinity-megatron prepare-data --source "
+            f"{corpus.path} --out DIR, and DIR here."
+        )
+    documents, tokens = read_size(train, f"{key}.path")
+    if not tokens:
+        raise UserError(f"{key}.path {train} has no tokens. Remedy: drop the corpus.")
+    if validation is not None and not read_size(validation, f"{key}.validation")[1]:
+        validation = None
+    return IndexedCorpus(corpus, train, validation, documents, tokens, manifest)
+
+
+def read_size(prefix: Path, key: str) -> tuple[int, int]:
+    """Documents and tokens of a dataset.
+
+    Args:
+        prefix: Of its files ``.idx`` and ``.bin``.
+        key: That names it, for errors.
+
+    Raises:
+        UserError: A file is missing, or the index is damaged.
+    """
+    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    try:
+        with index.open("rb") as file:
+            head = file.read(_HEADER.size)
+        index_bytes, token_bytes = index.stat().st_size, tokens.stat().st_size
+    except OSError as error:
+        raise MissingInputError(
+            f"{key}: {error.filename} cannot be read ({error.strerror}). Remedy: a folder of "
+            "prepare-data, or the path of a .bin and .idx without that ending"
+        ) from error
+    magic, _, code, sequences, entries = _HEADER.unpack(head.ljust(_HEADER.size, b"\0"))
+    # A length, a position, and a document's first sequence.
+    size = _HEADER.size + sequences * (4 + 8) + entries * 8
+    if magic != _MAGIC or code not in _BYTES_OF_TOKEN or index_bytes < size:
+        raise UserError(
+            f"{key}: {index} is no whole index of token ids. Remedy: prepare the data again."
+        )
+    return sequences, token_bytes // _BYTES_OF_TOKEN[code]
+
+
+def _check_tokenizers(mixture: Mixture, prepared: list[IndexedCorpus]) -> None:
+    """All folders were made with one tokenizer."""
+    known: dict[str, str] = {}
+    if mixture.tokenizer is not None and (mixture.tokenizer / "tokenizer.json").is_file():
+        known[hash_file(mixture.tokenizer / "tokenizer.json")] = f"tokenizer {mixture.tokenizer}"
+    for item in prepared:
+        assert item.manifest is not None
+        fingerprint = item.manifest.tokenizer_fingerprint
+        known.setdefault(fingerprint, f"corpora.{item.corpus.name}")
+        if len(known) > 1:
+            first, other = known.items()
+            raise UserError(
+                f"--data {mixture.file}: corpora.{item.corpus.name} was made with another "
+                f"tokenizer ({other[0][:12]}) than {first[1]} ({first[0][:12]}). Remedy: "
+                "trinity-megatron prepare-data --tokenizer with the same one for all."
+            )

@@ -1,0 +1,1 @@
+"""The random sequential document buffer: documents mixed within a sequence, none cut or lost."""

@@ -1,0 +1,109 @@
+"""Checks of the mixture that ``--data`` names, at the start of a run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from trinity_megatron.data.mixture.corpora import MixtureData, read_mixture
+from trinity_megatron.data.mixture.plan import describe_epochs, make_plan
+from trinity_megatron.errors import UserError
+from trinity_megatron.process.screen import tell_once
+from trinity_megatron.training.arguments.schedule import BatchSizes
+from trinity_megatron.training.datasets.mixture_past import describe_mixture
+from trinity_megatron.training.datasets.splits import is_evaluating
+
+
+def check_mixture(args: argparse.Namespace) -> None:
+    """Refuse a mixture that this run cannot follow; describe it in ``args.data_mixture``.
+
+    Args:
+        args: Of the run, with its schedule; changed.
+
+    Raises:
+        UserError: Names the file, the key and the remedy.
+    """
+    args.data_mixture = None
+    data = read_mixture(args.data)
+    if data is None:
+        return
+    _check_flags(args, data)
+    args.data_mixture = describe_mixture(data, args.seq_length)
+    _check_validation(args, data)
+    if args.skip_train:
+        return
+    if data.mixture.order == "rsdb":
+        _finish_buffer(args, data)
+    samples = args.train_samples or BatchSizes.of(args).samples_after(args.train_iters or 0)
+    plan = make_plan(data, seq_length=args.seq_length, seed=args.seed, samples=samples)
+    for line in describe_epochs(plan):
+        tell_once(f"> {line}")
+
+
+def _check_flags(args: argparse.Namespace, data: MixtureData) -> None:
+    """The mixture is all of the data."""
+    expected = {
+        "train_data_path": [str(item.train) for item in data.corpora.values()],
+        "valid_data_path": [str(item.validation) for item in data.validated.values()] or None,
+    }
+    names = ("data_path", "data_args_path", "per_split_data_args_path", "test_data_path")
+    for name, value in {**expected, **dict.fromkeys(names), "mock_data": False}.items():
+        if getattr(args, name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} beside --data {args.data}: the file names all data of the run. Remedy: "
+                f"drop {flag} (a corpus may have validation: PREFIX)."
+            )
+    if args.phase_transition_iterations:
+        raise UserError(
+            f"--phase-transition-iterations beside --data {args.data}, whose phases need no "
+            "restart. Remedy: drop the flag."
+        )
+
+
+def _finish_buffer(args: argparse.Namespace, data: MixtureData) -> None:
+    """Let Megatron take the loader of the buffers, and save its state in each checkpoint."""
+    for flag, value in (
+        ("--non-persistent-ckpt-type", args.non_persistent_ckpt_type),
+        ("--num-layers-per-virtual-pipeline-stage", args.num_layers_per_virtual_pipeline_stage),
+        (
+            "--num-virtual-stages-per-pipeline-rank",
+            args.num_virtual_stages_per_pipeline_rank,
+        ),
+    ):
+        if value is not None:
+            raise UserError(
+                f"{flag} {value} with order: rsdb of --data {args.data}, whose loader is saved in "
+                "the checkpoints of --save, one for each rank. Remedy: drop the flag, or order: "
+                "shuffled."
+            )
+    args.dataloader_type = "external"
+    args.dataloader_save = args.save  # Megatron looks for it, and has no flag
+    sizes = [batch for _, batch in BatchSizes.of(args).entries]
+    buffer = args.data_mixture["buffer"]
+    buffer["streams"] = buffer["streams"] or math.gcd(*sizes)
+    capacity = 2 * buffer["documents"] * buffer["streams"]
+    held = sum(item.documents for item in data.corpora.values())
+    if capacity > held:
+        tell_once(
+            f"> order: rsdb: the buffers hold {capacity:,} documents and the corpora have "
+            f"{held:,}, so those of several epochs are mixed; a smaller number under rsdb, "
+            "documents, makes the buffers smaller"
+        )
+
+
+def _check_validation(args: argparse.Namespace, data: MixtureData) -> None:
+    if not is_evaluating(args):
+        return
+    if not data.validated:
+        raise UserError(
+            f"--eval-iters {args.eval_iters}, and no corpus of --data {args.data} has validation "
+            "data. Remedy: validation: PREFIX for a corpus, or --eval-iters 0."
+        )
+    batch = args.eval_global_batch_size or args.global_batch_size or 1
+    if args.eval_iters * batch < len(data.validated):
+        raise UserError(
+            f"--eval-iters {args.eval_iters}: an evaluation reads {args.eval_iters * batch} "
+            f"sequences, and --data {args.data} has {len(data.validated)} corpora with validation "
+            f"data. Remedy: --eval-iters {-(-len(data.validated) // batch)} or more."
+        )
