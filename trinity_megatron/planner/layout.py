@@ -12,6 +12,12 @@ from trinity_megatron.planner.model_description import ModelDescription
 Sharding = Literal["ddp", "hsdp"]
 TransformerImpl = Literal["local", "transformer_engine"]
 Recompute = Literal["none", "selective", "full"]
+# Megatron's --recompute-modules that "selective" stands for.  The local experts have no activation
+# of their own to recompute: their layer is recomputed as a whole.
+SELECTIVE_MODULES: dict[TransformerImpl, tuple[str, ...]] = {
+    "transformer_engine": ("layernorm", "moe_act"),
+    "local": ("moe",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from trinity_megatron.errors import UserError
 from trinity_megatron.model.fp8 import check_fp8, fp8_defaults
 from trinity_megatron.planner.hardware import Gpu, get_gpu
 from trinity_megatron.planner.kernels.tables import load_rates
-from trinity_megatron.planner.layout import Layout, TransformerImpl
+from trinity_megatron.planner.layout import SELECTIVE_MODULES, Layout, TransformerImpl
 from trinity_megatron.planner.model_description import ModelDescription, describe_model
 from trinity_megatron.planner.plan import Budget, Plan
 from trinity_megatron.planner.units import parse_count
@@ -58,6 +58,7 @@ def make_layout(args: Namespace, model: ModelDescription, gpu: Gpu) -> Layout:
             raise UserError(
                 f"--{name.replace('_', '-')} {value} must be positive. Remedy: 1 or more."
             )
+    _check_recomputed_modules(args, model)
     tp = args.tensor_model_parallel_size or 1
     pp = args.pipeline_model_parallel_size or 1
     ends = not model.is_trinity and model.num_layers % pp > 0 and (model.num_layers + 2) % pp == 0
@@ -104,6 +105,16 @@ def _transformer_impl(args: Namespace, model: ModelDescription) -> TransformerIm
         return args.transformer_impl
     is_fp8 = args.fp8_format or args.fp8_recipe
     return "local" if model.is_trinity and not is_fp8 else "transformer_engine"
+
+
+def _check_recomputed_modules(args: Namespace, model: ModelDescription) -> None:
+    """Other modules than those that are planned for are not counted as if they were."""
+    planned = SELECTIVE_MODULES[_transformer_impl(args, model)]
+    if args.recompute_modules is not None and set(args.recompute_modules) != set(planned):
+        raise UserError(
+            f"--recompute-modules {' '.join(args.recompute_modules)} is not planned for. Remedy: "
+            f"{' '.join(planned)}, or drop the flag."
+        )
 
 
 def _overlap(args: Namespace, model: ModelDescription) -> bool:
