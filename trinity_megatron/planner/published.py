@@ -170,8 +170,8 @@ for Large; the flags it prints are a training's. `--verify` builds ranks of the 
 (half a minute to two) and compares. `--preset` also takes the `config.json` of afmoe, qwen3_moe,
 gpt_oss, mixtral and deepseek_v3.
 
-`--json` prints `layout`, `memory_gib` of the fullest rank (`peak`: allocated, `reserved`: the middle
-of its band), `tokens_per_second_per_gpu` (`balanced`, `learned`: [low, high]), `step_seconds` by
+`--json` prints `layout`, `memory_gib` of the fullest rank (`peak`: allocated, `reserved`: the
+middle of its band), `tokens_per_second_per_gpu` (`balanced`, `learned`: [low, high]), `step_seconds` by
 term, and `days` with `--tokens`.
 
 Trinity's rates are those of good kernels for its shapes: `gpu-check` says what a machine reaches.

@@ -227,20 +227,31 @@ def _sharded(step: StepModel, slowest: Seconds) -> dict[str, float]:
     before = gather - hidden * min(gather, forward)
     both = gather + reduce
     beside = both - hidden * min(both, backward)
-    replicas = layout.dense_ranks // shard
-    held = experts * ep / shard + dense / shard
-    across = collective_seconds(
-        step.rates,
-        step.constants,
-        "all_gather",
-        held * (_BF16 + layout.grad_reduce_bytes) * replicas,
-        replicas,
-        shard,
-    )
+    across = _over_groups(step, experts * ep / shard + dense / shard)
+    across -= hidden * min(across, backward)
     return {
         "parameter_gathering": batches * (before + beside * gather / both) if both else 0.0,
         "gradient_reduction": (batches * beside * reduce / both if both else 0.0) + across,
     }
+
+
+def _over_groups(step: StepModel, held: float) -> float:
+    """Once a step over the replicas of a sharding group, of what a rank of it holds.
+
+    Gradients are added up and, with ``outer_shard``, the updated weights gathered from the ranks
+    that made them; else every replica makes them all, and needs all of the sum.
+    """
+    layout = step.layout
+    replicas = layout.dense_ranks // layout.shard_size
+
+    def once(collective: str, itemsize: int) -> float:
+        size = held * itemsize
+        return collective_seconds(
+            step.rates, step.constants, collective, size, replicas, layout.shard_size
+        )
+
+    itemsize = _BF16 if layout.outer_shard else layout.grad_reduce_bytes
+    return once("reduce_scatter", layout.grad_reduce_bytes) + once("all_gather", itemsize)
 
 
 def _optimizer(step: StepModel) -> dict[str, float]:

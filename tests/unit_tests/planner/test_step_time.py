@@ -119,6 +119,20 @@ def test_hsdp_is_bound_by_the_network_at_one_sequence() -> None:
     assert many.time.seconds < 0.6 * plan.time.seconds
 
 
+def test_replicas_of_hsdp_exchange_their_parts_only() -> None:
+    """A rank of a group of 128 holds 3.1 billion elements of Large, in any number of groups."""
+    sizes = {"expert_model_parallel_size": 8, "sharding": "hsdp", "shard_size": 128}
+    few, many = (
+        make_plan(world_size=gpus, global_batch_size=gpus, **sizes) for gpus in (256, 2048)
+    )
+    alone = make_plan(world_size=128, global_batch_size=128, **sizes)
+    base = alone.time.terms["gradient_reduction"]
+    extra = [plan.time.terms["gradient_reduction"] - base for plan in (few, many)]
+    # Reduced and gathered in fp32 at the network's rate, beside the backward pass.
+    whole = 2 * 4 * 398.6e9 / 128 / (CONSTANTS.network * 100e9) * (1 - CONSTANTS.hidden)
+    assert extra == pytest.approx([whole / 2, whole * 15 / 16], rel=0.02)
+
+
 def test_muon_repeats_newton_schulz_in_replicas() -> None:
     plan = make_plan(world_size=2048, expert_model_parallel_size=8, sharding="hsdp", shard_size=128)
     shared = plan.with_layout(outer_shard=True)
