@@ -10,6 +10,7 @@ from trinity_megatron import __version__
 from trinity_megatron.cli import (
     convert,
     data,
+    doctor,
     generate,
     gpu_check,
     plan,
@@ -26,7 +27,18 @@ from trinity_megatron.process.temporary import use_short_temporary_folder
 _INTERRUPTED = 130
 
 # In the order of --help.
-_COMMANDS = (prepare_data, data, plan, train, convert, verify, generate, report, gpu_check)
+_COMMANDS = (
+    doctor,
+    prepare_data,
+    data,
+    plan,
+    train,
+    convert,
+    verify,
+    generate,
+    report,
+    gpu_check,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Bytes that a layer keeps from its forward to its backward pass, on one rank.
 
-Layers of Transformer Engine (or Trinity's of the same shape) in bf16 with fused attention, norms
-and activation: each linear layer keeps its input, each norm its input, attention queries, keys,
-values, output and the logarithms of its sums.
+Layers in bf16 with fused attention, norms and activation: each linear layer keeps its input, each
+norm its input, attention queries, keys, values, output and the logarithms of its sums.  Trinity's
+``local`` layers keep more: see ``planner/memory.py``, which has the same sums for a whole model.
 """
 
 from trinity_megatron.planner.layout import Layout
@@ -25,24 +25,37 @@ def layer_activations(model: ModelDescription, layout: Layout, layer: int) -> di
         return {"layer inputs": own * _BF16 * model.hidden_size}
     kept = full_activations(model, layout, layer)
     if layout.recompute == "selective":
-        kept = {name: size for name, size in kept.items() if name not in _SELECTIVE}
+        dropped = _SELECTIVE[layout.transformer_impl]
+        kept = {name: size for name, size in kept.items() if name not in dropped}
     return kept
 
 
-# Norms' outputs and the experts' activation: --recompute-modules layernorm moe_act.
-_SELECTIVE = ("norm outputs", "expert activation")
+# Megatron's --recompute-modules: layernorm moe_act, or moe for the local experts, which have no
+# activation of their own to recompute.
+_SELECTIVE = {
+    "transformer_engine": ("norm outputs", "expert activation"),
+    "local": (
+        "router",
+        "shared experts",
+        "expert inputs",
+        "expert gate and up",
+        "expert activation",
+    ),
+}
 
 
 def full_activations(model: ModelDescription, layout: Layout, layer: int) -> dict[str, float]:
     """Bytes of a layer for one micro-batch by part, without recomputation."""
+    is_local = layout.transformer_impl == "local"
     tokens = layout.tokens_of_microbatch
     own = tokens / layout.tensor_model_parallel_size
     hidden = model.hidden_size
     norms = 4 if model.post_norms else 2
+    attention = local_attention_bytes(model) if is_local else attention_bytes(model)
     kept = {
         "norm inputs": own * _BF16 * hidden * norms,
         "norm outputs": own * _BF16 * hidden * 2,
-        "attention": tokens * attention_bytes(model) / layout.tensor_model_parallel_size,
+        "attention": tokens * attention / layout.tensor_model_parallel_size,
     }
     if layer < model.num_dense_layers:
         width = model.ffn_hidden_size / layout.tensor_model_parallel_size
@@ -56,7 +69,8 @@ def full_activations(model: ModelDescription, layout: Layout, layer: int) -> dic
     width = model.moe_ffn_hidden_size / layout.expert_tensor_parallel_size
     kept["expert inputs"] = rows * _BF16 * hidden
     kept["expert gate and up"] = rows * _BF16 * 2 * width
-    kept["expert activation"] = rows * _BF16 * width
+    # Local: the activated gate, its product with up, and that with the routing weight.
+    kept["expert activation"] = rows * _BF16 * width * (3 if is_local else 1)
     if model.add_bias_linear:  # outputs, for the product of bias and weight; clamped gate and up
         kept["expert biases"] = rows * (_FP32 + _BF16 * 2 * width)
     if layout.fp8_recipe:  # inputs of the experts' products are kept in one byte
@@ -83,6 +97,18 @@ def attention_bytes(model: ModelDescription) -> float:
         # Its sigmoid in fp32, and the gated output.
         size += _BF16 * 2 * query + _FP32 * query
     return size
+
+
+def local_attention_bytes(model: ModelDescription) -> float:
+    """The same of Trinity's local attention.
+
+    Kept are the projection (values are a view of it), the inputs of the norms of queries and keys,
+    the rotated ones, the kernel's output, that in the order of the tokens, and that gated.
+    """
+    query = model.num_attention_heads * model.kv_channels
+    keys = model.num_query_groups * model.kv_channels
+    kept = (2 * query + 2 * keys) + (query + keys) + (query + keys) + 3 * query
+    return _BF16 * kept + _FP32 * model.num_attention_heads
 
 
 def logits_bytes(model: ModelDescription, layout: Layout) -> float:

@@ -37,7 +37,7 @@ class Constants:
     expert_launches: int = 6
     bias_launches: int = 14
     fp8_launches: int = 30
-    learned_spread: tuple[float, float] = (0.1, 1.0)
+    learned_spread: tuple[float, float] = (0.03, 1.0)
     muon: float = 0.7
 
 

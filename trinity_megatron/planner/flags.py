@@ -50,6 +50,12 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
     for name in ("micro_batch_size", "global_batch_size", "seq_length"):
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
     group.add_argument("--recompute-granularity", choices=("full", "selective"))
+    group.add_argument("--recompute-modules", nargs="*", metavar="NAME")
+    group.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        help="default: local for Trinity in bf16, as in a training",
+    )
     group.add_argument("--optimizer", choices=("muon", "adam"))
     group.add_argument("--use-megatron-fsdp", action="store_true")
     group.add_argument("--num-distributed-optimizer-instances", type=int, metavar="N")
@@ -68,5 +74,8 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
     )
     # Without effect on a plan, so that the flags of a training can be given as they are.
     for name in ("sequence-parallel", "use-distributed-optimizer", "overlap-grad-reduce",
-                 "overlap-param-gather", "bf16"):  # fmt: skip
+                 "overlap-param-gather", "bf16", "use-precision-aware-optimizer"):  # fmt: skip
         group.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
+    for name in ("recompute-method", "recompute-num-layers", "data-parallel-sharding-strategy",
+                 "exp-avg-sq-dtype"):  # fmt: skip
+        group.add_argument(f"--{name}", help=argparse.SUPPRESS)

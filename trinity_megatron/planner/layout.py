@@ -10,7 +10,14 @@ from trinity_megatron.model.size_rules import check_sizes
 from trinity_megatron.planner.model_description import ModelDescription
 
 Sharding = Literal["ddp", "hsdp"]
+TransformerImpl = Literal["local", "transformer_engine"]
 Recompute = Literal["none", "selective", "full"]
+# Megatron's --recompute-modules that "selective" stands for.  The local experts have no activation
+# of their own to recompute: their layer is recomputed as a whole.
+SELECTIVE_MODULES: dict[TransformerImpl, tuple[str, ...]] = {
+    "transformer_engine": ("layernorm", "moe_act"),
+    "local": ("moe",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +34,9 @@ class Layout:
         fp8_recipe: None for bf16.
         grad_reduce_bytes: 4 for gradients in fp32, 2 for bf16.
         moment_bytes: Of AdamW's moments: 4, or 2 with the precision-aware optimizer in bf16.
-        recompute: ``selective``: norms and the experts' activation; ``full``: whole layers.
+        transformer_impl: ``local`` or ``transformer_engine``.
+        recompute: ``selective``: norms and the experts' activation, or whole MoE layers where
+            ``transformer_impl`` is ``local``; ``full``: whole layers.
         overlap_expert_all_to_all: Computation of another micro-batch runs during the exchange.
         fp8_attention: The products inside attention are in FP8 too.
         graph_of_iteration: A CUDA graph launches the whole iteration.
@@ -50,6 +59,7 @@ class Layout:
     fp8_recipe: str | None = None
     grad_reduce_bytes: int = 4
     moment_bytes: int = 4
+    transformer_impl: TransformerImpl = "transformer_engine"
     recompute: Recompute = "none"
     overlap_expert_all_to_all: bool = False
     fp8_attention: bool = False

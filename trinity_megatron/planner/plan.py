@@ -189,7 +189,11 @@ def _neighbours(plan: Plan) -> list[tuple[str, dict[str, Any]]]:
         found.append(("no recomputation", {"recompute": "none"}))
     if layout.fp8_recipe is None:
         recipe = "mxfp8" if plan.gpu.capability >= (10, 0) else "tensorwise"
-        found.append((f"--fp8-format hybrid --fp8-recipe {recipe}", {"fp8_recipe": recipe}))
+        fields = {"fp8_recipe": recipe, "transformer_impl": "transformer_engine"}
+        flags = f"--fp8-format hybrid --fp8-recipe {recipe}"
+        if layout.transformer_impl == "local":
+            flags += " --transformer-impl transformer_engine"
+        found.append((flags, fields))
     else:
         found.append(("no FP8 (bf16)", {"fp8_recipe": None}))
     return found

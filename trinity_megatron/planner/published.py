@@ -19,7 +19,8 @@ from trinity_megatron.planner.layout import check_layout
 from trinity_megatron.planner.model_description import describe_hf_config
 from trinity_megatron.planner.model_flops import flops_per_token
 from trinity_megatron.planner.plan import GIB, Plan
-from trinity_megatron.planner.request import make_plan
+from trinity_megatron.planner.request import make_plan, report_layout
+from trinity_megatron.planner.text import summarize
 
 _FILE = Path(__file__).with_name("published.json")
 _UNITS = {
@@ -70,7 +71,7 @@ def compare_all() -> list[Comparison]:
     table = json.loads(_FILE.read_text(encoding="utf-8"))
     found = []
     for row in table["rows"]:
-        plan = _plan(row, table["models"][row["model"]])
+        plan = _plan(row, table["models"].get(row["model"]))
         found += [
             Comparison(
                 row["model"],
@@ -86,12 +87,15 @@ def compare_all() -> list[Comparison]:
     return sorted(found, key=lambda comparison: -abs(comparison.error))
 
 
-def _plan(row: dict[str, Any], model: dict[str, Any]) -> Plan:
+def _plan(row: dict[str, Any], model: dict[str, Any] | None, *, is_checked: bool = True) -> Plan:
+    """The plan of a row; a model that the file does not describe is a preset."""
     parser = argparse.ArgumentParser()
     add_plan_flags(parser)
     args = parser.parse_args(["--preset", row["model"], *shlex.split(row["flags"])])
-    plan = make_plan(args, describe_hf_config(model, row["model"]), own_rates=True)
-    check_layout(plan.model, plan.layout)
+    described = describe_hf_config(model, row["model"]) if model else None
+    plan = make_plan(args, described, own_rates=True)
+    if is_checked:
+        check_layout(plan.model, plan.layout)
     return plan
 
 
@@ -108,7 +112,16 @@ def render() -> str:
         memory=len(memory),
         held=_table(held),
         further=_table([row for row in rows if row.is_further]),
+        report=_report_run(),
     )
+
+
+def _report_run() -> str:
+    """The layout of the report's own run, in one line."""
+    row = {"model": "large", "flags": "--gpus 2048 --gpu b300 --tokens 17T"}
+    plan = report_layout(_plan(row, None, is_checked=False))
+    assert plan is not None
+    return summarize(plan)
 
 
 def _table(rows: list[Comparison]) -> str:
@@ -140,6 +153,34 @@ def _table(rows: list[Comparison]) -> str:
 
 
 _TEXT = """\
+# What will it cost: `trinity-megatron plan`
+
+```bash
+trinity-megatron plan --preset large --gpus 2048 --gpu b300 --tokens 17T          # searches layouts
+trinity-megatron plan --preset large --gpus 2048 --gpu b300 --expert-model-parallel-size 8 \\
+    --pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 3     # one layout
+trinity-megatron plan --preset config.json --gpus 16 --gpu h100 --json            # another model
+```
+
+Without a GPU and in seconds: memory of the fullest rank of each pipeline stage, time of a step by
+term, what binds and which flag would move it, tokens/s balanced and under learned routing, days and
+GPU hours (`--gpu-hour-usd`: cost). It takes Megatron's flags and refuses what a training would
+refuse. A search prints the best five layouts and why each other kind loses, beside the report's own
+for Large; the flags it prints are a training's. `--verify` builds ranks of the world without memory
+(half a minute to two) and compares. `--preset` also takes the `config.json` of afmoe, qwen3_moe,
+gpt_oss, mixtral and deepseek_v3.
+
+`--json` prints `layout`, `memory_gib` of the fullest rank (`peak`: allocated, `reserved`: the
+middle of its band), `tokens_per_second_per_gpu` (`balanced`, `learned`: [low, high]), `step_seconds` by
+term, and `days` with `--tokens`.
+
+Trinity's rates are those of good kernels for its shapes: `gpu-check` says what a machine reaches.
+Memory without `--transformer-impl transformer_engine` is that of the local layers. Not planned for:
+what a run loses to interruptions. The report's own run made 2,911 tokens/s/GPU, those included; its
+layout by the planner, with the best micro-batch:
+
+* {report}
+
 # The planner beside published runs
 
 Made by `python -m trinity_megatron.planner.published > docs/planner.md`; a test makes it again
@@ -175,7 +216,7 @@ chosen, those of the host's launches above all: this is no blind test.
 * **H100 in FP8 with EP32 across nodes** is bound by the network; how much of it hides is the
   largest unknown.
 * **Learned routing** comes as a band: the fullest of the expert-parallel ranks, for loads of
-  experts that vary by 10% (a balanced run) and by 100% of their mean (one that is not).
+  experts that vary by 3% of their mean (a balanced run) and by 100% (one that is not).
 * **Memory** is what the allocator hands out at the worst moment of a step, on the fullest rank.
   Reserved is more: 2.5 to 7% on Blackwell, 7 to 21% on Hopper.
 

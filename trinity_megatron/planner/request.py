@@ -8,7 +8,7 @@ from trinity_megatron.errors import UserError
 from trinity_megatron.model.fp8 import check_fp8, fp8_defaults
 from trinity_megatron.planner.hardware import Gpu, get_gpu
 from trinity_megatron.planner.kernels.tables import load_rates
-from trinity_megatron.planner.layout import Layout
+from trinity_megatron.planner.layout import SELECTIVE_MODULES, Layout, TransformerImpl
 from trinity_megatron.planner.model_description import ModelDescription, describe_model
 from trinity_megatron.planner.plan import Budget, Plan
 from trinity_megatron.planner.units import parse_count
@@ -58,6 +58,7 @@ def make_layout(args: Namespace, model: ModelDescription, gpu: Gpu) -> Layout:
             raise UserError(
                 f"--{name.replace('_', '-')} {value} must be positive. Remedy: 1 or more."
             )
+    _check_recomputed_modules(args, model)
     tp = args.tensor_model_parallel_size or 1
     pp = args.pipeline_model_parallel_size or 1
     ends = not model.is_trinity and model.num_layers % pp > 0 and (model.num_layers + 2) % pp == 0
@@ -71,6 +72,7 @@ def make_layout(args: Namespace, model: ModelDescription, gpu: Gpu) -> Layout:
         account_for_ends=ends,
         micro_batch_size=args.micro_batch_size or model.training.get("micro_batch_size", 1),
         seq_length=args.seq_length or model.training.get("seq_length", 4096),
+        transformer_impl=_transformer_impl(args, model),
         recompute=args.recompute_granularity or "none",
         grad_reduce_bytes=2 if args.grad_reduce_in_bf16 else 4,
         moment_bytes=2 if args.exp_avg_dtype == "bf16" else 4,
@@ -95,6 +97,24 @@ def _expert_tensor_parallel(args: Namespace, model: ModelDescription, tp: int) -
     if args.expert_tensor_parallel_size:
         return args.expert_tensor_parallel_size
     return tp if model.is_trinity or (args.expert_model_parallel_size or 1) == 1 else 1
+
+
+def _transformer_impl(args: Namespace, model: ModelDescription) -> TransformerImpl:
+    """Of a training: local for Trinity; FP8 is Transformer Engine's alone."""
+    if args.transformer_impl:
+        return args.transformer_impl
+    is_fp8 = args.fp8_format or args.fp8_recipe
+    return "local" if model.is_trinity and not is_fp8 else "transformer_engine"
+
+
+def _check_recomputed_modules(args: Namespace, model: ModelDescription) -> None:
+    """Other modules than those that are planned for are not counted as if they were."""
+    planned = SELECTIVE_MODULES[_transformer_impl(args, model)]
+    if args.recompute_modules is not None and set(args.recompute_modules) != set(planned):
+        raise UserError(
+            f"--recompute-modules {' '.join(args.recompute_modules)} is not planned for. Remedy: "
+            f"{' '.join(planned)}, or drop the flag."
+        )
 
 
 def _overlap(args: Namespace, model: ModelDescription) -> bool:
@@ -154,7 +174,7 @@ def _fp8_recipe(args: Namespace, model: ModelDescription, layout: Layout, gpu: G
         fp8=args.fp8_format or "hybrid",
         fp8_recipe=args.fp8_recipe,
         fp8_wgrad=True,
-        transformer_impl="transformer_engine",
+        transformer_impl=layout.transformer_impl,
         first_last_layers_bf16=False,
         num_layers_at_start_in_bf16=1,
         num_layers_at_end_in_bf16=1,

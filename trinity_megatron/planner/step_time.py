@@ -111,12 +111,17 @@ def _stage_seconds(step: StepModel, number: int, imbalance: float) -> Seconds:
 
 
 def _recompute(layout: Layout, seconds: Seconds) -> None:
-    """Full: the forward pass once more.  Selective: a third of what moves through memory."""
+    """Full: the forward pass once more.  Selective: norms and activations, or the MoE layer."""
     if layout.recompute == "full":
         forward = sum(seconds.forward.values())
         seconds.add("recomputation", 0.0, forward)
     elif layout.recompute == "selective":
-        seconds.add("recomputation", 0.0, 0.6 * seconds.forward.get("elementwise", 0.0))
+        again = 0.6 * seconds.forward["elementwise"]
+        if layout.transformer_impl == "local":
+            again += sum(
+                seconds.forward.get(term, 0.0) for term in ("experts", "expert_all_to_all")
+            )
+        seconds.add("recomputation", 0.0, again)
 
 
 def _host(step: StepModel, seconds: Seconds, is_dense: bool) -> None:
@@ -222,20 +227,31 @@ def _sharded(step: StepModel, slowest: Seconds) -> dict[str, float]:
     before = gather - hidden * min(gather, forward)
     both = gather + reduce
     beside = both - hidden * min(both, backward)
-    replicas = layout.dense_ranks // shard
-    held = experts * ep / shard + dense / shard
-    across = collective_seconds(
-        step.rates,
-        step.constants,
-        "all_gather",
-        held * (_BF16 + layout.grad_reduce_bytes) * replicas,
-        replicas,
-        shard,
-    )
+    across = _over_groups(step, experts * ep / shard + dense / shard)
+    across -= hidden * min(across, backward)
     return {
         "parameter_gathering": batches * (before + beside * gather / both) if both else 0.0,
         "gradient_reduction": (batches * beside * reduce / both if both else 0.0) + across,
     }
+
+
+def _over_groups(step: StepModel, held: float) -> float:
+    """Once a step over the replicas of a sharding group, of what a rank of it holds.
+
+    Gradients are added up and, with ``outer_shard``, the updated weights gathered from the ranks
+    that made them; else every replica makes them all, and needs all of the sum.
+    """
+    layout = step.layout
+    replicas = layout.dense_ranks // layout.shard_size
+
+    def once(collective: str, itemsize: int) -> float:
+        size = held * itemsize
+        return collective_seconds(
+            step.rates, step.constants, collective, size, replicas, layout.shard_size
+        )
+
+    itemsize = _BF16 if layout.outer_shard else layout.grad_reduce_bytes
+    return once("reduce_scatter", layout.grad_reduce_bytes) + once("all_gather", itemsize)
 
 
 def _optimizer(step: StepModel) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from trinity_megatron.planner.layout import Layout
+from trinity_megatron.planner.layout import SELECTIVE_MODULES, Layout
 from trinity_megatron.planner.plan import GIB, Plan, best_changes, fp8_gain
 from trinity_megatron.planner.search import Search
 
@@ -104,11 +104,13 @@ def layout_flags(layout: Layout) -> str:
         flags.append(f"--num-virtual-stages-per-pipeline-rank {layout.num_virtual_stages}")
     flags.append(f"--micro-batch-size {layout.micro_batch_size}")
     flags.append(f"--global-batch-size {layout.global_batch_size}")
+    flags.append(f"--seq-length {layout.seq_length}")
     if layout.recompute == "full":
         flags.append("--recompute-granularity full --recompute-method uniform")
         flags.append("--recompute-num-layers 1")
     elif layout.recompute == "selective":
-        flags.append("--recompute-granularity selective --recompute-modules layernorm moe_act")
+        modules = " ".join(SELECTIVE_MODULES[layout.transformer_impl])
+        flags.append(f"--recompute-granularity selective --recompute-modules {modules}")
     if layout.sharding == "hsdp":
         instances = layout.dense_ranks // layout.shard_size
         flags.append(f"--use-megatron-fsdp --num-distributed-optimizer-instances {instances}")
@@ -117,8 +119,13 @@ def layout_flags(layout: Layout) -> str:
             flags.append("--outer-dp-sharding-strategy optim")
     else:
         flags.append("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")
+    if layout.transformer_impl == "transformer_engine":
+        flags.append("--transformer-impl transformer_engine")
     if layout.grad_reduce_bytes == 2:
         flags.append("--grad-reduce-in-bf16")
+    if layout.moment_bytes == 2:
+        flags.append("--use-precision-aware-optimizer")
+        flags.append("--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16")
     if layout.fp8_recipe:
         flags.append(f"--fp8-format hybrid --fp8-recipe {layout.fp8_recipe}")
     return " ".join(flags)

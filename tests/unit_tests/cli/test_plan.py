@@ -64,6 +64,7 @@ def test_nano_is_warned_of_fp8(capsys: pytest.CaptureFixture[str]) -> None:
         ([*EP32, "--tokens", "many"], ["--tokens 'many'", "17T"]),
         ([*EP32, "--num-virtual-stages-per-pipeline-rank", "7"], ["60 layers"]),
         ([*EP32, "--context-parallel-size", "3"], ["--gpus 2048"]),
+        ([*EP32, "--recompute-modules", "core_attn"], ["core_attn is not planned for"]),
     ],
 )
 def test_bad_input_is_refused_with_a_remedy(
@@ -74,6 +75,35 @@ def test_bad_input_is_refused_with_a_remedy(
     assert "Remedy" in error and error.count("\n") == 1
     for message in messages:
         assert message in error
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*EP32, "--recompute-granularity", "selective"],
+        ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "4", *EP32,
+         "--num-virtual-stages-per-pipeline-rank", "5", "--expert-tensor-parallel-size", "1"],
+        ["--expert-model-parallel-size", "8", "--use-megatron-fsdp", "--micro-batch-size", "2",
+         "--outer-dp-sharding-strategy", "optim", "--recompute-granularity", "full"],
+        [*EP32, "--fp8-format", "hybrid", "--recompute-granularity", "selective",
+         "--grad-reduce-in-bf16", "--exp-avg-dtype", "bf16"],
+    ],
+)  # fmt: skip
+def test_printed_flags_are_those_of_the_plan(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a plan tells to type, typed: the same layout."""
+    assert main([*LARGE, *flags]) == 0
+    printed = next(
+        line.removeprefix("flags: ").split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("flags: ")
+    )
+    layouts = []
+    for given in (flags, printed):
+        assert main([*LARGE, *given, "--json"]) == 0
+        layouts.append(json.loads(capsys.readouterr().out)["layout"])
+    assert layouts[0] == layouts[1]
 
 
 def test_mxfp8_needs_blackwell(capsys: pytest.CaptureFixture[str]) -> None:

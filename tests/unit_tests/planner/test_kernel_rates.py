@@ -66,6 +66,25 @@ def test_tables_of_engines_become_their_median(tmp_path: Path) -> None:
     assert {rate for plane in grid for line in plane for rate in line} == {2}
 
 
+def test_tables_that_cannot_be_read_are_said_and_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / extract.PACKAGE
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    info = tmp_path / f"{extract.PACKAGE}-9.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: aiconfigurator-core\nVersion: 9\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    load_rates.cache_clear()
+    rates = load_rates(get_gpu("gb200"))
+    load_rates.cache_clear()
+    assert rates.source.endswith(")") and "aiconfigurator-core 9 cannot be read" in rates.source
+    assert rates.gemm(4096, 4096, 4096) == load_rates(get_gpu("gb200"), own=True).gemm(
+        4096, 4096, 4096
+    )
+
+
 def test_collectives_are_bound_by_the_slower_link() -> None:
     rates = load_rates(get_gpu("b300"), own=True)
     message, network = 8 * 2.0**30, CONSTANTS.network * 100e9

@@ -62,6 +62,18 @@ def test_file_and_folder_are_the_same_model(tmp_path: Path) -> None:
     assert describe_model(str(tmp_path)).num_layers == 48
 
 
+def test_config_of_a_released_checkpoint_is_the_preset(tmp_path: Path) -> None:
+    from trinity_megatron.model.hf_config import hf_config_from_trinity
+    from trinity_megatron.model.presets import trinity_preset
+
+    hf = hf_config_from_trinity(trinity_preset("nano"))
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    read = describe_model(str(tmp_path))
+    preset = describe_model("nano")
+    differing = {name for name, value in vars(preset).items() if getattr(read, name) != value}
+    assert differing == {"name", "training"}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

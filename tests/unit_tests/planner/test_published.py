@@ -26,6 +26,21 @@ def test_memory_is_within_10_percent(held: list[Comparison]) -> None:
     assert max(abs(row.error) for row in rows) <= 0.10
 
 
+def test_learned_routing_is_within_the_band(held: list[Comparison]) -> None:
+    """Published of the same layouts: throughput with learned routing over that with forced."""
+    for model, gpu, learned in (
+        ("Qwen3-30B-A3B", "h100", 0.67),
+        ("Mixtral-8x22B", "h100", 445 / 465),
+    ):
+        plan = next(
+            row.plan
+            for row in held
+            if (row.model, row.plan.gpu.name) == (model, gpu) and row.quantity != "memory_gib"
+        )
+        low, high = (rate / plan.time.tokens_per_second_per_gpu for rate in plan.learned)
+        assert low < learned < high
+
+
 def test_the_worst_comes_first(held: list[Comparison]) -> None:
     errors = [abs(row.error) for row in held]
     assert errors == sorted(errors, reverse=True)

@@ -16,7 +16,9 @@ from trinity_megatron.planner.search import search_layouts
 
 
 def start(name: str, gpu: str, gpus: int, batch: int, length: int = 4096) -> Plan:
-    layout = Layout(world_size=gpus, global_batch_size=batch, seq_length=length)
+    layout = Layout(
+        world_size=gpus, global_batch_size=batch, seq_length=length, transformer_impl="local"
+    )
     model = describe_model(name)
     return Plan(model, layout, load_rates(get_gpu(gpu), own=True), model.optimizer, Budget(17e12))
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from trinity_megatron.planner.activations import layer_activations
 from trinity_megatron.planner.constants import CONSTANTS
 from trinity_megatron.planner.hardware import get_gpu
 from trinity_megatron.planner.kernels.tables import load_rates
@@ -20,7 +21,8 @@ B300 = get_gpu("b300")
 
 def make_plan(name: str = "large", **sizes: object) -> Plan:
     model = describe_model(name)
-    layout = Layout(**{"global_batch_size": 12288, **sizes})  # type: ignore[arg-type]
+    values = {"global_batch_size": 12288, "transformer_impl": "local", **sizes}
+    layout = Layout(**values)  # type: ignore[arg-type]
     return Plan(model, layout, load_rates(B300, own=True), model.optimizer)
 
 
@@ -117,6 +119,20 @@ def test_hsdp_is_bound_by_the_network_at_one_sequence() -> None:
     assert many.time.seconds < 0.6 * plan.time.seconds
 
 
+def test_replicas_of_hsdp_exchange_their_parts_only() -> None:
+    """A rank of a group of 128 holds 3.1 billion elements of Large, in any number of groups."""
+    sizes = {"expert_model_parallel_size": 8, "sharding": "hsdp", "shard_size": 128}
+    few, many = (
+        make_plan(world_size=gpus, global_batch_size=gpus, **sizes) for gpus in (256, 2048)
+    )
+    alone = make_plan(world_size=128, global_batch_size=128, **sizes)
+    base = alone.time.terms["gradient_reduction"]
+    extra = [plan.time.terms["gradient_reduction"] - base for plan in (few, many)]
+    # Reduced and gathered in fp32 at the network's rate, beside the backward pass.
+    whole = 2 * 4 * 398.6e9 / 128 / (CONSTANTS.network * 100e9) * (1 - CONSTANTS.hidden)
+    assert extra == pytest.approx([whole / 2, whole * 15 / 16], rel=0.02)
+
+
 def test_muon_repeats_newton_schulz_in_replicas() -> None:
     plan = make_plan(world_size=2048, expert_model_parallel_size=8, sharding="hsdp", shard_size=128)
     shared = plan.with_layout(outer_shard=True)
@@ -140,6 +156,23 @@ def test_memory_of_rehearsals_of_large(sizes: dict[str, object], gib: float) -> 
     optimizer = "adam" if plan.layout.sharding == "hsdp" else "muon"
     memory = stage_memory(plan.model, plan.layout, B300, optimizer, 0)
     assert memory.peak / 2**30 == pytest.approx(gib, rel=0.10)
+
+
+@pytest.mark.parametrize("name", ["nano", "mini", "large"])
+def test_activations_are_those_of_the_whole_model(name: str) -> None:
+    """The sums that a run prints when it is out of memory, for all layers of a model at once."""
+    from trinity_megatron.model.presets import trinity_preset
+    from trinity_megatron.planner.memory import activation_memory
+
+    plan = make_plan(name, world_size=1)
+    config = trinity_preset(name, bias_activation_fusion=True)
+    whole = activation_memory(config, 4096, 2, range(config.num_layers), False)
+    sums = sum(
+        sum(layer_activations(plan.model, plan.layout, layer).values())
+        for layer in range(config.num_layers)
+    )
+    # The sigmoid of the gate is kept in fp32 where Megatron's small functions are not compiled.
+    assert sums == pytest.approx(sum(whole.values()), rel=0.15)
 
 
 def test_learned_routing_waits_for_the_fullest_rank() -> None:

@@ -25,8 +25,12 @@ def load_rates(gpu: Gpu, *, own: bool = False) -> KernelRates:
         gpu: The GPU.
         own: Take the table of our own in any case.
     """
+    table = load_own_table()
+    source = table["source"]
     data = None if own else extract.find_package()
     if data is not None:
-        return KernelRates(gpu, extract.read_gpu(gpu, data), f"{extract.version()}, installed")
-    table = load_own_table()
-    return KernelRates(gpu, table["gpus"][gpu.name], table["source"])
+        try:
+            return KernelRates(gpu, extract.read_gpu(gpu, data), f"{extract.version()}, installed")
+        except (OSError, LookupError, ValueError) as error:  # another release, other tables
+            source += f"; those of {extract.version()} cannot be read ({error})"
+    return KernelRates(gpu, table["gpus"][gpu.name], source)
