@@ -35,8 +35,10 @@ def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     if reason := why_not():
         pytest.skip(reason)
     device = build(tmp_path_factory.mktemp("device"))
+    # Tests of the CPU path may have banned the compiler in this process.
+    own = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     return {
-        **os.environ,
+        **own,
         **device,
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
