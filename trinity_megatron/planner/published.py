@@ -171,8 +171,8 @@ for Large; the flags it prints are a training's. `--verify` builds ranks of the 
 gpt_oss, mixtral and deepseek_v3.
 
 `--json` prints `layout`, `memory_gib` of the fullest rank (`peak`: allocated, `reserved`: the
-middle of its band), `tokens_per_second_per_gpu` (`balanced`, `learned`: [low, high]), `step_seconds` by
-term, and `days` with `--tokens`.
+middle of its band), `tokens_per_second_per_gpu` (`balanced`, `learned`: [low, high]),
+`step_seconds` by term, and `days` with `--tokens`.
 
 Trinity's rates are those of good kernels for its shapes: `gpu-check` says what a machine reaches.
 Memory without `--transformer-impl transformer_engine` is that of the local layers. Not planned for:
