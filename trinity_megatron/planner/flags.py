@@ -64,8 +64,11 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--exp-avg-dtype", choices=("fp32", "bf16"), default="fp32")
     group.add_argument("--fp8-format", choices=("hybrid", "e4m3"))
     group.add_argument("--fp8-recipe", metavar="NAME")
-    group.add_argument("--fp8-dot-product-attention", action="store_true")
-    group.add_argument("--cuda-graph-impl", choices=("none", "full_iteration"), default="none")
+    newest = "default: as the newest published recipe of the system; off for Trinity"
+    group.add_argument(
+        "--fp8-dot-product-attention", action=argparse.BooleanOptionalAction, help=newest
+    )
+    group.add_argument("--cuda-graph-impl", choices=("none", "full_iteration"), help=newest)
     group.add_argument("--dataloader-inter-document-masking", action="store_true")
     group.add_argument(
         "--overlap-moe-expert-parallel-comm",

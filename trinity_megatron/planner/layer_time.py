@@ -169,7 +169,8 @@ def _core_attention(parts: LayerModel, seconds: Seconds, layer: int) -> None:
     if latent := model.latent_attention:
         size = (latent.qk_head_dim + latent.qk_pos_emb_head_dim + latent.v_head_dim) / 2
     flops = 4 * pairs * model.num_attention_heads * size / layout.tensor_model_parallel_size
-    rate = parts.rates.attention(layout.seq_length, window, int(size))
+    dtype = "fp8" if layout.fp8_attention else "bf16"
+    rate = parts.rates.attention(layout.seq_length, window, int(size), dtype)
     forward = flops / (parts.constants.sustained * rate)
     if model.attention_sinks and not layout.fp8_attention:
         forward *= parts.constants.sink_attention

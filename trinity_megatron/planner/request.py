@@ -77,8 +77,6 @@ def make_layout(args: Namespace, model: ModelDescription, gpu: Gpu) -> Layout:
         grad_reduce_bytes=2 if args.grad_reduce_in_bf16 else 4,
         moment_bytes=2 if args.exp_avg_dtype == "bf16" else 4,
         overlap_expert_all_to_all=_overlap(args, model),
-        fp8_attention=args.fp8_dot_product_attention,
-        graph_of_iteration=args.cuda_graph_impl == "full_iteration",
     )
     replicas = max(1, sizes.data_parallel_size)
     batch = args.global_batch_size or model.training.get("global_batch_size")
@@ -89,7 +87,23 @@ def make_layout(args: Namespace, model: ModelDescription, gpu: Gpu) -> Layout:
         num_virtual_stages=_virtual_stages(args, model, sizes),
         **_sharding(args, sizes),
     )
-    return replace(layout, fp8_recipe=_fp8_recipe(args, model, layout, gpu))
+    recipe = _fp8_recipe(args, model, layout, gpu)
+    return replace(layout, fp8_recipe=recipe, **_newest_recipe(args, model, gpu, recipe))
+
+
+def _newest_recipe(
+    args: Namespace, model: ModelDescription, gpu: Gpu, fp8_recipe: str | None
+) -> dict[str, Any]:
+    """What no table of published runs has a column for: graphs of an iteration, FP8 attention.
+
+    Source: Megatron-Bridge 26.08, ``perf_recipes``: MXFP8 on GB200 and GB300 has both.
+    """
+    is_newest = not model.is_trinity and fp8_recipe == "mxfp8" and gpu.nvlink_domain > 8
+    attention, graph = args.fp8_dot_product_attention, args.cuda_graph_impl
+    return {
+        "fp8_attention": is_newest if attention is None else attention,
+        "graph_of_iteration": is_newest if graph is None else graph == "full_iteration",
+    }
 
 
 def _expert_tensor_parallel(args: Namespace, model: ModelDescription, tp: int) -> int:

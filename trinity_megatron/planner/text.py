@@ -62,10 +62,11 @@ def describe_search(search: Search, beside: Plan | None) -> str:
     if beside is not None:
         ratio = beside.time.seconds / best.time.seconds
         lines.append(f"     which takes {ratio:.2f} times as long as the best")
-    lines += ["", "why other kinds of layouts lose:"]
-    for family in search.families:
-        if family.reason:
-            lines.append(f"  {family.name} ({family.best.layout.label}): {family.reason}")
+    losers = [family for family in search.families if family.reason]
+    if losers:
+        lines += ["", "why other kinds of layouts lose:"]
+    for family in losers:
+        lines.append(f"  {family.name} ({family.best.layout.label}): {family.reason}")
     return "\n".join(lines)
 
 

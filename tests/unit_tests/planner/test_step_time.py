@@ -121,7 +121,9 @@ def test_hsdp_is_bound_by_the_network_at_one_sequence() -> None:
 
 def test_replicas_of_hsdp_exchange_their_parts_only() -> None:
     """A rank of a group of 128 holds 3.1 billion elements of Large, in any number of groups."""
-    sizes = {"expert_model_parallel_size": 8, "sharding": "hsdp", "shard_size": 128}
+    sizes = {
+        "expert_model_parallel_size": 8, "sharding": "hsdp", "shard_size": 128, "seq_length": 8192,
+    }  # fmt: skip
     few, many = (
         make_plan(world_size=gpus, global_batch_size=gpus, **sizes) for gpus in (256, 2048)
     )

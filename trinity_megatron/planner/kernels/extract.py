@@ -35,7 +35,6 @@ _PLAIN_GROUPS = {
     "kernel_source": ("moe_torch_flow", "moe_torch_flow_cutlass"),
 }
 _CAUSAL_ATTENTION = {
-    "attn_dtype": ("bfloat16",),
     "window_size": (0,),
     "num_heads": (32, 48, 64),
     "num_key_value_heads": (4, 8),
@@ -78,7 +77,10 @@ def read_gpu(gpu: Gpu, data: Path, widths: tuple[int, ...] = FINE_WIDTHS) -> Gpu
         "widths": list(widths),
         "gemm": gemm,
         "grouped": {"bf16": _grouped_factors(folder, gpu, gemm["bf16"], widths)},
-        "attention": {str(size): _attention_rates(folder, size) for size in (64, 128)},
+        "attention": {
+            ours: {str(size): _attention_rates(folder, size, name) for size in (64, 128)}
+            for ours, name in (("bf16", "bfloat16"), ("fp8", "fp8"))
+        },
         "links": _link_rates(folder),
     }
 
@@ -145,13 +147,13 @@ def _grouped_factors(
     return [[size, round(median(factors[size]), 2)] for size in _GROUP_ROWS if factors[size]]
 
 
-def _attention_rates(folder: Path, head_size: int) -> list[list[int]]:
-    """[tokens of a sequence, TFLOP/s] of causal attention, forward, bf16; masked pairs not counted.
+def _attention_rates(folder: Path, head_size: int, dtype: str) -> list[list[int]]:
+    """[tokens of a sequence, TFLOP/s] of causal attention, forward; masked pairs not counted.
 
     The best of the engines, for Megatron picks a backend for training by its speed.
     """
     rates: dict[int, list[float]] = defaultdict(list)
-    wanted = {**_CAUSAL_ATTENTION, "head_dim": (head_size,)}
+    wanted = {**_CAUSAL_ATTENTION, "head_dim": (head_size,), "attn_dtype": (dtype,)}
     for table in _tables(folder, "attention", "context_attention_perf", **wanted):
         found: dict[int, list[float]] = defaultdict(list)
         for row in table:

@@ -17,7 +17,7 @@ class GpuRates(TypedDict):
         widths: Output and input widths, its second and third axis.
         gemm: TFLOP/s by type (``bf16``, ``fp8``).
         grouped: [rows of an expert, rate over that of one product with so many rows] by type.
-        attention: [tokens, TFLOP/s forward] by channels of a head.
+        attention: [tokens, TFLOP/s forward] by type and channels of a head.
         links: [bytes, GB/s] by collective, within an NVLink domain.
     """
 
@@ -25,7 +25,7 @@ class GpuRates(TypedDict):
     widths: list[int]
     gemm: dict[str, list[list[list[int]]]]
     grouped: dict[str, list[list[float]]]
-    attention: dict[str, list[list[int]]]
+    attention: dict[str, dict[str, list[list[int]]]]
     links: dict[str, list[list[float]]]
 
 
@@ -70,12 +70,23 @@ class KernelRates:
         peak = self.gpu.fp8_flops if dtype == "fp8" else self.gpu.bf16_flops
         return min(factor * self.gemm(rows, outputs, inputs, dtype), 0.9 * peak)
 
-    def attention(self, seq_length: int, window: int | None, head_size: int) -> float:
+    def attention(
+        self, seq_length: int, window: int | None, head_size: int, dtype: str = "bf16"
+    ) -> float:
         """FLOP/s of the forward products inside causal attention, masked pairs not counted.
 
-        A window works in tiles: half of a tile at each of its ends is computed and masked.
+        A window works in tiles: half of a tile at each of its ends is computed and masked.  FP8
+        is taken where it was measured, and is faster.
         """
-        pairs = self.measured["attention"]["64" if head_size <= 64 else "128"]
+        size = "64" if head_size <= 64 else "128"
+        pairs = self.measured["attention"]["bf16"][size]
+        if dtype == "fp8" and self.measured["attention"]["fp8"][size]:
+            rate = self._attention(self.measured["attention"]["fp8"][size], seq_length, window)
+            return max(rate, self._attention(pairs, seq_length, window))
+        return self._attention(pairs, seq_length, window)
+
+    @staticmethod
+    def _attention(pairs: list[list[int]], seq_length: int, window: int | None) -> float:
         if window is None or window >= seq_length:
             return 1e12 * interpolate_pairs(pairs, seq_length)
         return 1e12 * interpolate_pairs(pairs, 2 * window) * window / (window + _TILE)
