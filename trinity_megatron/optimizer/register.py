@@ -23,7 +23,6 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from trinity_megatron.errors import UserError
-from trinity_megatron.optimizer.adamw import DeviceAdamW
 from trinity_megatron.optimizer.muon import SCALES, Muon
 from trinity_megatron.optimizer.newton_schulz import COEFFICIENTS, coefficient_schedule
 from trinity_megatron.optimizer.param_groups import attach_muon_splits, is_adam_parameter
@@ -140,7 +139,6 @@ def registered_muon(settings: MuonSettings | None = None) -> Iterator[None]:
     )
     if core_optimizer.Adam is torch.optim.AdamW:  # neither Transformer Engine nor apex
         replacements[f"{_OPTIMIZER}:DistributedOptimizer"] = lambda _: ResumableDistributedOptimizer
-        replacements["torch.optim:AdamW"] = lambda _: DeviceAdamW
     with ExitStack() as stack:
         for target, make in replacements.items():
             stack.enter_context(replaced(target, make))

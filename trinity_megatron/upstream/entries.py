@@ -151,10 +151,6 @@ _ENTRIES = (
         fingerprint="bb0185983746",
     ),
     Replacement(
-        "torch.optim:AdamW",
-        "one kernel on a GPU where Megatron takes torch's AdamW in its default form",
-    ),
-    Replacement(
         f"{_OPTIMIZER}:DistributedOptimizer",
         "torch's AdamW resumes bit for bit",
         source_of=_DISTRIBUTED,
