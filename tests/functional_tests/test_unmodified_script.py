@@ -1,13 +1,156 @@
-"""``--spec trinity_megatron.layer_specs get_trinity_layer_spec`` with Megatron's own classes."""
+"""``--spec trinity_megatron.layer_specs get_trinity_layer_spec`` in Megatron's own scripts.
 
+``tests/reference/megatron`` has the released ``pretrain_gpt.py``; its README says from where.
+"""
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.functional_tests.launch import ROOT, environment, only_in_all
 from tests.unit_tests.parallel_state import one_rank_world
+from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
 
 pytestmark = pytest.mark.slow  # imports megatron.training
+
+SCRIPTS = ROOT / "tests" / "reference" / "megatron"
+SCRIPT = SCRIPTS / "pretrain_gpt.py"
+PATCH = ROOT / "patches" / "0001-datasets-no-make-without-makefile.patch"
+# First digits of the SHA-256 of the files of the tag core_v0.19.0.
+RELEASED = {
+    "pretrain_gpt.py": "7283c4aeb5a00c69",
+    "gpt_builders.py": "cf4b409d598cd2bb",
+    "model_provider.py": "8486f2047dd2bd23",
+}
+# All of them are Megatron's own.
+FLAGS = (
+    "--spec trinity_megatron.layer_specs get_trinity_layer_spec "
+    "--num-layers 3 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4 "
+    "--group-query-attention --num-query-groups 2 --kv-channels 16 --window-size 15,0 "
+    "--normalization RMSNorm --norm-epsilon 1e-5 --swiglu --disable-bias-linear --qk-layernorm "
+    "--attention-output-gate --attention-dropout 0 --hidden-dropout 0 "
+    "--position-embedding-type rope --untie-embeddings-and-output-weights "
+    "--num-experts 8 --moe-layer-freq [0]+[1]*2 --moe-router-topk 2 --moe-ffn-hidden-size 32 "
+    "--moe-shared-expert-intermediate-size 32 --moe-router-score-function sigmoid "
+    "--moe-router-enable-expert-bias --moe-router-bias-update-rate 5e-4 "
+    "--moe-router-topk-scaling-factor 2.0 --moe-router-dtype fp32 "
+    "--moe-router-load-balancing-type none --moe-token-dispatcher-type alltoall "
+    "--seq-length 64 --max-position-embeddings 64 --no-create-attention-mask-in-dataloader "
+    "--global-batch-size 8 --micro-batch-size 2 --lr 1e-2 --min-lr 1e-3 --lr-decay-style constant "
+    "--clip-grad 1.0 --seed 11 --log-interval 1 --eval-iters 0 --eval-interval 100 "
+    "--tokenizer-type HuggingFaceTokenizer --use-distributed-optimizer --num-workers 0"
+).split()
+# On a GPU without Transformer Engine and apex.
+PLAIN_GPU = (
+    "--transformer-impl local --no-masked-softmax-fusion --no-persist-layer-norm "
+    "--no-gradient-accumulation-fusion --no-rope-fusion --bf16"
+).split()
+
+
+def flags(data: Path, folder: Path) -> list[str]:
+    """All flags of a run of the script; its cache goes to the folder."""
+    named = ["--tokenizer-model", f"{data}/tokenizer", "--train-data-path", f"{data}/train"]
+    named += ["--valid-data-path", f"{data}/validation", "--data-cache-path", f"{folder}/cache"]
+    return [*FLAGS, *named]
+
+
+def run(command: list[str], variables: dict[str, str]) -> str:
+    """Run a command; what it says."""
+    done = subprocess.run(
+        command,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, "\n".join(done.stdout.splitlines()[-40:])
+    return done.stdout
+
+
+def losses(output: str) -> list[float]:
+    """The losses of the steps that Megatron has printed."""
+    return [float(text) for text in re.findall(r"lm loss: (\S+)", output)]
+
+
+def read(checkpoints: Path, part: str) -> list[torch.Tensor]:
+    """Tensors of the newest checkpoint whose names contain a word."""
+    step = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
+    reader = TorchDistReader(checkpoints / f"iter_{step:07d}")
+    keys = [key for key in reader.model_tensors() if part in key]
+    return [reader.read(parts) for key in keys for parts in reader.parts(key)]
+
+
+def test_the_scripts_are_the_released_ones() -> None:
+    for name, digest in RELEASED.items():
+        assert hashlib.sha256((SCRIPTS / name).read_bytes()).hexdigest().startswith(digest), name
+
+
+def test_pretrain_gpt_trains_the_spec_on_gloo_ranks(data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "trinity_megatron.cli", "run", "--nproc", "2", str(SCRIPT)]
+    command += [*flags(data, tmp_path), "--expert-model-parallel-size", "2"]
+    saved = ["--save", str(tmp_path / "saved"), "--save-interval", "6", "--train-iters", "6"]
+    found = losses(run([*command, *saved], environment()))
+    assert len(found) == 6 and found[-1] < found[0] - 0.5, found
+    assert len(read(tmp_path / "saved", "post_mlp_layernorm")) > 0  # of Trinity's layers alone
+    biases = read(tmp_path / "saved", "expert_bias")
+    assert biases, "no expert bias is saved"
+    for bias in biases:  # moved, by a rule whose sum over the experts is zero
+        assert bias.abs().max() > 0 and abs(bias.sum()) < 1e-5, bias
+
+
+@only_in_all
+def test_pretrain_gpt_goes_on_where_it_ended(data: Path, tmp_path: Path) -> None:
+    """Six steps and six after a resume are twelve, to the last bit that Megatron prints."""
+    command = [sys.executable, "-m", "trinity_megatron.cli", "run", "--nproc", "2", str(SCRIPT)]
+    command += [*flags(data, tmp_path), "--expert-model-parallel-size", "2"]
+    saved = ["--save", str(tmp_path / "saved"), "--save-interval", "6"]
+    saved += ["--load", str(tmp_path / "saved"), "--train-samples", "96"]
+    whole = losses(run([*command, "--train-samples", "96"], environment()))
+    first = losses(run([*command, *saved, "--exit-interval", "6"], environment()))
+    second = losses(run([*command, *saved], environment()))
+    assert len(whole) == 12 and first + second == whole
+
+
+def test_what_is_no_script_is_refused(tmp_path: Path) -> None:
+    from trinity_megatron.errors import UserError
+    from trinity_megatron.training.script import check_script
+
+    assert check_script(str(SCRIPT)) == SCRIPT
+    with pytest.raises(UserError, match=r"is no file. Remedy: name a script"):
+        check_script(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the installed Megatron with the patch; a folder for ``PYTHONPATH``."""
+    if shutil.which("patch") is None:
+        pytest.skip("needs the program patch")
+    folder = tmp_path_factory.mktemp("patched")
+    shutil.copytree(Path(sysconfig.get_path("purelib"), "megatron"), folder / "megatron")
+    for further in ((), ("--dry-run", "--reverse", "--force")):  # applied, and the check
+        with PATCH.open() as text:
+            command = ["patch", "-p1", "-d", str(folder), *further]
+            subprocess.run(command, stdin=text, check=True, stdout=subprocess.PIPE)
+    return folder
+
+
+def test_our_training_accepts_a_patched_megatron(patched: Path) -> None:
+    code = (
+        "from megatron.core.datasets.utils import compile_helpers; compile_helpers()\n"
+        "from trinity_megatron.upstream.entries import REGISTRY as r\n"
+        "from trinity_megatron.upstream.registry import check_upstream\n"
+        "assert not check_upstream([r['megatron.core.datasets.utils:compile_helpers']])"
+    )
+    path = f"{patched}:{ROOT}"
+    run([sys.executable, "-W", "ignore", "-c", code], environment() | {"PYTHONPATH": path})
 
 
 def test_a_plain_config_builds_the_same_model(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from trinity_megatron.cli import (
     plan,
     prepare_data,
     report,
+    run,
     train,
     verify,
 )
@@ -33,6 +34,7 @@ _COMMANDS = (
     data,
     plan,
     train,
+    run,
     convert,
     verify,
     generate,

@@ -76,7 +76,6 @@ from trinity_megatron.training.callbacks.signals import (  # noqa: E402
     save_on_signals,
 )
 from trinity_megatron.training.callbacks.step_metrics import StepMetrics  # noqa: E402
-from trinity_megatron.training.checkpoint_worker import host_in_worker  # noqa: E402
 from trinity_megatron.training.datasets.index_cache import plain_index_cache  # noqa: E402
 from trinity_megatron.training.datasets.provider import train_valid_test_datasets_provider  # noqa: E402
 from trinity_megatron.training.datasets.splits import check_splits  # noqa: E402
@@ -86,6 +85,7 @@ from trinity_megatron.training.model_parallel_statistics import local_statistics
 from trinity_megatron.training.preflight import check_folders, check_space  # noqa: E402
 from trinity_megatron.training.resume import advise_other_step, get_tokenizer_folder  # noqa: E402
 from trinity_megatron.training.run_writer import recorded  # noqa: E402
+from trinity_megatron.training.script import training_without_cuda  # noqa: E402
 from trinity_megatron.upstream.entries import REGISTRY  # noqa: E402
 from trinity_megatron.upstream.registry import check_upstream, replaced  # noqa: E402
 
@@ -115,7 +115,7 @@ def main() -> None:
         args = parse_trinity_args(begin)
         for line in check_upstream(REGISTRY.values(), allow_changes=args.allow_upstream_changes):
             tell_once(f"> Megatron-Core differs from the one this was written for: {line}")
-        stack.enter_context(_training_without_cuda() if ON_CPU else norms_on_device())
+        stack.enter_context(training_without_cuda() if ON_CPU else norms_on_device())
         stack.enter_context(local_statistics())
         stack.enter_context(rope_on_device())
         check_folders(args)
@@ -125,14 +125,6 @@ def main() -> None:
         stack.enter_context(replaced(_WANDB_WRITER, lambda _: open_writer(args)))
         stack.enter_context(registered_muon(MuonSettings.from_args(args)))
         _train(args)
-
-
-@contextlib.contextmanager
-def _training_without_cuda() -> Iterator[None]:
-    # pretrain() never passes allow_no_cuda on.
-    initialize = "megatron.training.training:initialize_megatron"
-    with replaced(initialize, lambda before: partial(before, allow_no_cuda=True)), host_in_worker():
-        yield
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -272,6 +272,7 @@ _ENTRIES = (
         "megatron.core.datasets.utils:compile_helpers",
         "the wheel has the compiled helper but no Makefile",
         fingerprint="84029a50ae8c",
+        patched="e38508766e1a",
     ),
     # Dry worlds of the planner.
     Replacement(

@@ -69,7 +69,7 @@ def check_upstream(entries: Iterable[Replacement], *, allow_changes: bool = Fals
     Raises:
         UserError: A function differs or is missing; names it.
     """
-    changed = [entry for entry in entries if entry.fingerprint != _fingerprint_or_none(entry)]
+    changed = [entry for entry in entries if not _is_known(entry)]
     lines = [f"{entry.source_of or entry.target} ({entry.reason})" for entry in changed]
     if lines and not allow_changes:
         raise UserError(
@@ -93,6 +93,11 @@ def fingerprint(entry: Replacement) -> str:
     value = value.__func__ if isinstance(value, staticmethod | classmethod) else value
     source = inspect.getsource(inspect.unwrap(value))
     return hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+def _is_known(entry: Replacement) -> bool:
+    found = _fingerprint_or_none(entry)
+    return found is not None and found in (entry.fingerprint, entry.patched or entry.fingerprint)
 
 
 def _fingerprint_or_none(entry: Replacement) -> str | None:

@@ -19,12 +19,14 @@ class Replacement:
         fingerprint: First twelve hexadecimal digits of the SHA-256 of the source of ``source_of``.
             Empty for packages other than Megatron.
         source_of: The function or class that the replacement depends on, if it is not the target.
+        patched: The fingerprint of the source with a patch of ``patches/``, which is accepted too.
     """
 
     target: str
     reason: str
     fingerprint: str = ""
     source_of: str = ""
+    patched: str = ""
 
     @property
     def link(self) -> str:
