@@ -2,7 +2,7 @@
 
 ``trinity-megatron run`` starts it on every rank.  The script is what Python would make of it, with
 the modules beside it; around it is what a training of ours has too: without a GPU the stand-ins for
-CUDA, and Megatron's dataset helper as the wheel has compiled it.
+CUDA, Megatron's dataset helper as the wheel has compiled it, and the optimizers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def run_script(script: str, flags: Sequence[str], *, allow_upstream_changes: boo
 
     for line in check_upstream(REGISTRY.values(), allow_changes=allow_upstream_changes):
         tell_once(f"> Megatron-Core differs from the one this was written for: {line}")
-    with training_without_cuda() if on_cpu else contextlib.nullcontext():
+    from trinity_megatron.optimizer.register import registered_muon
+
+    # Also what lets torch's AdamW be loaded without Transformer Engine and apex.
+    with registered_muon(), training_without_cuda() if on_cpu else contextlib.nullcontext():
         if on_cpu:
             tell_once(f"> without a GPU: {' '.join(CPU_FLAGS)}")
         sys.argv = [script, *(CPU_FLAGS if on_cpu else ()), *flags]

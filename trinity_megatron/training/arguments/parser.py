@@ -53,12 +53,13 @@ def check_megatron_version(version: str = megatron_version) -> None:
 
 
 def parse_trinity_args(
-    on_checked: Callable[[argparse.Namespace], object] | None = None,
+    on_checked: Callable[[argparse.Namespace], object] | None = None, *, is_dry: bool = False
 ) -> argparse.Namespace:
     """Parse ``sys.argv`` with Megatron's parser and ours, check, and set Megatron's globals.
 
     Args:
         on_checked: Called with the arguments when they are right and nothing is written yet.
+        is_dry: Leave Megatron's list of the arguments out: nothing is written then.
 
     Raises:
         UserError: An argument is wrong; names field, value and remedy.
@@ -77,7 +78,8 @@ def parse_trinity_args(
     check_args(args, manifest)
     if on_checked:
         on_checked(args)
-    with _argument_dump(args), megatron_refusals():
+    listing = contextlib.redirect_stdout(io.StringIO()) if is_dry else _argument_dump(args)
+    with listing, megatron_refusals():
         validate_args(args, {"tokenizer_type": "HuggingFaceTokenizer"})
     finish_muon_arguments(args)
     rows = args.padded_vocab_size

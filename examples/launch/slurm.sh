@@ -1,0 +1,42 @@
+# Start the ranks as tasks of a Slurm job; sourced by a batch script with EXAMPLE set.
+#
+# Preempted (SIGTERM, then Slurm requeues the job), near the time limit (--signal) or after a failure
+# (below) the job goes on where its last checkpoint is.  MAX_RESTARTS bounds the restarts of all kinds.
+. examples/launch/common.sh
+train_flags "$@"
+NNODES=${SLURM_JOB_NUM_NODES:-$NNODES}
+RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-$RANKS_PER_NODE}
+LOGS=$OUT/logs
+
+COMMAND=(
+    srun --nodes "$NNODES" --ntasks-per-node "$RANKS_PER_NODE" --kill-on-bad-exit=1
+    --output "$LOGS/slurm-%j-%N.log" --open-mode append
+    "$PYTHON" -u "$ENTRY" "${FLAGS[@]}"
+)
+if is_dry; then
+    show "${COMMAND[@]}"
+    check_flags $((NNODES * RANKS_PER_NODE))
+    exit
+fi
+
+mkdir -p "$LOGS"
+restarts=${SLURM_RESTART_COUNT:-0}
+say() { echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID, restart $restarts: $*"; }
+
+say "starts on $NNODES nodes; per-node logs: $LOGS/slurm-$SLURM_JOB_ID-NODE.log"
+code=0
+"${COMMAND[@]}" || code=$?
+case $code in
+    0) say "the run has ended"; exit 0 ;;
+    2) say "a flag or the data are at fault, see the logs: not started again"; exit 2 ;;
+    143) say "has saved after SIGTERM" ;;
+    *) say "failed with code $code" ;;
+esac
+if [ "$restarts" -ge "${MAX_RESTARTS:-20}" ]; then
+    say "MAX_RESTARTS=${MAX_RESTARTS:-20} reached: not started again"
+    exit "$code"
+fi
+scontrol requeue "$SLURM_JOB_ID" && say "requeued"
+# scontrol ends this script; Slurm must not see it end by itself before.
+sleep 60
+exit "$code"

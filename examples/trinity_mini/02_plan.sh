@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# What it will cost, and whether this machine is right: bash examples/trinity_mini/02_plan.sh
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+EXAMPLE=examples/trinity_mini
+. examples/launch/common.sh
+
+run "$PYTHON" -m trinity_megatron.cli plan --preset "$PRESET" --gpu "${GPU:-h100}" \
+    --gpus $((NNODES * RANKS_PER_NODE)) --tokens "$TOKENS" "${LAYOUT_FLAGS[@]}" "$@"
+run "$PYTHON" -m trinity_megatron.cli doctor

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Draw the run, also while it goes on: OUT=... bash examples/trinity_mini/04_report.sh
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+EXAMPLE=examples/trinity_mini
+. examples/launch/common.sh
+
+run "$PYTHON" -m trinity_megatron.cli report "$OUT" "$@"
