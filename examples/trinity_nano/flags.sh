@@ -7,7 +7,8 @@ RANKS_PER_NODE=${RANKS_PER_NODE:-8}
 TOKENS=10T                               # for 02_plan.sh
 
 LAYOUT_FLAGS=(
-    --expert-model-parallel-size 8 --micro-batch-size 2
+    --expert-model-parallel-size 1 --micro-batch-size 8
+    --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 )
 # 10T tokens of the report in batches of 4096 sequences, of which the last 12% decay.

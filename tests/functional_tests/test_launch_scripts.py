@@ -1,5 +1,6 @@
 """The launch scripts of ``examples/``: one set of flags each, right for the world they are for."""
 
+import argparse
 import os
 import re
 import shlex
@@ -12,6 +13,9 @@ import yaml
 
 from tests.functional_tests.launch import ROOT, TAKES_ALL
 from trinity_megatron.errors import UserError
+from trinity_megatron.planner.flags import add_plan_flags
+from trinity_megatron.planner.request import make_plan
+from trinity_megatron.planner.text import describe_plan
 
 EXAMPLES = ROOT / "examples"
 # Preset -> ranks of the whole world.
@@ -134,6 +138,29 @@ def test_steps_have_numbers_and_print_what_they_would_do(preset: str) -> None:
         assert done.returncode == 0, done.stderr
         for word in words:
             assert word in done.stdout, name
+
+
+@pytest.mark.parametrize("preset", ["nano", "mini", "large"])
+def test_the_expected_figures_are_the_planners(preset: str) -> None:
+    """The lines that a README quotes; with the kernel rates that come with this package."""
+    folder = EXAMPLES / f"trinity_{preset}"
+    printed = subprocess.run(
+        ["bash", str(folder / "02_plan.sh")],
+        env={**os.environ, "DRY_RUN": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()[0]
+    words = shlex.split(printed)
+    parser = argparse.ArgumentParser()
+    add_plan_flags(parser)
+    args = parser.parse_args(words[words.index("plan") + 1 :])
+    plan = make_plan(args, own_rates=True)
+    text = describe_plan(plan)
+    quoted = (folder / "README.md").read_text().split("```text\n")[1].partition("```")[0]
+    assert quoted.count("\n") == 6
+    for line in quoted.splitlines():
+        assert line in text
 
 
 LARGE = "--preset large --expert-model-parallel-size 8 --micro-batch-size 1".split()

@@ -108,11 +108,16 @@ def test_pretrain_gpt_trains_the_spec_on_gloo_ranks(data: Path, tmp_path: Path) 
 
 @only_in_all
 def test_pretrain_gpt_goes_on_where_it_ended(data: Path, tmp_path: Path) -> None:
-    """Six steps and six after a resume are twelve, to the last bit that Megatron prints."""
+    """Six steps and six after a resume are twelve, to the last digit that Megatron prints.
+
+    In fp32 Megatron's default format of the optimizer's state cannot be loaded: "a view of a leaf
+    Variable that requires grad is being used in an in-place operation".
+    """
     command = [sys.executable, "-m", "trinity_megatron.cli", "run", "--nproc", "2", str(SCRIPT)]
     command += [*flags(data, tmp_path), "--expert-model-parallel-size", "2"]
     saved = ["--save", str(tmp_path / "saved"), "--save-interval", "6"]
     saved += ["--load", str(tmp_path / "saved"), "--train-samples", "96"]
+    saved += ["--dist-ckpt-optim-fully-reshardable"]
     whole = losses(run([*command, "--train-samples", "96"], environment()))
     first = losses(run([*command, *saved, "--exit-interval", "6"], environment()))
     second = losses(run([*command, *saved], environment()))
