@@ -29,7 +29,7 @@ code=0
 case $code in
     0) say "the run has ended"; exit 0 ;;
     2) say "a flag or the data are at fault, see the logs: not started again"; exit 2 ;;
-    143) say "has saved after SIGTERM" ;;
+    143) say "ended on SIGTERM" ;;  # all ranks after a save, or the others of a rank that died
     *) say "failed with code $code" ;;
 esac
 if [ "$restarts" -ge "${MAX_RESTARTS:-20}" ]; then

@@ -16,7 +16,8 @@ from trinity_megatron.telemetry.tensorboard_log import RunLog
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, only_in_all]
 
 SCRIPTS = ROOT / "examples" / "trinity_tiny"
-STEPS = 240
+STEPS = 160
+PATIENCE = 900.0  # seconds, of a busy machine
 FLAGS = (
     "--seq-length 64 --max-position-embeddings 64 --window-size 15,0 --log-interval 1 "
     "--tensorboard-log-interval 1 --eval-iters 0 --save-interval 20 --keep-last 2 --seed 11"
@@ -92,26 +93,26 @@ def test_preempted_and_killed_it_ends_where_another_ends(
         shown = slurm.call("scontrol", "show", "job", job)
         return "\n".join([*texts, shown, logs_of(tmp_path / "slurm")])
 
-    wait_for(lambda: saved(out) >= 20, 300, explain)
+    wait_for(lambda: saved(out) >= 20, PATIENCE, explain)
     other = slurm.submit(tmp_path, "-p", "high", "-n2", "--output=other.log", "--wrap", "hostname")
-    wait_for(lambda: slurm.field(other, "JobState") == "COMPLETED", 300, explain)
+    wait_for(lambda: slurm.field(other, "JobState") == "COMPLETED", PATIENCE, explain)
     preempted = saved(out)
     assert 20 <= preempted < STEPS and preempted % 20, "it did not save when it was preempted"
     assert len(steps_of(out)) == preempted
 
-    wait_for(lambda: saved(out) > preempted and len(ranks_of(out)) == 2, 300, explain)
+    wait_for(lambda: saved(out) > preempted and len(ranks_of(out)) == 2, PATIENCE, explain)
     assert slurm.field(job, "Restarts") == "1"
     os.kill(ranks_of(out)[1], signal.SIGKILL)
-    wait_for(lambda: slurm.field(job, "Restarts") == "2", 300, explain)
+    wait_for(lambda: slurm.field(job, "Restarts") == "2", PATIENCE, explain)
     assert saved(out) < STEPS, "it was killed after its end"
 
-    wait_for(lambda: slurm.field(job, "JobState") not in ("RUNNING", "PENDING"), 400, explain)
+    wait_for(lambda: slurm.field(job, "JobState") not in ("RUNNING", "PENDING"), PATIENCE, explain)
     assert slurm.field(job, "JobState") == "COMPLETED", explain()
     losses = steps_of(out)
     assert losses == steps_of(plain) and len(losses) == STEPS
     log = (tmp_path / "job.log").read_text()
-    assert "has saved after SIGTERM" in log and "restart 2: the run has ended" in log
-    assert re.search(r"restart 1: failed with code \d+", log)
+    assert "restart 0: ended on SIGTERM" in log and "restart 2: the run has ended" in log
+    assert re.search(r"restart 1: (ended on SIGTERM|failed with code 137)", log)
     assert list((out / "logs").glob(f"slurm-{job}-*.log"))
 
 
@@ -122,6 +123,6 @@ def test_what_is_wrong_with_the_flags_is_not_tried_again(
     words = [f"--output={tmp_path}/job.log", script, *FLAGS, "--global-batch-size", "7"]
     job = slurm.submit(ROOT, *words, **variables(data, tmp_path / "out"))
     ended = ("FAILED", "COMPLETED", "CANCELLED")
-    wait_for(lambda: slurm.field(job, "JobState") in ended, 200, lambda: "still running")
+    wait_for(lambda: slurm.field(job, "JobState") in ended, PATIENCE, lambda: "still running")
     assert slurm.field(job, "ExitCode") == "2:0" and slurm.field(job, "Restarts") == "0"
     assert "not started again" in (tmp_path / "job.log").read_text()
