@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, only_in_all]
 SCRIPTS = ROOT / "examples" / "trinity_tiny"
 STEPS = 160
 PATIENCE = 900.0  # seconds, of a busy machine
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 FLAGS = (
     "--seq-length 64 --max-position-embeddings 64 --window-size 15,0 --log-interval 1 "
     "--tensorboard-log-interval 1 --eval-iters 0 --save-interval 20 --keep-last 2 --seed 11"
@@ -106,7 +107,7 @@ def test_preempted_and_killed_it_ends_where_another_ends(
     wait_for(lambda: slurm.field(job, "Restarts") == "2", PATIENCE, explain)
     assert saved(out) < STEPS, "it was killed after its end"
 
-    wait_for(lambda: slurm.field(job, "JobState") not in ("RUNNING", "PENDING"), PATIENCE, explain)
+    wait_for(lambda: slurm.field(job, "JobState") in ENDED, PATIENCE, explain)
     assert slurm.field(job, "JobState") == "COMPLETED", explain()
     losses = steps_of(out)
     assert losses == steps_of(plain) and len(losses) == STEPS
@@ -122,7 +123,6 @@ def test_what_is_wrong_with_the_flags_is_not_tried_again(
     script = str(SCRIPTS / "03_train_slurm.sh")
     words = [f"--output={tmp_path}/job.log", script, *FLAGS, "--global-batch-size", "7"]
     job = slurm.submit(ROOT, *words, **variables(data, tmp_path / "out"))
-    ended = ("FAILED", "COMPLETED", "CANCELLED")
-    wait_for(lambda: slurm.field(job, "JobState") in ended, PATIENCE, lambda: "still running")
+    wait_for(lambda: slurm.field(job, "JobState") in ENDED, PATIENCE, lambda: "still running")
     assert slurm.field(job, "ExitCode") == "2:0" and slurm.field(job, "Restarts") == "0"
     assert "not started again" in (tmp_path / "job.log").read_text()
