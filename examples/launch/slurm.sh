@@ -25,7 +25,10 @@ say() { echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID, restart $restarts: $*"; }
 
 say "starts on $NNODES nodes; per-node logs: $LOGS/slurm-$SLURM_JOB_ID-NODE.log"
 code=0
-"${COMMAND[@]}" || code=$?
+"${COMMAND[@]}" 2>"$LOGS/srun-$SLURM_JOB_ID.err" || code=$?
+cat "$LOGS/srun-$SLURM_JOB_ID.err"
+# srun ends with the largest code.  Where one rank ends with 2 the others are ended by SIGTERM: 143.
+! grep -q 'Exited with exit code 2$' "$LOGS/srun-$SLURM_JOB_ID.err" || code=2
 case $code in
     0) say "the run has ended"; exit 0 ;;
     2) say "a flag or the data are at fault, see the logs: not started again"; exit 2 ;;
