@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.functional_tests.launch import ROOT, TAKES_ALL
+from trinity_megatron.cli.main import main
 from trinity_megatron.errors import UserError
 from trinity_megatron.planner.flags import add_plan_flags
 from trinity_megatron.planner.request import make_plan
@@ -188,6 +189,7 @@ REFUSED = {
         ["2044 ranks", "multiple of 32"],
     ),
     "more than a GPU holds": ("h100", 2048, "", ["GiB", "do not fit 80 GiB"]),
+    "no ranks": ("b300", 0, "", ["--world-size 0"]),
     "a flag of nothing": (
         "b300", 2048, "--expert-model-parallel-size 64 --no-such-flag", ["--no-such-flag"],
     ),
@@ -208,3 +210,17 @@ def test_what_cannot_start_is_refused_with_a_remedy(case: str, data: Path) -> No
         )
     for message in messages:
         assert message in str(caught.value)
+
+
+def test_verify_wants_a_gpu(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["dry-run", "--preset", "tiny", "--data", str(data), "--verify"]
+    assert main([*command, "--world-size", "2"]) == 2
+    assert "--verify builds ranks of a plan, which needs --gpu" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not TAKES_ALL, reason="builds ranks; a part of make test-all")
+def test_verify_builds_ranks(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["dry-run", "--preset", "tiny", "--data", str(data), "--verify"]
+    command += ["--world-size", "8", "--gpu", "h100", "--expert-model-parallel-size", "2"]
+    assert main([*command, "--global-batch-size", "8", "--micro-batch-size", "1"]) == 0
+    assert "3 ranks, built without memory" in capsys.readouterr().err

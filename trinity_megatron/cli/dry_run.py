@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from trinity_megatron.errors import UserError
+
 if TYPE_CHECKING:
     from trinity_megatron.planner.plan import Plan
 
@@ -42,17 +44,16 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
     """
     from trinity_megatron.training.dry_run import check_run
 
+    if args.verify and args.gpu is None:
+        raise UserError("--verify builds ranks of a plan, which needs --gpu. Remedy: give it.")
     plan = check_run(others, world_size=args.world_size, gpu=args.gpu)
     print(f"> every flag is right for {args.world_size:,} rank{'s' * (args.world_size > 1)}")
     if plan is not None:
         print(describe(plan))
-    if not args.verify:
+    if not args.verify or plan is None:
         return 0
     from trinity_megatron.cli.plan import verify
-    from trinity_megatron.errors import UserError
 
-    if plan is None:
-        raise UserError("--verify builds ranks of a plan, which needs --gpu. Remedy: give it.")
     return verify(plan)
 
 

@@ -97,9 +97,9 @@ def test_plan_is_within_5_percent_of_dry_worlds(
 
 
 @pytest.mark.skipif(not TAKES_ALL, reason="takes a minute each; TRINITY_TESTS=all")
-@pytest.mark.parametrize("gpus", [256, 2048])
-def test_large_adds_up(gpus: int) -> None:
-    """The layout of examples/trinity_large."""
-    plan = make_plan("large", gpus, {EP: 64, PP: 4})
+@pytest.mark.parametrize(("gpus", "sizes"), [(256, {EP: 64, PP: 4}), (2048, {EP: 8, PP: 4, VP: 3})])
+def test_large_adds_up(gpus: int, sizes: dict[str, int]) -> None:
+    """The second is the layout of examples/trinity_large."""
+    plan = make_plan("large", gpus, sizes)
     ranks = [build_rank(plan, rank) for rank in sample_ranks(plan.layout)]
     assert count_model(plan.layout, ranks) == 398_635_286_016
