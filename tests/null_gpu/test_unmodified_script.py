@@ -1,5 +1,6 @@
 """Megatron's own ``pretrain_gpt.py``, started directly, with nothing of ours but the spec."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from tests.functional_tests.megatron_script import (
     PLAIN_GPU,
     SCRIPT,
     flags,
-    losses,
     patched_copy,
     run,
 )
@@ -30,5 +30,6 @@ def test_it_trains_with_the_patch_alone(
         # Nothing is compiled: that is others' test, and takes a minute.
         {**variables, **rank, "PYTHONPATH": path, "TORCHDYNAMO_DISABLE": "1"},
     )
-    assert len(losses(output)) == 3  # the device computes nothing: no value means anything
+    # The device computes nothing, and Megatron prints no loss of no tokens.
+    assert re.findall(r"iteration +(\d)/ +3 ", output) == ["1", "2", "3"]
     assert "make:" not in output
