@@ -6,7 +6,7 @@
 train_flags "$@"
 NNODES=${SLURM_JOB_NUM_NODES:-$NNODES}
 RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-$RANKS_PER_NODE}
-LOGS=$OUT/logs
+LOGS=${LOGS:-$OUT-slurm}  # not in OUT, which a start that is refused removes again
 
 COMMAND=(
     srun --nodes "$NNODES" --ntasks-per-node "$RANKS_PER_NODE" --kill-on-bad-exit=1

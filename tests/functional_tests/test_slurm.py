@@ -90,7 +90,7 @@ def test_preempted_and_killed_it_ends_where_another_ends(
 
     def explain() -> str:
         texts = [path.read_text()[-3000:] for path in (tmp_path / "job.log",) if path.exists()]
-        texts += [path.read_text()[-2000:] for path in sorted((out / "logs").glob("slurm-*"))]
+        texts += [path.read_text()[-2000:] for path in sorted((tmp_path / "out-slurm").glob("slurm-*"))]
         shown = slurm.call("scontrol", "show", "job", job)
         return "\n".join([*texts, shown, logs_of(tmp_path / "slurm")])
 
@@ -114,7 +114,7 @@ def test_preempted_and_killed_it_ends_where_another_ends(
     log = (tmp_path / "job.log").read_text()
     assert "restart 0: ended on SIGTERM" in log and "restart 2: the run has ended" in log
     assert re.search(r"restart 1: (ended on SIGTERM|failed with code 137)", log)
-    assert list((out / "logs").glob(f"slurm-{job}-*.log"))
+    assert list((tmp_path / "out-slurm").glob(f"slurm-{job}-*.log"))
 
 
 def test_what_is_wrong_with_the_flags_is_not_tried_again(
@@ -126,3 +126,5 @@ def test_what_is_wrong_with_the_flags_is_not_tried_again(
     wait_for(lambda: slurm.field(job, "JobState") in ENDED, PATIENCE, lambda: "still running")
     assert slurm.field(job, "ExitCode") == "2:0" and slurm.field(job, "Restarts") == "0"
     assert "not started again" in (tmp_path / "job.log").read_text()
+    (log,) = (tmp_path / "out-slurm").glob(f"slurm-{job}-*.log")
+    assert "Remedy" in log.read_text()
