@@ -124,7 +124,6 @@ def megatron_to_hf(
     tokenizer: Path | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
     verify_checksums: bool = True,
-    encoding: Encoding | None = None,
 ) -> None:
     """Convert the model of a ``torch_dist`` checkpoint to Hugging Face safetensors.
 
@@ -137,6 +136,28 @@ def megatron_to_hf(
             shapes of the Hugging Face checkpoint that training started from, the files are split
             as there.
         verify_checksums: Verify the checksums of what is read.
+
+    Raises:
+        UserError: The checkpoint is incomplete or damaged, or contains no Trinity model.
+        OSError: The folder cannot be written.
+    """
+    run = open_run(megatron, tokenizer=tokenizer, verify_checksums=verify_checksums)
+    export_hf(run, hf, max_shard_size=max_shard_size)
+
+
+def export_hf(
+    run: Run,
+    hf: Path,
+    *,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    encoding: Encoding | None = None,
+) -> None:
+    """Write the model of a run as Hugging Face safetensors.
+
+    Args:
+        run: The checkpoint.
+        hf: Folder to create.
+        max_shard_size: See :func:`megatron_to_hf`.
         encoding: How the weights are stored; as they are if None.
 
     Raises:
@@ -144,7 +165,6 @@ def megatron_to_hf(
         OSError: The folder cannot be written.
     """
     begin = time.monotonic()
-    run = open_run(megatron, tokenizer=tokenizer, verify_checksums=verify_checksums)
     num_bytes = write_hf(
         run.source,
         run.config,
@@ -156,7 +176,7 @@ def megatron_to_hf(
         fingerprint=run.fingerprint(max_shard_size),
         encoding=encoding,
     )
-    log_rate(megatron, hf, num_bytes, time.monotonic() - begin)
+    log_rate(run.checkpoint, hf, num_bytes, time.monotonic() - begin)
 
 
 def log_rate(source: Path, target: Path, num_bytes: int, seconds: float) -> None:

@@ -120,3 +120,24 @@ def test_no_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = TorchDistReader(tmp_path)
     with pytest.raises(ValueError, match="holds no arguments, so the model is not known"):
         _ = reader.args
+
+
+def test_two_threads_read_at_once(tmp_path: Path) -> None:
+    # As an export does.  Reads used to share one read-ahead: a thread got the bytes of another.
+    from concurrent.futures import ThreadPoolExecutor
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"weight{n}": torch.rand(64, 500 + n, generator=generator) for n in range(40)}
+    write(
+        tmp_path / "many",
+        tensors,
+        [[Part(key, (0, 0), (64, tensor.shape[1]))] for key, tensor in tensors.items()],
+    )
+    reader = TorchDistReader(tmp_path / "many")
+
+    def read_all(keys: list[str]) -> bool:
+        return all(torch.equal(join(reader, key), tensors[key]) for key in keys * 5)
+
+    names = list(tensors)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(read_all, [names[::2], names[1::2]]))
