@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.reference.hf_random import read_tensors
 from tests.unit_tests.export.export_cases import make_run, tokens
@@ -23,9 +23,9 @@ from trinity_megatron.export.read_back import read_back, read_safetensors
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stored in parts of about 1,000 numbers, i.e. of a few rows each."""
+    """Stored in parts of about 3,000 numbers, i.e. of a few rows each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(megatron_export, "_MAX_PART_BYTES", 2000)
+        patch.setattr(megatron_export, "_MAX_PART_BYTES", 6000)
         return make_run(tmp_path_factory.mktemp("run"))
 
 
@@ -34,8 +34,15 @@ def export(run: Path, out: Path) -> dict[str, torch.Tensor]:
     return read_tensors(out)
 
 
-def test_every_projection_and_nothing_else(run: Path, tmp_path: Path) -> None:
-    found, original = export(run, tmp_path / "fp8"), read_tensors(run.parent / "hf")
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    """The export of the run, which no test changes."""
+    export(run, run.parent / "fp8")
+    return run.parent / "fp8"
+
+
+def test_every_projection_and_nothing_else(run: Path, exported: Path) -> None:
+    found, original = read_tensors(exported), read_tensors(run.parent / "hf")
     quantised = {name for name, values in found.items() if values.dtype == FP8}
     assert {name.rsplit(".", 2)[1] for name in quantised} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -53,12 +60,11 @@ def test_every_projection_and_nothing_else(run: Path, tmp_path: Path) -> None:
             assert torch.equal(found[name], values) and found[name].dtype == values.dtype, name
 
 
-def test_files_beside_the_weights(run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "fp8")
+def test_files_beside_the_weights(run: Path, exported: Path) -> None:
     original = run.parent / "hf"
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        assert (tmp_path / "fp8" / name).read_bytes() == (original / name).read_bytes()
-    fields = json.loads((tmp_path / "fp8" / "config.json").read_text())
+        assert (exported / name).read_bytes() == (original / name).read_bytes()
+    fields = json.loads((exported / "config.json").read_text())
     quantization = fields.pop("quantization_config")
     assert fields == json.loads((original / "config.json").read_text())
     assert quantization["quant_method"] == "compressed-tensors"
@@ -67,17 +73,17 @@ def test_files_beside_the_weights(run: Path, tmp_path: Path) -> None:
         *(name for router in routers for name in (router, f"{router}.gate")),
         "lm_head",
     ]
-    index = json.loads((tmp_path / "fp8" / "model.safetensors.index.json").read_text())
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
     for name, file in index["weight_map"].items():
-        assert name in load_file(tmp_path / "fp8" / file)
-    assert index["weight_map"].keys() == read_tensors(tmp_path / "fp8").keys()
+        assert name in load_file(exported / file)
+    assert index["weight_map"].keys() == read_tensors(exported).keys()
 
 
 def test_an_interrupted_export_goes_on(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging, "_JOB_BYTES", 20_000)
-    expected = export(run, tmp_path / "whole")
+    monkeypatch.setattr(staging, "_JOB_BYTES", 100_000)
+    expected = read_tensors(exported)
     synced, real = [0], Fp8BlockWriter.sync
 
     def stop(self: Fp8BlockWriter, names: Any) -> None:
@@ -99,7 +105,10 @@ def test_an_interrupted_export_goes_on(
 
 
 def test_memory_holds_only_bands_that_are_not_whole(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     largest, real = [0], Fp8BlockWriter._collect
 
@@ -114,15 +123,15 @@ def test_memory_holds_only_bands_that_are_not_whole(
     export(run, tmp_path / "fp8")
     # In two threads: q, gate, k and v of a layer, two bands each at most.
     assert 0 < largest[0] <= 2 * 4 * 2 * 128
+    assert "Sizes of 96, 160, 192, 200 are not multiples of 128" in caplog.text
 
 
-def test_what_comes_back(run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "fp8")
+def test_what_comes_back(run: Path, exported: Path) -> None:
     opened = open_run(run)
     model = load_transformers_model(
         opened.source, opened.config, name="run", assets=opened.assets
     ).float()
-    back = read_back(tmp_path / "fp8", opened.config)
+    back = read_back(exported, opened.config)
     batch = tokens()
     with torch.no_grad():
         expected, logits = model(batch).logits, back(batch).logits
@@ -133,24 +142,16 @@ def test_what_comes_back(run: Path, tmp_path: Path) -> None:
     result = compare_losses(token_losses(model, batch), token_losses(back, batch))
     assert result.num_tokens == 2 * 59 and 0 < abs(result.difference) < 0.05
     exact = dict(read_safetensors(run.parent / "hf"))
-    for name, values in read_safetensors(tmp_path / "fp8"):
+    for name, values in read_safetensors(exported):
         if exact[name].dim() == 2 and name.endswith("_proj.weight"):
             assert torch.equal(values, dequantise_blocks(*quantise_blocks(exact[name]))), name
         else:
             assert torch.equal(values, exact[name]), name
 
 
-def test_it_cannot_be_trained_on(run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "fp8")
+def test_it_cannot_be_trained_on(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="quantised"):
-        hf_to_megatron(tmp_path / "fp8", tmp_path / "megatron")
-
-
-def test_sizes_that_vllm_may_refuse_are_said(
-    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    export(run, tmp_path / "fp8")
-    assert "Sizes of 96, 160, 192, 200 are not multiples of 128" in caplog.text
+        hf_to_megatron(exported, tmp_path / "megatron")
 
 
 def test_bf16_is_what_convert_writes(run: Path, tmp_path: Path) -> None:
@@ -159,21 +160,21 @@ def test_bf16_is_what_convert_writes(run: Path, tmp_path: Path) -> None:
         assert (tmp_path / "bf16" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_tensor_without_its_scale_is_said(run: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    found = export(run, tmp_path / "fp8")
+def test_a_tensor_without_its_scale_is_said(exported: Path, tmp_path: Path) -> None:
+    found = read_tensors(exported)
     name = "model.layers.0.mlp.down_proj.weight"
     save_file({name: found[name]}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="has no .*down_proj.weight_scale"):
         dict(read_safetensors(tmp_path))
 
 
-def test_a_missing_tensor_is_said(run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "fp8")
-    next((tmp_path / "fp8").glob("*.safetensors")).unlink()
+def test_a_missing_tensor_is_said(run: Path, exported: Path, tmp_path: Path) -> None:
+    config = open_run(run).config
+    (tmp_path / "config.json").write_bytes((exported / "config.json").read_bytes())
+    for path in sorted(exported.glob("*.safetensors"))[1:]:
+        (tmp_path / path.name).symlink_to(path)
     with pytest.raises(UserError, match="are missing"):
-        read_back(tmp_path / "fp8", open_run(run).config)
+        read_back(tmp_path, config)
 
 
 def test_the_writer_of_files_takes_fp8(tmp_path: Path) -> None:
