@@ -1,5 +1,6 @@
 """Small runs to export: a Megatron checkpoint of random weights, with a tokenizer of ours."""
 
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def make_run(folder: Path, *, seed: int = 5, **overrides: Any) -> Path:
     config = AfmoeConfig(**{**MODEL, "vocab_size": 303, **overrides})
     save_as_bf16(random_model(config, seed), hf, max_shard_size="300KB")
     make_tokenizer(hf)
+    hf_to_megatron(hf, megatron)
+    return megatron
+
+
+def random_run(folder: Path) -> Path:
+    """A run of sizes that are multiples of 32, with a tokenizer of a text of Python's own."""
+    hf, megatron = folder / "hf", folder / "megatron"
+    sizes = {"hidden_size": 192, "intermediate_size": 256, "head_dim": 64, "vocab_size": 3000}
+    save_as_bf16(random_model(AfmoeConfig(**{**MODEL, **sizes}), 3), hf)
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-m]*.py"))
+    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in sources]
+    save_tokenizer(train_tokenizer([*texts, *TEXTS], vocab_size=3000), hf)
     hf_to_megatron(hf, megatron)
     return megatron
 
