@@ -5,6 +5,9 @@ PRESET ?= tiny
 NPROC  ?=
 ARGS   ?=
 BIN    := .venv/bin
+# llama.cpp in a wheel, for consumers.
+LLAMA  := build/consumers/llama
+LLAMA_PACKAGES := cyllama==0.7.0 numpy
 
 # The long files of tests/functional_tests first, and the short ones fill up the end.
 IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
@@ -13,7 +16,7 @@ IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all lint gpu-check clean
+.PHONY: help setup train test test-all consumers lint gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +35,12 @@ test: setup ## the tests that need no GPU; of what is repeated in many layouts a
 
 test-all: setup ## the same with every layout, signal and kill (an hour)
 	TRINITY_TESTS=all $(MAKE) test
+
+consumers: setup ## hand exports to llama.cpp, in an environment of its own (a minute)
+	test -x $(LLAMA)/bin/python || $(BIN)/python -m venv $(LLAMA)
+	$(LLAMA)/bin/python -m pip install --quiet $(LLAMA_PACKAGES)
+	TRINITY_LLAMA_PYTHON=$(abspath $(LLAMA)/bin/python) \
+		$(BIN)/python -m pytest tests/consumers -m consumers -s $(ARGS)
 
 lint: setup ## style and types
 	$(BIN)/ruff check .

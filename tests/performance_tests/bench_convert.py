@@ -61,7 +61,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from trinity_megatron.checkpoint.hf_weights import build_header, build_index, split_into_files
+    from trinity_megatron.checkpoint.hf_writer import build_header, build_index, split_into_files
     from trinity_megatron.checkpoint.param_mapping import resolve
     from trinity_megatron.model.hf_config import trinity_config_from_hf
 

@@ -18,7 +18,7 @@ FLOORS = (
     ("errors", "upstream", "process", "cpu_host", "telemetry", "data"),
     ("model", "optimizer", "report"),
     ("checkpoint", "planner", "launch"),
-    ("training", "evaluation", "doctor"),
+    ("training", "evaluation", "export", "doctor"),
     ("cli",),
     # Names of before, which scripts hold; nothing of ours imports them.
     ("layer_specs", "presets", "moe"),
@@ -33,7 +33,7 @@ SIDEWAYS = {
     ("telemetry", "process"),
     ("optimizer", "model"),
 }
-OPTIONAL = ("transformer_engine", "apex", "wandb", "emerging_optimizers")
+OPTIONAL = ("transformer_engine", "apex", "wandb", "emerging_optimizers", "gguf")
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix()
     for path in ROOT.rglob("*.py")

@@ -2,32 +2,43 @@
 
 import json
 import uuid
-from collections.abc import Callable, Sequence
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from trinity_megatron.checkpoint.block_stream import BlockWriter, write_blocks
 from trinity_megatron.checkpoint.hf_assets import Assets, write_generation_config, write_tokenizer
-from trinity_megatron.checkpoint.hf_weights import (
-    INDEX_NAME,
-    SINGLE_NAME,
+from trinity_megatron.checkpoint.hf_weights import INDEX_NAME, SINGLE_NAME, parse_header
+from trinity_megatron.checkpoint.hf_writer import (
     HFWriter,
     build_header,
     build_index,
-    parse_header,
     split_into_files,
 )
 from trinity_megatron.checkpoint.source import MegatronSource, Tensors
-from trinity_megatron.checkpoint.staging import Staging, group_into_jobs
-from trinity_megatron.checkpoint.tensor_checks import check_finite, match_tensors
-from trinity_megatron.checkpoint.torch_dist.parts import Part
+from trinity_megatron.checkpoint.tensor_checks import match_tensors
 from trinity_megatron.checkpoint.vocabulary import check_tokenizer_size
 from trinity_megatron.model.config import TrinityConfig
 from trinity_megatron.model.hf_config import CONFIG_NAME, hf_config_from_trinity
 
 MAX_SHARD_SIZE = "5GB"
+
+
+class Encoding(Protocol):
+    """How tensors are stored in the files, where that is not as Megatron has them."""
+
+    name: str
+
+    def stored(self, tensors: Tensors) -> Tensors:
+        """Dtype and shape of the tensors in the files, from those of the model."""
+
+    def config_fields(self, tensors: Tensors) -> dict[str, Any]:
+        """What ``config.json`` says of it."""
+
+    def wrap(self, writer: HFWriter) -> BlockWriter:
+        """A writer that takes the blocks of the model's tensors."""
 
 
 def write_hf(
@@ -40,6 +51,7 @@ def write_hf(
     tokenizer: Path | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
     fingerprint: Any = None,
+    encoding: Encoding | None = None,
 ) -> int:
     """Write Megatron's tensors as a Hugging Face checkpoint.
 
@@ -53,9 +65,10 @@ def write_hf(
         max_shard_size: Largest weight file, e.g. ``5GB``.
         fingerprint: Identifies the content of the source.  If None, an interrupted conversion
             starts over.
+        encoding: How the weights are stored; as they are if None.
 
     Returns:
-        Bytes of weights written.
+        Bytes of weights read.
 
     Raises:
         UserError: The tensors do not match the config, or a tensor contains NaN or infinity.
@@ -70,39 +83,27 @@ def write_hf(
         for entry in entries
         for hf_name, shape in entry.hf.items()
     }
-    headers = _build_headers(tensors, assets, max_shard_size)
-    by_key = {entry.megatron: entry for entry in entries}
-    units = [parts for entry in entries for parts in source.parts(entry.megatron)]
+    extra = encoding.config_fields(tensors) if encoding else {}
+    stored = encoding.stored(tensors) if encoding else tensors
+    headers = _build_headers(stored, assets, max_shard_size)
 
-    def num_bytes(parts: Sequence[Part]) -> int:
-        return sum(prod(part.shape) for part in parts) * found[parts[0].key][0].itemsize
+    def prepare(folder: Path) -> BlockWriter:
+        # These files before the weights, so that errors in them appear at once.
+        _write_side_files(folder, config, stored, headers, assets, tokenizer, extra)
+        writer = HFWriter(folder, headers)
+        return encoding.wrap(writer) if encoding else writer
 
-    batches = group_into_jobs(units, num_bytes)
-    sizes = [sum(map(num_bytes, batch)) for batch in batches]
     # A model in memory may have changed since an earlier attempt: a random ID discards its files.
-    state = [fingerprint or uuid.uuid4().hex, headers, sizes]
-    with Staging(hf, state, num_bytes=sum(sizes)) as staging:
-        # Write these files before the weights, so that errors in them appear at once.
-        _write_side_files(staging.folder, config, tensors, headers, assets, tokenizer)
-        writer = HFWriter(staging.folder, headers)
-
-        def write(index: int, advance: Callable[[int], None]) -> None:
-            touched = set()
-            for parts in batches[index]:
-                whole, start = source.read(parts), parts[0].start
-                blocks = by_key[parts[0].key].clip(start, tuple(whole.shape))
-                check_finite(whole, blocks, start, f"{name}: {parts[0].key}, to be")
-                for block in blocks:
-                    writer.write(block, block.megatron_view(whole, start))
-                    touched.add(block.hf_name)
-                advance(num_bytes(parts))
-            writer.sync(touched)
-
-        try:
-            staging.run(write, sizes, description="to Hugging Face")
-        finally:
-            writer.close()
-    return sum(sizes)
+    state = [fingerprint or uuid.uuid4().hex, headers, encoding.name if encoding else None]
+    return write_blocks(
+        source,
+        entries,
+        hf,
+        name=name,
+        state=state,
+        prepare=prepare,
+        description="to Hugging Face",
+    )
 
 
 def _build_headers(tensors: Tensors, assets: Assets | None, max_shard_size: str) -> dict[str, str]:
@@ -128,6 +129,7 @@ def _write_side_files(
     headers: dict[str, str],
     assets: Assets | None,
     tokenizer: Path | None,
+    extra: Mapping[str, Any],
 ) -> None:
     """Write config, tokenizer, generation config and index: every file except the weights."""
     dtype = tensors["lm_head.weight"][0]
@@ -141,7 +143,7 @@ def _write_side_files(
     fields = (
         dict(assets.config) if assets is not None else hf_config_from_trinity(config, dtype=dtype)
     )
-    fields.update(ids)
+    fields.update(ids, **extra)
     for key in ("dtype", "torch_dtype"):  # training may have changed the dtype of the weights
         if fields.get(key):
             fields[key] = str(dtype).removeprefix("torch.")

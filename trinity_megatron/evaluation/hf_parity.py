@@ -10,15 +10,12 @@ if __name__ == "__main__":
     enter_rank()  # before the imports, which take seconds
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from trinity_megatron.errors import UserError
@@ -37,13 +34,13 @@ from trinity_megatron.checkpoint.hf_weights import HFWeights  # noqa: E402
 from trinity_megatron.checkpoint.model_io import load_megatron_model  # noqa: E402
 from trinity_megatron.checkpoint.transformers_model import transformers_config  # noqa: E402
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host  # noqa: E402
+from trinity_megatron.evaluation.tokens import random_tokens, read_tokens  # noqa: E402
 from trinity_megatron.evaluation.verify_flags import add_verify_flags  # noqa: E402
 from trinity_megatron.model.hf_config import (  # noqa: E402
     read_hf_config,
     trinity_config_from_hf,
 )
 
-BATCH_SIZE = 2
 _DIFFERENT = 1
 
 
@@ -211,43 +208,6 @@ def trace_megatron(model: torch.nn.Module, tokens: torch.Tensor) -> Trace:
         {layer: value for piece in pieces for layer, value in piece[1].items()},
         {layer: value for piece in pieces for layer, value in piece[2].items()},
     )
-
-
-def read_tokens(path: Path, vocab_size: int) -> torch.Tensor:
-    """Token ids of a file: ``.npy``, ``.json`` (one list, or one per sequence) or plain numbers.
-
-    Returns:
-        int64 ``[b, s]``.
-
-    Raises:
-        ValueError: It holds no token ids, or some beyond the vocabulary.
-    """
-    try:
-        if path.suffix == ".npy":
-            values = np.load(path)
-        elif path.suffix == ".json":
-            values = np.array(json.loads(path.read_text()))
-        else:
-            values = np.array(path.read_text().replace(",", " ").split(), dtype=np.int64)
-        if values.ndim > 2 or not np.issubdtype(values.dtype, np.integer):
-            raise ValueError(f"an array of {values.ndim} dimensions of {values.dtype}")
-        tokens = torch.from_numpy(np.atleast_2d(values).astype(np.int64))
-    except FileNotFoundError as error:
-        raise UserError(f"--tokens {path} is not there. Remedy: name a file.") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"--tokens {path} holds no rows of token ids of the same length ({error}). Remedy: a "
-            ".npy or .json file with [sequences, length] ids, or plain numbers."
-        ) from error
-    if not tokens.numel() or tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise UserError(f"--tokens {path}: ids must be within 0..{vocab_size - 1}.")
-    return tokens
-
-
-def random_tokens(vocab_size: int, seq_length: int) -> torch.Tensor:
-    """A batch of random tokens, always the same; int64 ``[b, s]``."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size, (BATCH_SIZE, seq_length), generator=generator)
 
 
 def run(args: argparse.Namespace) -> int:

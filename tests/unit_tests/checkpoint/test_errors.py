@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.reference.hf_random import random_config, random_model
 from trinity_megatron.checkpoint import convert, staging
 from trinity_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from trinity_megatron.checkpoint.hf_weights import HFWriter
+from trinity_megatron.checkpoint.hf_writer import HFWriter
 from trinity_megatron.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -375,7 +375,7 @@ def test_wrong_flags_of_generate(given: dict, message: str, megatron: Path) -> N
 
 
 def test_wrong_size_of_files() -> None:
-    from trinity_megatron.checkpoint.hf_weights import split_into_files
+    from trinity_megatron.checkpoint.hf_writer import split_into_files
 
     with pytest.raises(ValueError, match="--max-shard-size 'five'.*Remedy: .*5GB"):
         split_into_files({"x": (torch.float32, (2, 3))}, max_shard_size="five")

@@ -14,8 +14,8 @@ from transformers import AfmoeForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from tests.reference.hf_afmoe import hf_config
-from trinity_megatron.checkpoint.hf_weights import (
-    HFWeights,
+from trinity_megatron.checkpoint.hf_weights import HFWeights
+from trinity_megatron.checkpoint.hf_writer import (
     HFWriter,
     build_header,
     build_index,

@@ -1,5 +1,6 @@
 """torch's ``FileSystemReader`` with read-ahead and checksums."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,16 @@ def reading_ahead(
             info = self.storage_data[item.storage_index]
             by_file.setdefault(info.relative_path, []).append(info)
         infos = [info for places in by_file.values() for info in places]
-        with ReadAhead(Path(self.path), infos, get_checks(self)) as self.read_ahead:
+        # By thread: an export reads in two, and the buffers of one are not for the other.
+        aheads = vars(self).setdefault("read_aheads", {})
+        with ReadAhead(Path(self.path), infos, get_checks(self)) as ahead:
+            aheads[threading.get_ident()] = ahead
             try:
                 return read_data(self, plan, planner)
             except BadCheckpoint as error:
-                raise BadCheckpoint(self.read_ahead.locate(error)) from error
+                raise BadCheckpoint(ahead.locate(error)) from error
             finally:
-                self.read_ahead = None
+                del aheads[threading.get_ident()]
 
     return read
 
@@ -74,7 +78,7 @@ def slicing_checked(slice_file: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def take(self: Any, file: Any, info: _StorageInfo) -> Any:
-        ahead = getattr(self, "read_ahead", None)
+        ahead = getattr(self, "read_aheads", {}).get(threading.get_ident())
         return slice_file(self, file, info) if ahead is None else ahead.take(info)
 
     return take

@@ -1,6 +1,11 @@
 """``torch_dist`` checkpoints read without a model: round trip and damage."""
 
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +19,10 @@ from tests.unit_tests.checkpoint.torch_dist.torch_dist_cases import (
     slice_of,
     write,
 )
+from trinity_megatron.checkpoint.integrity.read_ahead import ReadAhead
 from trinity_megatron.checkpoint.torch_dist.parts import Part
 from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
+from trinity_megatron.checkpoint.torch_dist.streams import StreamingFileSystem
 
 
 def test_round_trip(checkpoint: Path) -> None:
@@ -120,3 +127,28 @@ def test_no_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = TorchDistReader(tmp_path)
     with pytest.raises(ValueError, match="holds no arguments, so the model is not known"):
         _ = reader.args
+
+
+def test_two_threads_read_at_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As an export does.  Reads used to share one read-ahead: a thread got the buffer of another.
+    reader, tensors = TorchDistReader(checkpoint), make_tensors()
+    both_opened, takers = threading.Barrier(2, timeout=60), []
+    create_stream, take = StreamingFileSystem.create_stream, ReadAhead.take
+
+    @contextmanager
+    def wait_for_the_other(self: Any, path: Any, mode: str) -> Iterator[Any]:
+        with create_stream(self, path, mode) as stream:
+            both_opened.wait()
+            yield stream
+
+    def note(self: ReadAhead, info: Any) -> Any:
+        takers.append(self)
+        return take(self, info)
+
+    monkeypatch.setattr(StreamingFileSystem, "create_stream", wait_for_the_other)
+    monkeypatch.setattr(ReadAhead, "take", note)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda key: reader.read(reader.parts(key)[0]), ["fp16", "bf16"])
+        fp16, bf16 = found
+    assert torch.equal(fp16, tensors["fp16"]) and torch.equal(bf16, tensors["bf16"][: len(bf16)])
+    assert len(takers) == 2 and takers[0] is not takers[1]
