@@ -16,6 +16,7 @@ from tests.unit_tests.parallel_state import one_rank_world
 from trinity_megatron.model.lm_head_loss import LanguageModelLoss
 from trinity_megatron.model.norms import TrinityRMSNorm
 from trinity_megatron.model.presets import trinity_preset
+from trinity_megatron.model.weight_gradients import add_weight_gradient
 from trinity_megatron.telemetry.step_statistics import statistics_of
 
 NUM_TOKENS = 8192
@@ -82,6 +83,26 @@ def norm(
     return {"counts": counts, "kernels": device.kernels(folder / "kernels"), "kept": kept}
 
 
+def weight_gradient(device: NullDevice, folder: Path) -> dict[str, Any]:
+    """Gradient of the matrix of the attention's output, added to its fp32 sum.
+
+    Returns:
+        ``counts``, ``kernels``, and ``made``: bytes of the peak.
+    """
+    inputs, grad = (
+        torch.empty(NUM_TOKENS, 3072, dtype=torch.bfloat16, device="cuda") for _ in "xg"
+    )
+    total = torch.empty(3072, 3072, device="cuda")
+    for _ in range(2):
+        device.reset()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        add_weight_gradient(inputs, grad, total)
+        counts = device.read()
+    made = torch.cuda.max_memory_allocated() - before
+    return {"counts": counts, "kernels": device.kernels(folder / "kernels"), "made": made}
+
+
 def main() -> None:
     """The loss in steps that are logged and in others; each kind of norm."""
     config = trinity_preset("large", bf16=True, params_dtype=torch.bfloat16)
@@ -101,6 +122,7 @@ def main() -> None:
                 ("norm of keys", groups, True),
             ):
                 results[part] = norm(model, device, folder, heads, is_view)
+            results["weight gradient"] = weight_gradient(device, folder)
     print(json.dumps(results))
 
 

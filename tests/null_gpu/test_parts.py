@@ -55,3 +55,12 @@ def test_norms_keep_nothing_wide_and_round_once(
     assert part["kept"] <= 4 * num_rows + 4096
     # torch's kernel of two steps (blocks of 32 x 1 threads) would round partial sums to bf16.
     assert not [name for name in kernels if "KernelTemplateIN3c108BFloat16EfLj32ELj1E" in name]
+
+
+def test_weight_gradients_are_added_by_their_product(parts: dict[str, Any]) -> None:
+    """One call of the library, nothing copied, and no memory for a gradient in between."""
+    part = parts["weight gradient"]
+    counts = part["counts"]
+    work = sum(counts[key] for key in ("launches", "copies_on_device", "memsets"))
+    assert counts["library_calls"] == 1 and work == 0, part["kernels"]
+    assert part["made"] == 0

@@ -126,6 +126,7 @@ def _run(name: str, settings: Settings) -> PartResult:
         except Exception as error:  # one part must not hide the others' results
             result = PartResult(name)
             result.fail(f"{type(error).__name__}: {error}")
+    result.close()
     result.seconds = time.monotonic() - start
     color = _COLORS[result.status]
     line = f"{name:<12} [{color}]{result.status}[/{color}] {result.seconds:6.1f} s"

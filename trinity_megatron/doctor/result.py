@@ -67,6 +67,13 @@ class PartResult:
         self.status = "failed"
         self.reason = f"{self.reason}; {reason}" if self.reason else reason
 
+    def close(self) -> None:
+        """Call it skipped, with the reasons, if nothing of it ran: what has no figures."""
+        if self.status == "passed" and not any(table.rows for table in self.tables):
+            self.status = "skipped"
+            self.reason = "; ".join(self.skipped) or "nothing of it ran"
+            self.skipped = []
+
 
 class Deadline:
     """Wall-clock time that a part may take.

@@ -139,7 +139,8 @@ class StepFloor(TorchDispatchMode):
             return result
         launches = self._count_launches() - before if self._count_launches else 1
         flops = operation_flops(func, args, kwargs, result)
-        self._add(self._innermost(flops > 0), launches, num_bytes, flops, matrix_dtype(args))
+        dtype = matrix_dtype(args[1:3] if is_sum_with_product(func) else args)
+        self._add(self._innermost(flops > 0), launches, num_bytes, flops, dtype)
         return result
 
     def _counting_graphs(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -281,8 +282,15 @@ def operation_flops(func: Any, args: Any, kwargs: Any, result: Any) -> float:
     """FLOPs of a matrix product; 0 for any other operation."""
     if func is _ATEN._grouped_mm.default:
         return grouped_mm_flops(args[0], args[1], result)
+    if is_sum_with_product(func):  # a dtype may follow, which torch's formula takes for a shape
+        args, kwargs = args[:3], {}
     formula = flop_registry.get(getattr(func, "overloadpacket", func))
     return float(formula(*args, **kwargs, out_val=result)) if formula else 0.0
+
+
+def is_sum_with_product(func: Any) -> bool:
+    """Whether an operation adds a product to its first argument, which may be of another dtype."""
+    return getattr(func, "overloadpacket", None) is _ATEN.addmm
 
 
 def attention_flops(shape: Sequence[int], keys: float, is_backward: bool) -> float:

@@ -50,6 +50,7 @@ from trinity_megatron.model.initialization import (  # noqa: E402
 )
 from trinity_megatron.model.lm_head_loss import attach_language_model_loss  # noqa: E402
 from trinity_megatron.model.moe.bias_update import get_expert_bias_updater  # noqa: E402
+from trinity_megatron.model.weight_gradients import products_into_main_grad  # noqa: E402
 from trinity_megatron.optimizer.gradient_norm import norms_on_device  # noqa: E402
 from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
 from trinity_megatron.optimizer.register import MuonSettings, registered_muon  # noqa: E402
@@ -115,7 +116,7 @@ def main() -> None:
         args = parse_trinity_args(begin)
         for line in check_upstream(REGISTRY.values(), allow_changes=args.allow_upstream_changes):
             tell_once(f"> Megatron-Core differs from the one this was written for: {line}")
-        stack.enter_context(training_without_cuda() if ON_CPU else norms_on_device())
+        stack.enter_context(training_without_cuda() if ON_CPU else _training_with_cuda())
         stack.enter_context(local_statistics())
         stack.enter_context(rope_on_device())
         check_folders(args)
@@ -125,6 +126,12 @@ def main() -> None:
         stack.enter_context(replaced(_WANDB_WRITER, lambda _: open_writer(args)))
         stack.enter_context(registered_muon(MuonSettings.from_args(args)))
         _train(args)
+
+
+@contextlib.contextmanager
+def _training_with_cuda() -> Iterator[None]:
+    with norms_on_device(), products_into_main_grad():
+        yield
 
 
 def _train(args: argparse.Namespace) -> None:

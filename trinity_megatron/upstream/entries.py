@@ -7,6 +7,7 @@ _OPTIMIZER = "megatron.core.optimizer"
 _EMERGING = "megatron.core.optimizer.emerging_optimizers"
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _ROPE = "megatron.core.models.common.embeddings.rope_utils"
+_LAYERS = "megatron.core.tensor_parallel.layers"
 _SERIALIZATION = "megatron.core.dist_checkpointing.serialization"
 _WRITER_MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 _WRITER = f"{_WRITER_MODULE}:FileSystemWriterAsync"
@@ -75,6 +76,18 @@ _ENTRIES = (
         f"{_ROPE}:_apply_rotary_pos_emb_thd",
         "packed documents without a loop over them and without waits for the device",
         fingerprint="99798acffbb2",
+    ),
+    Replacement(
+        f"{_LAYERS}:fused_weight_gradient_mlp_cuda",
+        "torch has the product that adds a weight gradient to main_grad, where apex is missing",
+        source_of=f"{_LAYERS}:LinearWithGradAccumulationAndAsyncCommunication",
+        fingerprint="9ffc0bd1a944",
+    ),
+    Replacement(
+        f"{_LAYERS}:_grad_accum_fusion_available",
+        "the flag that says so",
+        source_of=f"{_LAYERS}:ColumnParallelLinear",
+        fingerprint="7cbdf5d289f2",
     ),
     Replacement(
         "torch._inductor.output_code:CompiledFxGraph.__call__",
@@ -162,9 +175,9 @@ _ENTRIES = (
         fingerprint="68d85cf9f1fe",
     ),
     Replacement(
-        "megatron.core.tensor_parallel.layers:_MODEL_PARALLEL_ATTRIBUTE_DEFAULTS",
+        f"{_LAYERS}:_MODEL_PARALLEL_ATTRIBUTE_DEFAULTS",
         "the float32 master of a weight keeps how Muon splits it",
-        source_of="megatron.core.tensor_parallel.layers:copy_tensor_model_parallel_attributes",
+        source_of=f"{_LAYERS}:copy_tensor_model_parallel_attributes",
         fingerprint="6537018adbec",
     ),
     # Checkpoints: saving.

@@ -19,6 +19,7 @@ from trinity_megatron.upstream.replacement import Replacement
 
 # Megatron only: torch and TensorBoard are supported in a range of releases.
 _CHECKED = "megatron"
+_ABSENT = object()
 
 
 @contextmanager
@@ -27,17 +28,21 @@ def replaced(target: str, make: Callable[[Any], Any]) -> Iterator[None]:
 
     Args:
         target: Of an entry of the registry.
-        make: Returns the new value; its argument is the present one.
+        make: Returns the new value; its argument is the present one, or None where upstream has
+            none (an optional package that it has not found).
     """
     assert target in REGISTRY, f"{target} is not in trinity_megatron/upstream/entries.py"
     owner, name = _resolve(target)
-    before = inspect.getattr_static(owner, name)
-    made = make(getattr(owner, name))
+    before = inspect.getattr_static(owner, name, _ABSENT)
+    made = make(getattr(owner, name, None))
     setattr(owner, name, staticmethod(made) if isinstance(before, staticmethod) else made)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        if before is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 def replace(target: str, value: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from trinity_megatron.doctor.step_floor import GPUS, StepFloor, floor_table, group_of
 
-A, B = torch.ones(8, 16), torch.ones(16, 4)
+A, B, C = torch.ones(8, 16), torch.ones(16, 4), torch.ones(8, 4)
 FP32 = 4
 
 
@@ -29,6 +29,7 @@ def count(run: Callable[[], Any], **kwargs: Any) -> StepFloor:
         (lambda: A + A, 2 * 8 * 16, 0),  # one tensor, read once
         (lambda: A.clone().add_(1.0), 4 * 8 * 16, 0),  # reads and writes its own
         (lambda: A[:1].expand(8, 16).contiguous(), 16 + 8 * 16, 0),
+        (lambda: torch.addmm(C, A, B, out=C), 8 * 16 + 16 * 4 + 2 * 8 * 4, 2 * 8 * 16 * 4),
         (lambda: torch.baddbmm(torch.ones(1, 1, 1), A[None], B[None]), None, 2 * 8 * 16 * 4),
     ],
 )
@@ -38,6 +39,18 @@ def test_an_operation(run: Callable[[], Any], elements: int | None, flops: int) 
     if elements is not None:
         assert sum(cost.num_bytes for cost in costs) == elements * FP32
     assert sum(sum(cost.flops.values()) for cost in costs) == flops
+
+
+def test_the_rate_of_a_sum_is_that_of_its_product() -> None:
+    """A bf16 product into an fp32 sum; meta tensors, as a CPU has no such operation."""
+    left, right, total = (
+        torch.empty(8, 8, dtype=dtype, device="meta")
+        for dtype in (torch.bfloat16, torch.bfloat16, torch.float32)
+    )
+    floor = count(lambda: torch.addmm(total, left, right, out_dtype=torch.float32, out=total))
+    (cost,) = floor.groups.values()
+    assert dict(cost.flops) == {torch.bfloat16: 2 * 8**3}
+    assert cost.num_bytes == 2 * 2 * 8**2 + 2 * 4 * 8**2
 
 
 def test_the_floor_is_the_larger_of_both() -> None:

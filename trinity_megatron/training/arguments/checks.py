@@ -43,7 +43,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     if not is_cpu_host():
         finish_fp8(args)
     if args.use_torch_fsdp2 or args.use_megatron_fsdp:
-        args.gradient_accumulation_fusion = False  # on where apex is there; needs Megatron's DDP
+        args.gradient_accumulation_fusion = False  # needs Megatron's DDP
     finish_nan_check(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)

