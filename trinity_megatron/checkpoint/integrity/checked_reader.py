@@ -6,39 +6,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import _weights_only_unpickler, serialization
+from torch import serialization
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
 from trinity_megatron.checkpoint.integrity.checks import Checks
 from trinity_megatron.checkpoint.integrity.checksums import Window
+from trinity_megatron.checkpoint.integrity.direct_read import find_target, load_over
 from trinity_megatron.checkpoint.integrity.metadata import read_metadata
-from trinity_megatron.checkpoint.integrity.read_ahead import ReadAhead
+from trinity_megatron.checkpoint.integrity.read_ahead import ReadAhead, Request
 from trinity_megatron.checkpoint.integrity.safe_pickle import BadCheckpoint
 
 
 def reading_ahead(
-    read_data: Callable[..., Any], get_checks: Callable[[Any], Checks]
+    read_data: Callable[..., Any],
+    get_checks: Callable[[Any], Checks],
+    *,
+    to_targets: bool = False,
 ) -> Callable[..., Any]:
     """Wrap ``FileSystemReader.read_data``: read ahead and verify checksums.
 
     Args:
         read_data: torch's method.
         get_checks: Returns the settings of the integrity checks of a reader.
+        to_targets: Read tensors straight into those that are loaded; needs :func:`load_in_place`.
     """
 
     def read(self: Any, plan: Any, planner: Any) -> Any:
         if not isinstance(self.fs, FileSystem):  # not a local file system
             return read_data(self, plan, planner)
-        by_file: dict[str, list[_StorageInfo]] = {}
+        by_file: dict[str, list[Request]] = {}
         for item in plan.items:  # torch reads file by file
             info = self.storage_data[item.storage_index]
-            by_file.setdefault(info.relative_path, []).append(info)
-        infos = [info for places in by_file.values() for info in places]
+            target = find_target(planner, item) if to_targets else None
+            by_file.setdefault(info.relative_path, []).append(Request(info, target))
+        requests = [request for places in by_file.values() for request in places]
         # By thread: an export reads in two, and the buffers of one are not for the other.
         aheads = vars(self).setdefault("read_aheads", {})
-        with ReadAhead(Path(self.path), infos, get_checks(self)) as ahead:
+        with ReadAhead(Path(self.path), requests, get_checks(self)) as ahead:
             aheads[threading.get_ident()] = ahead
             try:
                 return read_data(self, plan, planner)
@@ -53,6 +59,9 @@ def reading_ahead(
 def load_in_place(load: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``torch.load``: tensors share the memory of an item that was read ahead, without a copy.
 
+    A tensor that was read to its target is returned as it is; when torch copies it to itself,
+    ``copy_`` does nothing.
+
     Args:
         load: ``torch.load``; called for every other argument.
     """
@@ -60,12 +69,11 @@ def load_in_place(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_tensor(f: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(f, Window):
             return load(f, *args, **kwargs)
+        if f.tensor is not None:
+            return f.tensor
         storage = torch.frombuffer(f.data, dtype=torch.uint8).untyped_storage()
         with serialization._open_zipfile_reader(f) as archive:  # type: ignore[arg-type]
-            # torch.load does the same with weights_only and mmap, but only for the name of a file.
-            return serialization._load(
-                archive, "cpu", _weights_only_unpickler, overall_storage=storage, encoding="utf-8"
-            )
+            return load_over(archive, storage)
 
     return load_tensor
 

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 try:
@@ -103,12 +104,13 @@ class Window(_Part):
     """Memory as a file.
 
     Attributes:
-        data: The memory.
+        data: The memory; empty with ``tensor``.
+        tensor: The stored tensor, where it was read into a tensor instead.
     """
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: memoryview, tensor: Tensor | None = None) -> None:
         super().__init__(len(data))
-        self.data = data
+        self.data, self.tensor = data, tensor
 
     def _copy(self, target: memoryview, at: int) -> int:
         target[:] = self.data[at : at + len(target)]

@@ -62,10 +62,13 @@ def guarded_loads(
     def load(before: Callable[..., Any]) -> Callable[..., Any]:
         return safe_torch_load(load_in_place(before), verify_checksums=verify_checksums)
 
+    def read(before: Callable[..., Any]) -> Callable[..., Any]:
+        return reading_ahead(before, lambda _: checks, to_targets=True)
+
     places = (
         (f"{_TORCH}:pickle", lambda before: MetadataPickle(checks)),
         ("torch:load", load),
-        (f"{_TORCH}:FileSystemReader.read_data", lambda r: reading_ahead(r, lambda _: checks)),
+        (f"{_TORCH}:FileSystemReader.read_data", read),
         (f"{_TORCH}:FileSystemReader._slice_file", slicing_checked),
         (
             f"{_MEGATRON}.strategies.filesystem_async:FileSystemWriterAsync.retrieve_write_results",

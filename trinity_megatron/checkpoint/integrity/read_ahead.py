@@ -4,25 +4,39 @@ import os
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from trinity_megatron.checkpoint.integrity.checks import Checks, check_stays_inside
 from trinity_megatron.checkpoint.integrity.checksums import (
     Window,
     check_records,
-    crc32,
     get_checksum,
 )
+from trinity_megatron.checkpoint.integrity.direct_read import read_into, read_pieces
 from trinity_megatron.checkpoint.integrity.safe_pickle import BadCheckpoint
 
 _NUM_THREADS = 2
 # Most bytes read ahead, unless one item is larger.
 _AHEAD_BYTES = 256 * 2**20
-# Bytes per read: the checksum is computed while they are in the processor's cache.
-_PIECE_BYTES = 2**20
 _COPY_AGAIN = "Remedy: copy the file again."
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to read.
+
+    Attributes:
+        info: Location of the item.
+        target: Tensor to read it into, if it is stored as one of the same kind; None: read it into
+            a buffer.
+    """
+
+    info: _StorageInfo
+    target: Tensor | None = None
 
 
 class ReadAhead:
@@ -30,14 +44,14 @@ class ReadAhead:
 
     Args:
         folder: Folder of the checkpoint.
-        infos: Locations of the items, in the order in which :meth:`take` will be called.
+        requests: The items, in the order in which :meth:`take` will be called.
         checks: Settings of the integrity checks.
     """
 
-    def __init__(self, folder: Path, infos: Iterable[_StorageInfo], checks: Checks) -> None:
+    def __init__(self, folder: Path, requests: Iterable[Request], checks: Checks) -> None:
         self._folder, self._checks = folder, checks
-        self._waiting = deque(infos)
-        self._running: deque[tuple[_StorageInfo, Future[tuple[bytearray, memoryview]]]] = deque()
+        self._waiting = deque(requests)
+        self._running: deque[tuple[_StorageInfo, Future[tuple[bytearray, Window]]]] = deque()
         self._files: dict[str, int] = {}
         self._free: list[bytearray] = []
         self._taken: bytearray | None = None
@@ -59,15 +73,16 @@ class ReadAhead:
         Raises:
             BadCheckpoint: The item is truncated or its checksum is wrong.
         """
-        if self._taken is not None:
+        if self._taken:
             self._free.append(self._taken)
         self._last = info
         self._start()
         if self._running and self._running[0][0] is info:
-            self._taken, data = self._running.popleft()[1].result()
+            self._taken, window = self._running.popleft()[1].result()
         else:
-            self._taken, data = self._read(info, self._open(info), self._get_buffer(info.length))
-        return Window(data)
+            buffer = self._get_buffer(info.length)
+            self._taken, window = self._read(Request(info), self._open(info), buffer)
+        return window
 
     def locate(self, error: BadCheckpoint) -> str:
         """The message of an error, prefixed with the file of the item taken last."""
@@ -79,13 +94,14 @@ class ReadAhead:
         """Start to read the next items."""
         pending = sum(info.length for info, _ in self._running)
         while self._pool is not None and self._waiting and len(self._running) < 2 * _NUM_THREADS:
-            pending += self._waiting[0].length
+            pending += self._waiting[0].info.length
             if self._running and pending > _AHEAD_BYTES:
                 break
-            info = self._waiting.popleft()
-            buffer = self._get_buffer(info.length)
-            reading = self._pool.submit(self._read, info, self._open(info), buffer)
-            self._running.append((info, reading))
+            request = self._waiting.popleft()
+            has_target = request.target is not None
+            buffer = bytearray() if has_target else self._get_buffer(request.info.length)
+            reading = self._pool.submit(self._read, request, self._open(request.info), buffer)
+            self._running.append((request.info, reading))
 
     def _open(self, info: _StorageInfo) -> int:
         name = info.relative_path
@@ -94,29 +110,33 @@ class ReadAhead:
             self._files[name] = os.open(self._folder / name, os.O_RDONLY)
         return self._files[name]
 
-    def _read(
-        self, info: _StorageInfo, file: int, buffer: bytearray
-    ) -> tuple[bytearray, memoryview]:
-        data = memoryview(buffer)[: info.length]
-        expected = get_checksum(info) if self._checks.verify_checksums else None
-        checksum, at = 0, 0
-        while at < info.length:
-            end = min(at + _PIECE_BYTES, info.length)
-            count = os.preadv(file, [data[at:end]], info.offset + at)
-            if not count:
-                raise BadCheckpoint(f"{self._name(info)} is truncated. {_COPY_AGAIN}")
-            if expected is not None:
-                checksum = crc32(data[at : at + count], checksum)
-            at += count
+    def _read(self, request: Request, file: int, buffer: bytearray) -> tuple[bytearray, Window]:
+        info, verify = request.info, self._checks.verify_checksums
+        expected = get_checksum(info) if verify else None
+        try:
+            if request.target is not None and (expected is not None or not verify):
+                checksum = read_into(request.target, file, info, verify=verify)
+                if checksum is not None:
+                    self._compare(info, checksum, expected)
+                    return buffer, Window(memoryview(b""), request.target)
+            if len(buffer) < info.length:
+                buffer = bytearray(info.length)
+            data = memoryview(buffer)[: info.length]
+            checksum = read_pieces(data, file, info.offset, 0 if expected is not None else None)
+        except EOFError as error:
+            raise BadCheckpoint(f"{self._name(info)} is truncated. {_COPY_AGAIN}") from error
+        self._compare(info, checksum, expected)
+        if expected is None and verify:
+            self._check_records(info, data)
+        return buffer, Window(data)
+
+    def _compare(self, info: _StorageInfo, checksum: int | None, expected: int | None) -> None:
         if expected is not None and checksum != expected:
             raise BadCheckpoint(
                 f"{self._name(info)} is damaged, or belongs to another step: its bytes "
                 f"{info.offset} to {info.offset + info.length} do not have the CRC-32 that was "
                 f"stored for them. {_COPY_AGAIN}"
             )
-        if expected is None and self._checks.verify_checksums:
-            self._check_records(info, data)
-        return buffer, data
 
     def _check_records(self, info: _StorageInfo, data: memoryview) -> None:
         """Verify an item without a checksum of ours by the checksums in torch's zip records.

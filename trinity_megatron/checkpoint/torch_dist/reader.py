@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 
 from trinity_megatron.checkpoint.integrity.checked_reader import CheckedReader
 from trinity_megatron.checkpoint.integrity.checks import Checks, check_stays_inside
-from trinity_megatron.checkpoint.integrity.read_ahead import ReadAhead
+from trinity_megatron.checkpoint.integrity.read_ahead import ReadAhead, Request
 from trinity_megatron.checkpoint.integrity.safe_pickle import BadCheckpoint, safe_torch_load
 from trinity_megatron.checkpoint.page_cache import forget
 from trinity_megatron.checkpoint.torch_dist.parts import COMMON_STATE_KEY, Part
@@ -111,7 +111,7 @@ class TorchDistReader:
                 f"{self.folder} is no torch_dist checkpoint of Megatron: it holds no common state. "
                 "Remedy: save it with --ckpt-format torch_dist."
             )
-        with ReadAhead(self.folder, [info], self._checks) as ahead:
+        with ReadAhead(self.folder, [Request(info)], self._checks) as ahead:
             item = ahead.take(info)
             try:
                 return load(item)[0]
@@ -133,7 +133,7 @@ class TorchDistReader:
             BadCheckpoint: Names the first damaged file.
         """
         infos = list(self._metadata.storage_data.values())
-        with ReadAhead(self.folder, infos, self._checks) as ahead:
+        with ReadAhead(self.folder, map(Request, infos), self._checks) as ahead:
             for info in infos:
                 if is_late():
                     return
