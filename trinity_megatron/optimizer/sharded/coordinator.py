@@ -9,12 +9,14 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from trinity_megatron.optimizer.muon import Muon
-from trinity_megatron.optimizer.sharded.distributed_optimizer import ShardedOptimizer
+from trinity_megatron.optimizer.sharded.distributed_optimizer import (
+    ShardedOptimizer,
+    gather_objects,
+)
 from trinity_megatron.optimizer.sharded.ownership import Assignment, own_matrices
 from trinity_megatron.optimizer.sharded.sharded_parameters import (
     ShardedParameters,
     find_sharded_parameters,
-    gather_objects,
 )
 from trinity_megatron.process.screen import tell
 

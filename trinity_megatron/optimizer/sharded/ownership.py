@@ -158,13 +158,43 @@ class Stack:
 
 
 class Matrix(NamedTuple):
-    """One matrix: number of its stack, its place there, cost and pieces of its first copy."""
+    """One matrix.
+
+    Attributes:
+        stack: Number of its stack.
+        expert: Its place in the stack.
+        block: Number of the separate matrix of a fused one.
+        cost: Floating point operations of `orthogonalize`.
+        copies: Pieces of each of its copies.
+    """
 
     stack: int
     expert: int
     block: int
     cost: float
-    pieces: tuple[Piece, ...]
+    copies: tuple[tuple[Piece, ...], ...]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Pieces of all copies."""
+        return tuple(piece for copy in self.copies for piece in copy)
+
+    def copy_for(self, owner: int, ranks: int) -> tuple[Piece, ...]:
+        """The copy that is sent to the owner: the one it holds, or that of its replica.
+
+        Args:
+            owner: Rank that orthogonalizes the matrix.
+            ranks: Size of the group.
+        """
+        held = [sum(piece.numel for piece in c if piece.rank == owner) for c in self.copies]
+        if any(held):
+            return self.copies[held.index(max(held))]
+        # Replicas of a group lie one after the other.
+        return self.copies[owner * len(self.copies) // ranks]
+
+    def whole_on(self) -> list[int]:
+        """Ranks that hold all of it, where several do."""
+        return [copy[0].rank for copy in self.copies if len({p.rank for p in copy}) == 1]
 
 
 def list_matrices(stacks: Sequence[Stack]) -> list[Matrix]:
@@ -175,7 +205,7 @@ def list_matrices(stacks: Sequence[Stack]) -> list[Matrix]:
             expert,
             block,
             newton_schulz_flops(*stack.shape(block)),
-            tuple(stack.copies(expert, block)[0]),
+            tuple(map(tuple, stack.copies(expert, block))),
         )
         for number, stack in enumerate(stacks)
         for expert in range(stack.count)
@@ -211,7 +241,7 @@ def hold_matrices(matrices: list[Matrix], ranks: int) -> Assignment:
         held: dict[int, int] = {}
         for piece in matrix.pieces:
             held[piece.rank] = held.get(piece.rank, 0) + piece.numel
-        owner = min(held, key=lambda rank: (-held[rank], loads[rank], rank))
+        owner = min(held, key=lambda rank: (-held[rank], loads[rank], rank))  # the most of it
         owners.append(owner)
         loads[owner] += matrix.cost
     return Assignment(matrices, owners, loads)
@@ -265,7 +295,10 @@ def relieve(assignment: Assignment, base: np.ndarray) -> Assignment:
     for rank in np.argsort(-loads, kind="stable").tolist():
         while loads[rank] > limit and held.get(rank):
             number = held[rank].pop()
-            cost, target = assignment.matrices[number].cost, int(loads.argmin())
+            cost = assignment.matrices[number].cost
+            # A copy is never sent to where there is none.
+            holders = assignment.matrices[number].whole_on()
+            target = min(holders, key=loads.__getitem__) if holders[1:] else int(loads.argmin())
             if loads[target] + cost >= loads[rank]:
                 break
             owners[number] = target
