@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from trinity_megatron.model.config import TrinityConfig
+from trinity_megatron.model.initialization import set_aside
 
 
 @dataclass
@@ -54,6 +55,8 @@ class TrinityTransformerLayer(TransformerLayer):
         self.post_mlp_layernorm = submodules.post_mlp_layernorm(**options)
         for norm in (self.post_attention_layernorm, self.post_mlp_layernorm):
             torch.nn.init.constant_(norm.weight, config.post_norm_gain)  # type: ignore[attr-defined]
+        if config.set_matrices_aside:  # layer by layer: all of them may not fit a device
+            set_aside(self)
         # The bias-dropout-add is where the sublayer's output meets the residual on every path of
         # Megatron, those that bypass forward() included.
         for name in ("self_attn_bda", "mlp_bda"):

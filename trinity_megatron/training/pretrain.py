@@ -151,7 +151,8 @@ def _train(args: argparse.Namespace) -> None:
     metrics = StepMetrics(config.transformer)
     validation = ValidationTokens()
     config.pre_wrap_hooks += [label_gradient_groups, attach_language_model_loss]
-    if args.use_distributed_optimizer and not args.use_megatron_fsdp:
+    if args.use_distributed_optimizer:
+        config.transformer.set_matrices_aside = True
         config.pre_wrap_hooks.append(set_matrices_aside)
         config.post_wrap_hooks.append(initialize_wrapped)
     is_buffered = args.use_distributed_optimizer and not args.use_megatron_fsdp

@@ -18,6 +18,7 @@ from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataPa
 from torch import Tensor
 from torch.nn import Module
 
+from trinity_megatron.optimizer.fsdp.initialization import initialize_shards
 from trinity_megatron.optimizer.fsdp.managed_parameters import (
     ManagedParameter,
     managed_parameters,
@@ -114,6 +115,10 @@ class TrinityFSDP(FullyShardedDataParallel):
         if strict and (missing or unexpected):
             raise RuntimeError(f"missing in the checkpoint: {missing}; unexpected: {unexpected}")
         self.module.synchronize_param_gather()
+
+    def initialize_shards(self) -> None:
+        """Draw the shards of a model whose matrices were set aside before it was wrapped."""
+        initialize_shards(self.managed, self._model)
 
     @property
     def _model(self) -> Module:
