@@ -1,6 +1,7 @@
 """Transformer layer with the depth-scaled sandwich norm."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,9 @@ class TrinityTransformerLayer(TransformerLayer):
         # Megatron, those that bypass forward() included.
         for name in ("self_attn_bda", "mlp_bda"):
             self._modules.pop(name, None)
+        # Megatron has a graph of it even in a pass that is recomputed later; ours has a norm in it,
+        # whose input would be kept until then.
+        self.bias_dropout_add_exec_handler = nullcontext
         self.self_attn_bda = self._norm_then_add(self.post_attention_layernorm)
         self.mlp_bda = self._norm_then_add(self.post_mlp_layernorm)
 

@@ -103,14 +103,12 @@ class TrinityFSDP(FullyShardedDataParallel):
             state_dict: With the boxes' tensors in their places.
             strict: Whether what is not sharded has to be complete.
         """
-        rest = {}
-        for key, value in state_dict.items():
-            views = self._views.pop(key, None)
-            if views is None:
-                rest[key] = value
-            else:
-                collect_boxes(views, value)
+        rest = {key: value for key, value in state_dict.items() if key not in self._views}
+        # First what is not sharded: after it Megatron-FSDP makes weights of the present masters.
         missing, unexpected = Module.load_state_dict(self._model, rest, strict=False)
+        for key, views in self._views.items():
+            collect_boxes(views, state_dict.get(key, {}))
+        self._views = {}
         missing = [name for name in missing if name not in self._names]
         if strict and (missing or unexpected):
             raise RuntimeError(f"missing in the checkpoint: {missing}; unexpected: {unexpected}")

@@ -193,7 +193,7 @@ class Matrix(NamedTuple):
         return self.copies[owner * len(self.copies) // ranks]
 
     def whole_on(self) -> list[int]:
-        """Ranks that hold all of it, where several do."""
+        """Ranks that hold all of it."""
         return [copy[0].rank for copy in self.copies if len({p.rank for p in copy}) == 1]
 
 
@@ -276,12 +276,13 @@ def assign_dense(matrices: list[Matrix], base: np.ndarray) -> Assignment:
     return Assignment(matrices, owners, loads)
 
 
-def relieve(assignment: Assignment, base: np.ndarray) -> Assignment:
+def relieve(assignment: Assignment, base: np.ndarray, *, stay: bool = False) -> Assignment:
     """Move matrices from ranks with too much to do to those with least, while that helps.
 
     Args:
         assignment: Owners without regard to ``base``.
         base: What each rank has to do besides.
+        stay: A matrix moves among the ranks that hold all of it only.
 
     Returns:
         New owners; ``loads`` includes ``base``.
@@ -296,9 +297,8 @@ def relieve(assignment: Assignment, base: np.ndarray) -> Assignment:
         while loads[rank] > limit and held.get(rank):
             number = held[rank].pop()
             cost = assignment.matrices[number].cost
-            # A copy is never sent to where there is none.
-            holders = assignment.matrices[number].whole_on()
-            target = min(holders, key=loads.__getitem__) if holders[1:] else int(loads.argmin())
+            holders = assignment.matrices[number].whole_on() if stay else []
+            target = min(holders, key=loads.__getitem__) if holders else int(loads.argmin())
             if loads[target] + cost >= loads[rank]:
                 break
             owners[number] = target
@@ -312,6 +312,8 @@ def own_matrices(
     experts: Sequence[Stack],
     places: Sequence[int],
     members: Sequence[int],
+    *,
+    experts_stay: bool = False,
 ) -> tuple[Assignment, Assignment]:
     """Give every matrix an owner so that all ranks have equally much to do.
 
@@ -323,12 +325,13 @@ def own_matrices(
         experts: Experts of this rank's group; the other groups hold theirs in the same way.
         places: For each rank, its place in its group of expert ranks.
         members: For each place in this rank's group, the rank.
+        experts_stay: No expert leaves the ranks that hold it.
 
     Returns:
         Owners among all ranks, and owners among the places; ``loads`` of both include the other.
     """
     held, assigned, besides = own_dense(dense, experts, places, len(members))
-    return assigned, relieve(held, besides[np.asarray(members, dtype=int)])
+    return assigned, relieve(held, besides[np.asarray(members, dtype=int)], stay=experts_stay)
 
 
 def own_dense(
