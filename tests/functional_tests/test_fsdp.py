@@ -127,7 +127,7 @@ def test_statistics_of_parts_are_those_of_one_process(name: str, runs: SimpleNam
     assert len(tags) > 10
     assert set(tags) <= set(found.scalar_tags())
     for tag in tags:
-        if "seconds" in tag or "ms" in tag:
+        if "second" in tag or "_ms" in tag or "orthogonality" in tag:  # of a sample a rank
             continue
         expected, values = alone.scalars(tag), found.scalars(tag)
         np.testing.assert_allclose(
@@ -182,6 +182,5 @@ def test_experts_stay_with_their_holders(name: str, runs: SimpleNamespace) -> No
         assert all(len({piece.rank for piece in copy}) == 1 for copy in copies)
         assert owner in {copy[0].rank for copy in copies}
         sizes[owner] = sizes.get(owner, 0) + 1
-    assert len(sizes) == len(
-        {s.rank for stack in experts["stacks"] for h in stack.holders for s in h}
-    )
+    everyone = {s.rank for stack in experts["stacks"] for h in stack.holders for s in h}
+    assert set(sizes) == everyone

@@ -75,9 +75,10 @@ class FsdpOptimizer(ShardedOptimizer):
             distributed_optimizer_instance_id=instance,
         )
         # From here on all is as without FSDP: shards of masters, which this rank alone updates.
-        instances = self.ddp_config.num_distributed_optimizer_instances
-        self.ddp_config = replace(
-            self.ddp_config,
+        given = chunks[0].ddp_config
+        instances = given.num_distributed_optimizer_instances
+        self.ddp_config: Any = replace(
+            given,
             use_megatron_fsdp=False,
             num_distributed_optimizer_instances=1 if shards_replicas else instances,
         )
@@ -98,7 +99,7 @@ class FsdpOptimizer(ShardedOptimizer):
         self.all_parameters: list[Tensor] = []
         for number, group in enumerate(self.optimizer.param_groups):
             self.all_parameters += group["params"]
-            shards = []
+            shards: list[torch.nn.Parameter] = []
             for param in group["params"]:
                 master = self.managed[param].master()
                 if not master.numel():

@@ -149,7 +149,7 @@ def build_sharded(
 def groups_by_kind(
     model_chunks: list[Any], config: Any, config_overrides: dict[Any, Any] | None
 ) -> dict[Kind, list[dict[str, Any]]]:
-    """Megatron's parameter groups, by the optimizer that gets them; arguments as `build_sharded`."""
+    """Megatron's parameter groups by the optimizer that gets them; arguments of `build_sharded`."""
     found: dict[Kind, list[dict[str, Any]]] = {}
     for group in core_optimizer._get_param_groups(model_chunks, config, config_overrides):
         kind = Kind(group.get("optimizer", config.optimizer), group["is_expert_parallel"])
