@@ -257,8 +257,11 @@ def elements_sent(placement: dict[str, Any]) -> int:
             rows = holder.reshape(stack.count, -1, sum(stack.sizes), stack.columns)[expert]
             first = sum(stack.sizes[:block])
             holders.append(rows[:, first : first + stack.sizes[block]])
-        source = np.concatenate(holders if stack.shard_dim is not None else holders[:1], axis=None)
         target = np.concatenate(holders, axis=None)
+        # Of several copies the owner's own is taken, else that of its replica.
+        own = [index for index, holder in enumerate(holders) if (holder == owner).any()]
+        copy = own[0] if own else owner * len(holders) // placement["ranks"]
+        source = target if stack.shard_dim is not None else holders[copy].ravel()
         if (target == owner).all():
             continue
         sent += int((source == rank).sum())

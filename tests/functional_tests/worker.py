@@ -152,7 +152,7 @@ def counted(prefix: str | None) -> Iterator[None]:
     of the model its bytes of gradients and of weights.
     """
     from megatron.core import parallel_state
-    from megatron.core.distributed import param_and_grad_buffer
+    from megatron.core.distributed import DistributedDataParallel, param_and_grad_buffer
 
     from trinity_megatron.optimizer.muon import Muon
     from trinity_megatron.optimizer.sharded.optimizer_chain import ShardedMuonOptimizer
@@ -195,6 +195,7 @@ def counted(prefix: str | None) -> Iterator[None]:
                 "matrices": [(m.stack, m.expert, m.block) for m in p.assignment.matrices],
                 "owners": p.assignment.owners,
                 "rank": p.rank,
+                "ranks": torch.distributed.get_world_size(p.group),
             }
             for muon in muons
             for p in muon.optimizer.placements
@@ -202,6 +203,7 @@ def counted(prefix: str | None) -> Iterator[None]:
         content["buffers"] = [
             (b.grad_data.nbytes, b.param_data.nbytes)
             for chunk in self.model_chunks
+            if isinstance(chunk, DistributedDataParallel)
             for b in (*chunk.buffers, *chunk.expert_parallel_buffers)
         ]
         return result

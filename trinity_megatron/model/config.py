@@ -67,6 +67,10 @@ class TrinityConfig(TransformerConfig):
     max_position_embeddings: int = 131072
     """Longest context that the model is meant for; nothing is allocated by it."""
 
+    set_matrices_aside: bool = False
+    """A layer keeps the shapes of its matrices alone, until they have their places in the buffers
+    of a wrapper; see `initialization.set_matrices_aside`."""
+
     scale_embeddings: bool = field(
         default=True,
         metadata={

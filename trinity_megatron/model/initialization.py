@@ -31,7 +31,7 @@ def initialize_parameters(model: list[MegatronModule]) -> list[MegatronModule]:
     for chunk in model:
         for name, parameter in chunk.named_parameters():
             if parameter.dim() > 1:
-                _initialize(_global_name(chunk, name), parameter, chunk)
+                _initialize(global_name(chunk, name), parameter, chunk)
     return model
 
 
@@ -43,45 +43,80 @@ def set_matrices_aside(model: list[MegatronModule]) -> list[MegatronModule]:
     pre-wrap hook; :func:`initialize_wrapped` has to be a post-wrap hook then.
     """
     for chunk in model:
-        for parameter in chunk.parameters():
-            if parameter.dim() > 1:
-                parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+        set_aside(chunk)
     torch.cuda.empty_cache()  # the buffers are single blocks, and find none that is free
     return model
 
 
+def set_aside(module: torch.nn.Module) -> None:
+    """Leave of every matrix of a module its shape alone."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+
+
 def initialize_wrapped(model: list[MegatronModule]) -> list[MegatronModule]:
-    """:func:`initialize_parameters` of a model with Megatron's wrappers around it."""
-    initialize_parameters(unwrap_model(model))
+    """:func:`initialize_parameters` of a model with Megatron's wrappers around it.
+
+    A wrapper that shards the parameters draws its shards itself.
+    """
+    for chunk in model:
+        if hasattr(chunk, "initialize_shards"):
+            chunk.initialize_shards()
+        else:
+            initialize_parameters(unwrap_model([chunk]))
     return model
 
 
 def _initialize(name: str, parameter: torch.Tensor, chunk: MegatronModule) -> None:
-    config: TrinityConfig = chunk.config
-    groups = chunk.pg_collection
-    is_expert = ".mlp.experts." in name
-    group = groups.expt_tp if is_expert else groups.tp
-    sharded = getattr(parameter, "tensor_model_parallel", False)
+    draws = ParameterDraws(name, parameter, chunk)
     matrices: Iterable[torch.Tensor] = (parameter.data,)
-    names = [name]
-    if is_expert:
-        num_local = (config.num_moe_experts or 1) // get_pg_size(groups.ep)
-        first_expert = get_pg_rank(groups.ep) * num_local
+    if parameter.dim() == 3:
         matrices = parameter.data.unbind(0)
-        names = [f"{name}.{first_expert + index}" for index in range(num_local)]
-    dim = getattr(parameter, "partition_dim", -1) - (parameter.dim() - 2)
-    # [gate | up] is cut in each half (Megatron: stride 2).
-    stride = 2 if "linear_fc1" in name and config.gated_linear_unit else 1
-    for matrix_name, matrix in zip(names, matrices, strict=True):
-        shape = list(matrix.shape)
-        if sharded:
-            shape[dim] *= get_pg_size(group)
-        whole = draw_matrix(matrix_name, tuple(shape), matrix, config)
-        if sharded:
-            parts = whole.chunk(stride, dim=dim)
-            size, rank = get_pg_size(group), get_pg_rank(group)
-            whole = torch.cat([part.chunk(size, dim=dim)[rank] for part in parts], dim=dim)
-        matrix.copy_(whole)
+    for index, matrix in enumerate(matrices):
+        matrix.copy_(draws.draw(index))
+
+
+class ParameterDraws:
+    """Draws the matrices of a parameter one by one, this rank's tensor-parallel part of each.
+
+    Args:
+        name: Global name of the parameter.
+        parameter: ``[out, in]``, or ``[E, out, in]`` of routed experts; only its shape, device and
+            attributes are read.
+        chunk: Unwrapped pipeline chunk that it belongs to.
+
+    Attributes:
+        names: Of the matrices, one for each expert.
+    """
+
+    def __init__(self, name: str, parameter: torch.Tensor, chunk: MegatronModule) -> None:
+        groups = chunk.pg_collection
+        is_expert = ".mlp.experts." in name
+        self._config: TrinityConfig = chunk.config
+        self._like = parameter
+        self._group = groups.expt_tp if is_expert else groups.tp
+        self._is_sharded = getattr(parameter, "tensor_model_parallel", False)
+        self._dim = getattr(parameter, "partition_dim", -1) - (parameter.dim() - 2)
+        # [gate | up] is cut in each half (Megatron: stride 2).
+        self._stride = 2 if "linear_fc1" in name and self._config.gated_linear_unit else 1
+        self.names = [name]
+        if is_expert:
+            num_local = (self._config.num_moe_experts or 1) // get_pg_size(groups.ep)
+            first_expert = get_pg_rank(groups.ep) * num_local
+            self.names = [f"{name}.{first_expert + index}" for index in range(num_local)]
+
+    def draw(self, index: int) -> torch.Tensor:
+        """Matrix ``index``, fp32 ``[out, in]`` on the device of the parameter."""
+        shape = list(self._like.shape[-2:])
+        size, rank = get_pg_size(self._group), get_pg_rank(self._group)
+        if self._is_sharded:
+            shape[self._dim] *= size
+        whole = draw_matrix(self.names[index], tuple(shape), self._like, self._config)
+        if not self._is_sharded:
+            return whole
+        parts = whole.chunk(self._stride, dim=self._dim)
+        return torch.cat([p.chunk(size, dim=self._dim)[rank] for p in parts], dim=self._dim)
 
 
 def draw_matrix(
@@ -101,7 +136,7 @@ def draw_matrix(
     )
 
 
-def _global_name(chunk: MegatronModule, name: str) -> str:
+def global_name(chunk: MegatronModule, name: str) -> str:
     """Replace the layer's index on this pipeline stage by its index in the model."""
 
     def renumber(match: re.Match[str]) -> str:

@@ -1,6 +1,7 @@
 """Transformer layer with the depth-scaled sandwich norm."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from trinity_megatron.model.config import TrinityConfig
+from trinity_megatron.model.initialization import set_aside
 
 
 @dataclass
@@ -54,10 +56,15 @@ class TrinityTransformerLayer(TransformerLayer):
         self.post_mlp_layernorm = submodules.post_mlp_layernorm(**options)
         for norm in (self.post_attention_layernorm, self.post_mlp_layernorm):
             torch.nn.init.constant_(norm.weight, config.post_norm_gain)  # type: ignore[attr-defined]
+        if config.set_matrices_aside:  # layer by layer: all of them may not fit a device
+            set_aside(self)
         # The bias-dropout-add is where the sublayer's output meets the residual on every path of
         # Megatron, those that bypass forward() included.
         for name in ("self_attn_bda", "mlp_bda"):
             self._modules.pop(name, None)
+        # Megatron has a graph of it even in a pass that is recomputed later; ours has a norm in it,
+        # whose input would be kept until then.
+        self.bias_dropout_add_exec_handler = nullcontext
         self.self_attn_bda = self._norm_then_add(self.post_attention_layernorm)
         self.mlp_bda = self._norm_then_add(self.post_mlp_layernorm)
 

@@ -22,13 +22,20 @@ class MatrixSplit:
     sizes: tuple[int, ...]
 
 
-def make_stack(param: Tensor, shape: Sequence[int], holders: Sequence[tuple[Shard, ...]]) -> Stack:
+def make_stack(
+    param: Tensor,
+    shape: Sequence[int],
+    holders: Sequence[tuple[Shard, ...]],
+    *,
+    are_replicas: bool = False,
+) -> Stack:
     """Describe the matrices of a parameter and which ranks hold them.
 
     Args:
         param: The parameter or a shard of it, with its attributes: see `optimizer.muon`.
         shape: Shape of its tensor-parallel part, ``[out, in]`` or ``[E, out, in]``.
         holders: For each tensor-parallel rank, the shards of its part.
+        are_replicas: ``holders`` are those of each replica instead, without tensor parallelism.
 
     Returns:
         The stack; a parameter ``[out, in]`` without ``muon_split`` is one matrix.
@@ -44,7 +51,8 @@ def make_stack(param: Tensor, shape: Sequence[int], holders: Sequence[tuple[Shar
             f"number of groups of {sum(split.sizes)} rows"
         )
     shard_dim = None
-    if getattr(param, "tensor_model_parallel", False) and len(holders) > 1:
+    is_divided = getattr(param, "tensor_model_parallel", False) and not are_replicas
+    if is_divided and len(holders) > 1:
         shard_dim = _matrix_dim_of_tensor_parallelism(param, shape)
     return Stack(count, rows, columns, split.sizes, shard_dim, tuple(holders))
 

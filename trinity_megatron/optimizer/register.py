@@ -23,6 +23,8 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from trinity_megatron.errors import UserError
+from trinity_megatron.optimizer.fsdp.optimizer_chain import build_on_fsdp
+from trinity_megatron.optimizer.fsdp.wrapper import TrinityFSDP, shards_of
 from trinity_megatron.optimizer.muon import SCALES, Muon
 from trinity_megatron.optimizer.newton_schulz import COEFFICIENTS, coefficient_schedule
 from trinity_megatron.optimizer.param_groups import attach_muon_splits, is_adam_parameter
@@ -35,6 +37,7 @@ from trinity_megatron.optimizer.sharded.optimizer_chain import (
 )
 from trinity_megatron.upstream.registry import replaced
 
+_TRAINING = "megatron.training.training"
 _OPTIMIZER = "megatron.core.optimizer"
 _EMERGING = "megatron.core.optimizer.emerging_optimizers"
 # What Megatron copies from a weight to its float32 master: how Muon splits it, and its group.
@@ -136,6 +139,9 @@ def registered_muon(settings: MuonSettings | None = None) -> Iterator[None]:
     }
     replacements[f"{_OPTIMIZER}:_get_megatron_emerging_optimizer"] = lambda build: _build_muon_or(
         build, entries, settings
+    )
+    replacements[f"{_TRAINING}:get_megatron_optimizer"] = lambda build: _build_on_fsdp_or(
+        build, settings
     )
     if core_optimizer.Adam is torch.optim.AdamW:  # neither Transformer Engine nor apex
         replacements[f"{_OPTIMIZER}:DistributedOptimizer"] = lambda _: ResumableDistributedOptimizer
@@ -244,6 +250,44 @@ def _build_muon_or(
     return wrapper
 
 
+def _build_on_fsdp_or(build: Callable[..., Any], settings: MuonSettings) -> Callable[..., Any]:
+    """Build Muon or AdamW on the shards of Megatron-FSDP; optimizers of other models as before."""
+
+    @functools.wraps(build)
+    def wrapper(
+        config: Any,
+        model_chunks: list[Any],
+        config_overrides: dict[ParamKey, Any] | None = None,
+        use_gloo_process_groups: bool = True,
+        pg_collection: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not isinstance(model_chunks[0], TrinityFSDP):
+            return build(
+                config,
+                model_chunks,
+                config_overrides,
+                use_gloo_process_groups,
+                pg_collection,
+                **kwargs,
+            )
+        overrides, muon_kwargs = dict(config_overrides or {}), {}
+        if config.optimizer == "muon":
+            groups = ProcessGroupCollection.use_mpu_process_groups()
+            muon_kwargs = _muon_kwargs(config, model_chunks, groups, settings=settings)
+            overrides |= muon_param_overrides(config)
+        return build_on_fsdp(
+            config,
+            model_chunks,
+            overrides,
+            lambda param_groups: Muon(param_groups, **muon_kwargs),
+            use_gloo_process_groups=settings.use_gloo_process_groups,
+            timeout=settings.timeout,
+        )
+
+    return wrapper
+
+
 def _muon_kwargs(
     config: Any, model_chunks: list[Any], pg_collection: Any, *, settings: MuonSettings
 ) -> dict[str, Any]:
@@ -251,7 +295,8 @@ def _muon_kwargs(
     expert_tp = getattr(pg_collection, "expt_tp", pg_collection.tp)
     _check_settings(config, tensor_parallel_size=max(pg_collection.tp.size(), expert_tp.size()))
     for chunk in model_chunks:
-        trained = [(name, p) for name, p in chunk.named_parameters() if p.requires_grad]
+        named = [(each.name, each.raw) for each in shards_of(chunk)] or chunk.named_parameters()
+        trained = [(name, p) for name, p in named if p.requires_grad]
         attach_muon_splits(trained, chunk.config, split_qkv=config.muon_split_qkv)
     return {
         "lr": config.lr,

@@ -43,6 +43,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from trinity_megatron.checkpoint.hf_assets import inherit_assets, keep_tokenizer  # noqa: E402
 from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads  # noqa: E402
 from trinity_megatron.checkpoint.save_worker import results_in_this_process  # noqa: E402
+from trinity_megatron.cpu_host.fsdp_stand_ins import fsdp_on_cpu  # noqa: E402
 from trinity_megatron.model.attention.rope import rope_on_device  # noqa: E402
 from trinity_megatron.model.initialization import (  # noqa: E402
     initialize_wrapped,
@@ -51,6 +52,7 @@ from trinity_megatron.model.initialization import (  # noqa: E402
 from trinity_megatron.model.lm_head_loss import attach_language_model_loss  # noqa: E402
 from trinity_megatron.model.moe.bias_update import get_expert_bias_updater  # noqa: E402
 from trinity_megatron.model.weight_gradients import products_into_main_grad  # noqa: E402
+from trinity_megatron.optimizer.fsdp.wrapper import trinity_fsdp  # noqa: E402
 from trinity_megatron.optimizer.gradient_norm import norms_on_device  # noqa: E402
 from trinity_megatron.optimizer.param_groups import label_gradient_groups  # noqa: E402
 from trinity_megatron.optimizer.register import MuonSettings, registered_muon  # noqa: E402
@@ -125,6 +127,9 @@ def main() -> None:
             check_splits(args)
         stack.enter_context(replaced(_WANDB_WRITER, lambda _: open_writer(args)))
         stack.enter_context(registered_muon(MuonSettings.from_args(args)))
+        if args.use_megatron_fsdp:
+            stack.enter_context(trinity_fsdp())
+            stack.enter_context(fsdp_on_cpu() if ON_CPU else contextlib.nullcontext())
         _train(args)
 
 
@@ -145,10 +150,12 @@ def _train(args: argparse.Namespace) -> None:
     metrics = StepMetrics(config.transformer)
     validation = ValidationTokens()
     config.pre_wrap_hooks += [label_gradient_groups, attach_language_model_loss]
-    if args.use_distributed_optimizer and not args.use_megatron_fsdp:
+    if args.use_distributed_optimizer:
+        config.transformer.set_matrices_aside = True
         config.pre_wrap_hooks.append(set_matrices_aside)
         config.post_wrap_hooks.append(initialize_wrapped)
-    if args.optimizer == "muon" and args.use_distributed_optimizer:
+    is_buffered = args.use_distributed_optimizer and not args.use_megatron_fsdp
+    if args.optimizer == "muon" and is_buffered:
         config.pre_wrap_hooks.append(separate_muon_buffers)
     trained: list = []
 

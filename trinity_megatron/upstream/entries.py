@@ -12,6 +12,9 @@ _SERIALIZATION = "megatron.core.dist_checkpointing.serialization"
 _WRITER_MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 _WRITER = f"{_WRITER_MODULE}:FileSystemWriterAsync"
 _TORCH_DIST = "megatron.core.dist_checkpointing.strategies.torch:TorchDistLoadShardedStrategy"
+_FSDP = "megatron.core.distributed.fsdp"
+_ADAPTER = f"{_FSDP}.mcore_fsdp_adapter"
+_MEGATRON_FSDP = f"{_FSDP}.src.megatron_fsdp.megatron_fsdp"
 _ASYNC = "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller"
 
 _ENTRIES = (
@@ -92,6 +95,29 @@ _ENTRIES = (
     Replacement(
         "torch._inductor.output_code:CompiledFxGraph.__call__",
         "the computed floor of a step counts what torch has compiled as one operation",
+    ),
+    # Sharded parameters.
+    Replacement(
+        "megatron.training.models.dist_utils:FullyShardedDataParallel",
+        "the expert bias stays whole; checkpoints have the format of all other runs",
+        fingerprint="3f19d9a2288c",
+    ),
+    Replacement(
+        f"{_TRAINING}:get_megatron_optimizer",
+        "Muon and AdamW on the shards of Megatron-FSDP",
+        fingerprint="b473223298c4",
+    ),
+    Replacement(
+        f"{_ADAPTER}:DeviceMesh",
+        "meshes of CPU ranks",
+        source_of=f"{_ADAPTER}:FullyShardedDataParallel._init_dist_index",
+        fingerprint="71a8eb4fd53b",
+    ),
+    Replacement(
+        f"{_MEGATRON_FSDP}:torch",
+        "the device of a CPU rank",
+        source_of=f"{_MEGATRON_FSDP}:MegatronFSDP.__init__",
+        fingerprint="d07b622fa2f3",
     ),
     # Writers.
     Replacement(

@@ -9,12 +9,14 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from trinity_megatron.optimizer.muon import Muon
-from trinity_megatron.optimizer.sharded.distributed_optimizer import ShardedOptimizer
+from trinity_megatron.optimizer.sharded.distributed_optimizer import (
+    ShardedOptimizer,
+    gather_objects,
+)
 from trinity_megatron.optimizer.sharded.ownership import Assignment, own_matrices
 from trinity_megatron.optimizer.sharded.sharded_parameters import (
     ShardedParameters,
     find_sharded_parameters,
-    gather_objects,
 )
 from trinity_megatron.process.screen import tell
 
@@ -59,7 +61,8 @@ def coordinate(
     found = {part.is_expert: find_sharded_parameters(part, groups, timeout) for part in parts}
     if found:
         dense, experts = found.get(False), found.get(True)
-        owners = _assign_owners(dense, experts)
+        stay = any(part.has_replicas for part in parts)
+        owners = _assign_owners(dense, experts, experts_stay=stay)
         if dense:
             dense.place(owners.dense)
         if experts:
@@ -75,7 +78,9 @@ class _Owners(NamedTuple):
     experts: Assignment
 
 
-def _assign_owners(dense: ShardedParameters | None, experts: ShardedParameters | None) -> _Owners:
+def _assign_owners(
+    dense: ShardedParameters | None, experts: ShardedParameters | None, *, experts_stay: bool
+) -> _Owners:
     """Divide all matrices over the ranks; one of the two may be missing."""
     if dense and experts:
         members = [dense.ranks.index(rank) for rank in experts.ranks]
@@ -86,7 +91,11 @@ def _assign_owners(dense: ShardedParameters | None, experts: ShardedParameters |
         places = members = list(range(len(present.ranks)))
     return _Owners(
         *own_matrices(
-            dense.stacks if dense else [], experts.stacks if experts else [], places, members
+            dense.stacks if dense else [],
+            experts.stacks if experts else [],
+            places,
+            members,
+            experts_stay=experts_stay,
         )
     )
 

@@ -6,7 +6,7 @@ overlap where Megatron has it, in one or several optimizer instances, and checkp
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -15,7 +15,9 @@ from megatron.core.dist_checkpointing.optimizer import KEEP_VARS_HINT
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from trinity_megatron.optimizer.muon import Muon
 from trinity_megatron.optimizer.sharded.checkpoint_boxes import collect_boxes, shard_to_boxes
@@ -70,8 +72,7 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
         Raises:
             ValueError: A parameter is not in the model's state.
         """
-        tensors, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
-        described = {tensor.data: tensor for tensor in nested_values(tensors)}
+        described = self.described_parameters(model_sharded_state_dict)
         found: dict[int, dict[str, dict[int, ShardedTensor]]] = {}
         self._loading: dict[int, dict[str, tuple[Tensor, dict[int, Tensor]]]] = {}
         for number, (param, start) in enumerate(self._local_shards()):
@@ -124,6 +125,15 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
         if isinstance(self.optimizer, HybridDeviceOptimizer):
             self.optimizer._sync_hdo_state_to_sub_optimizers()
 
+    def described_parameters(self, model_state: dict[str, Any]) -> dict[Tensor, Any]:
+        """How each parameter is saved, by the parameter.
+
+        Args:
+            model_state: Sharded state dict of the model, with parameters as data.
+        """
+        tensors, _ = extract_sharded_tensors_and_factories(model_state)
+        return {tensor.data: tensor for tensor in nested_values(tensors)}
+
     def _local_shards(self) -> Iterator[tuple[Tensor, int]]:
         """Every parameter of which this rank holds a part, and the first element of the part."""
         for buffer in self.gbuf_ranges:
@@ -137,14 +147,59 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
         super()._set_main_param_and_optimizer_states(model_param, {"step": None, **tensors})
 
 
+class BufferEntry(NamedTuple):
+    """A parameter in a buffer that is cut into equal shards.
+
+    Attributes:
+        param: The parameter of the model.
+        start: Its first element in the buffer.
+        bucket: First and last element of its bucket.
+        shard: This rank's fp32 part of it, flat; None where it has none.
+    """
+
+    param: Tensor
+    start: int
+    bucket: tuple[int, int]
+    shard: Tensor | None
+
+
 class ShardedOptimizer(ResumableDistributedOptimizer):
     """Megatron's distributed optimizer around `Muon` or AdamW.
 
     Attributes:
         is_expert: Whether its parameters are routed experts.
+        has_replicas: Whether `shard_ranks` are those of replicas.
     """
 
     is_expert: bool
+    has_replicas = False
+
+    def shard_ranks(self, groups: ProcessGroupCollection) -> list[list[int]]:
+        """For each tensor-parallel rank, or each replica, the ranks of its shards, in order.
+
+        Args:
+            groups: Megatron's groups.
+        """
+        own_ranks = torch.distributed.get_process_group_ranks(self.data_parallel_group)
+        return gather_objects(own_ranks, groups.expt_tp if self.is_expert else groups.tp)
+
+    def entries(self) -> Iterator[BufferEntry]:
+        """All parameters of its buffers, the same on all ranks that share them."""
+        shards = self._shards_by_parameter()
+        for buffer in self.buffers:
+            for param, (start, _, bucket) in buffer.param_index_map.items():
+                yield BufferEntry(param, start, buffer.bucket_indices[bucket], shards.get(param))
+
+    def _shards_by_parameter(self) -> dict[Tensor, Tensor]:
+        """This rank's fp32 shard of every model parameter of which it holds a part."""
+        shards: dict[Tensor, Tensor] = {}
+        for model_groups, shard_groups in (
+            (self.model_float16_groups, self.shard_fp32_from_float16_groups),
+            (self.model_fp32_groups, self.shard_fp32_groups),
+        ):
+            for models, masters in zip(model_groups, shard_groups, strict=True):
+                shards.update(zip(models, masters, strict=True))
+        return shards
 
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
@@ -153,6 +208,13 @@ class ShardedOptimizer(ResumableDistributedOptimizer):
     def _get_state_key_dtype(self, key: str) -> torch.dtype:
         muon = isinstance(self.optimizer, Muon)
         return self.optimizer.momentum_dtype if muon else torch.float32
+
+
+def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
+    """Return the value of every rank of the group."""
+    values: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
 
 
 def _is_part_of_storage(tensor: Tensor) -> bool:

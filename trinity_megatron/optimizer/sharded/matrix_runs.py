@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from trinity_megatron.optimizer.sharded.matrix_placement import MatrixPlacement
@@ -66,15 +67,14 @@ def divide_matrices(placement: MatrixPlacement) -> MatrixDivision:
     """
     runs: dict[tuple[int, int], list[MatrixRun]] = {}
     cuts: list[CutMatrix] = []
+    group = placement.group
+    ranks = 1 if group is None else torch.distributed.get_world_size(group)
     for matrix, owner in zip(
         placement.assignment.matrices, placement.assignment.owners, strict=True
     ):
-        stack = placement.stacks[matrix.stack]
-        sources = targets = matrix.pieces
-        if len(stack.holders) > 1 and stack.shard_dim is None:
-            copies = stack.copies(matrix.expert, matrix.block)
-            targets = tuple(piece for copy in copies for piece in copy)
+        targets = matrix.pieces
         if any(piece.rank != owner for piece in targets):
+            sources = matrix.copy_for(owner, ranks)
             cuts.append(
                 CutMatrix(matrix.stack, matrix.expert, matrix.block, owner, sources, targets)
             )

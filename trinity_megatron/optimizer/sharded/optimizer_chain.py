@@ -90,7 +90,7 @@ class ShardedMuonOptimizer(SkippingOptimizer):
         return super().step_all()
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """What the parameters of one distributed optimizer have in common."""
 
     optimizer: Literal["muon", "adam"]
@@ -98,11 +98,11 @@ class _Kind(NamedTuple):
 
 
 # In the order of their steps.
-_KINDS = (
-    _Kind("muon", is_expert=False),
-    _Kind("adam", is_expert=False),
-    _Kind("muon", is_expert=True),
-    _Kind("adam", is_expert=True),
+KINDS = (
+    Kind("muon", is_expert=False),
+    Kind("adam", is_expert=False),
+    Kind("muon", is_expert=True),
+    Kind("adam", is_expert=True),
 )
 
 
@@ -140,13 +140,21 @@ def build_sharded(
         ),
         ProcessGroupCollection.use_mpu_process_groups(),
     )
-    param_groups: dict[_Kind, list[dict[str, Any]]] = {}
-    for group in core_optimizer._get_param_groups(model_chunks, config, config_overrides):
-        kind = _Kind(group.get("optimizer", "muon"), group["is_expert_parallel"])
-        param_groups.setdefault(kind, []).append(group)
-    parts = [build(kind, param_groups[kind]) for kind in _KINDS if kind in param_groups]
+    param_groups = groups_by_kind(model_chunks, config, config_overrides)
+    parts = [build(kind, param_groups[kind]) for kind in KINDS if kind in param_groups]
     muons = [part for part in parts if isinstance(part.optimizer, Muon)]
     return ShardedMuonOptimizer(parts, coordinate(muons, build.pg_collection, timeout))
+
+
+def groups_by_kind(
+    model_chunks: list[Any], config: Any, config_overrides: dict[Any, Any] | None
+) -> dict[Kind, list[dict[str, Any]]]:
+    """Megatron's parameter groups by the optimizer that gets them; arguments of `build_sharded`."""
+    found: dict[Kind, list[dict[str, Any]]] = {}
+    for group in core_optimizer._get_param_groups(model_chunks, config, config_overrides):
+        kind = Kind(group.get("optimizer", config.optimizer), group["is_expert_parallel"])
+        found.setdefault(kind, []).append(group)
+    return found
 
 
 @dataclass(frozen=True)
@@ -167,9 +175,11 @@ class _PartBuilder:
     groups: dict[str, Any]
     pg_collection: ProcessGroupCollection
 
-    def __call__(self, kind: _Kind, param_groups: list[dict[str, Any]]) -> ShardedOptimizer:
+    def __call__(self, kind: Kind, param_groups: list[dict[str, Any]]) -> ShardedOptimizer:
         """Build the optimizer of the parameters of one kind."""
-        optimizer, init_state = self._make_optimizer(kind, param_groups)
+        optimizer, init_state = make_inner_optimizer(
+            kind, param_groups, self.config, self.model_chunks, self.make_muon
+        )
         data_parallel = "intra_expt_dp_group" if kind.is_expert else "intra_dp_cp_group"
         model_parallel = "expt_tp_pp_with_egtp_remat_group" if kind.is_expert else "mp_group"
         part = ShardedOptimizer(
@@ -182,7 +192,7 @@ class _PartBuilder:
             data_parallel_group=self.groups[data_parallel],
             data_parallel_group_gloo=self.groups[f"{data_parallel}_gloo"],
             data_parallel_group_idx=self.groups[model_parallel].rank(),
-            distributed_optimizer_instance_id=self._instance(),
+            distributed_optimizer_instance_id=instance_number(self.groups),
         )
         part.is_expert = kind.is_expert
         part.grad_stats_parallel_group = self.groups["intra_dist_opt_group"]
@@ -190,23 +200,33 @@ class _PartBuilder:
         part.expert_tp_group = self.pg_collection.expt_tp
         return part
 
-    def _make_optimizer(
-        self, kind: _Kind, param_groups: list[dict[str, Any]]
-    ) -> tuple[torch.optim.Optimizer, Callable[..., None]]:
-        """The torch optimizer, and what makes its state, as Megatron's own builder returns them."""
-        if kind.optimizer == "muon":
-            return self.make_muon(param_groups), init_muon_state
-        config = copy.copy(self.config)
-        config.optimizer = "adam"
-        return core_optimizer._get_megatron_optimizer_based_on_param_groups(
-            config, self.model_chunks, param_groups, skip_megatron_wrapping=True
-        )
 
-    def _instance(self) -> int:
-        """Number of the optimizer instance that this rank belongs to."""
-        if self.groups["dp_cp_group"].size() > self.groups["intra_dp_cp_group"].size():
-            return int(self.groups["inter_dist_opt_group"].rank())
-        return 0
+def make_inner_optimizer(
+    kind: Kind,
+    param_groups: list[dict[str, Any]],
+    config: Any,
+    model_chunks: list[Any],
+    make_muon: Callable[[list[dict[str, Any]]], Muon],
+) -> tuple[torch.optim.Optimizer, Callable[..., None]]:
+    """The torch optimizer, and what makes its state, as Megatron's own builder returns them."""
+    if kind.optimizer == "muon":
+        return make_muon(param_groups), init_muon_state
+    config = copy.copy(config)
+    config.optimizer = "adam"
+    return core_optimizer._get_megatron_optimizer_based_on_param_groups(
+        config, model_chunks, param_groups, skip_megatron_wrapping=True
+    )
+
+
+def instance_number(groups: dict[str, Any]) -> int:
+    """Number of the optimizer instance that this rank belongs to.
+
+    Args:
+        groups: Of Megatron's ``setup_process_groups_for_optimizer``.
+    """
+    if groups["dp_cp_group"].size() > groups["intra_dp_cp_group"].size():
+        return int(groups["inter_dist_opt_group"].rank())
+    return 0
 
 
 def init_muon_state(optimizer: Muon, config: Any = None) -> None:
@@ -214,7 +234,7 @@ def init_muon_state(optimizer: Muon, config: Any = None) -> None:
     optimizer.init_state()
 
 
-def _buffers(model_chunks: list[Any], kind: _Kind) -> dict[int, list[Any]]:
+def _buffers(model_chunks: list[Any], kind: Kind) -> dict[int, list[Any]]:
     """Buffers of one optimizer, by model chunk."""
     found: dict[int, list[Any]] = {}
     for number, chunk in enumerate(model_chunks):

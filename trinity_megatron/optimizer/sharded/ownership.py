@@ -158,13 +158,43 @@ class Stack:
 
 
 class Matrix(NamedTuple):
-    """One matrix: number of its stack, its place there, cost and pieces of its first copy."""
+    """One matrix.
+
+    Attributes:
+        stack: Number of its stack.
+        expert: Its place in the stack.
+        block: Number of the separate matrix of a fused one.
+        cost: Floating point operations of `orthogonalize`.
+        copies: Pieces of each of its copies.
+    """
 
     stack: int
     expert: int
     block: int
     cost: float
-    pieces: tuple[Piece, ...]
+    copies: tuple[tuple[Piece, ...], ...]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Pieces of all copies."""
+        return tuple(piece for copy in self.copies for piece in copy)
+
+    def copy_for(self, owner: int, ranks: int) -> tuple[Piece, ...]:
+        """The copy that is sent to the owner: the one it holds, or that of its replica.
+
+        Args:
+            owner: Rank that orthogonalizes the matrix.
+            ranks: Size of the group.
+        """
+        held = [sum(piece.numel for piece in c if piece.rank == owner) for c in self.copies]
+        if any(held):
+            return self.copies[held.index(max(held))]
+        # Replicas of a group lie one after the other.
+        return self.copies[owner * len(self.copies) // ranks]
+
+    def whole_on(self) -> list[int]:
+        """Ranks that hold all of it."""
+        return [copy[0].rank for copy in self.copies if len({p.rank for p in copy}) == 1]
 
 
 def list_matrices(stacks: Sequence[Stack]) -> list[Matrix]:
@@ -175,7 +205,7 @@ def list_matrices(stacks: Sequence[Stack]) -> list[Matrix]:
             expert,
             block,
             newton_schulz_flops(*stack.shape(block)),
-            tuple(stack.copies(expert, block)[0]),
+            tuple(map(tuple, stack.copies(expert, block))),
         )
         for number, stack in enumerate(stacks)
         for expert in range(stack.count)
@@ -211,7 +241,7 @@ def hold_matrices(matrices: list[Matrix], ranks: int) -> Assignment:
         held: dict[int, int] = {}
         for piece in matrix.pieces:
             held[piece.rank] = held.get(piece.rank, 0) + piece.numel
-        owner = min(held, key=lambda rank: (-held[rank], loads[rank], rank))
+        owner = min(held, key=lambda rank: (-held[rank], loads[rank], rank))  # the most of it
         owners.append(owner)
         loads[owner] += matrix.cost
     return Assignment(matrices, owners, loads)
@@ -246,12 +276,13 @@ def assign_dense(matrices: list[Matrix], base: np.ndarray) -> Assignment:
     return Assignment(matrices, owners, loads)
 
 
-def relieve(assignment: Assignment, base: np.ndarray) -> Assignment:
+def relieve(assignment: Assignment, base: np.ndarray, *, stay: bool = False) -> Assignment:
     """Move matrices from ranks with too much to do to those with least, while that helps.
 
     Args:
         assignment: Owners without regard to ``base``.
         base: What each rank has to do besides.
+        stay: A matrix moves among the ranks that hold all of it only.
 
     Returns:
         New owners; ``loads`` includes ``base``.
@@ -265,7 +296,9 @@ def relieve(assignment: Assignment, base: np.ndarray) -> Assignment:
     for rank in np.argsort(-loads, kind="stable").tolist():
         while loads[rank] > limit and held.get(rank):
             number = held[rank].pop()
-            cost, target = assignment.matrices[number].cost, int(loads.argmin())
+            cost = assignment.matrices[number].cost
+            holders = assignment.matrices[number].whole_on() if stay else []
+            target = min(holders, key=loads.__getitem__) if holders else int(loads.argmin())
             if loads[target] + cost >= loads[rank]:
                 break
             owners[number] = target
@@ -279,6 +312,8 @@ def own_matrices(
     experts: Sequence[Stack],
     places: Sequence[int],
     members: Sequence[int],
+    *,
+    experts_stay: bool = False,
 ) -> tuple[Assignment, Assignment]:
     """Give every matrix an owner so that all ranks have equally much to do.
 
@@ -290,12 +325,13 @@ def own_matrices(
         experts: Experts of this rank's group; the other groups hold theirs in the same way.
         places: For each rank, its place in its group of expert ranks.
         members: For each place in this rank's group, the rank.
+        experts_stay: No expert leaves the ranks that hold it.
 
     Returns:
         Owners among all ranks, and owners among the places; ``loads`` of both include the other.
     """
     held, assigned, besides = own_dense(dense, experts, places, len(members))
-    return assigned, relieve(held, besides[np.asarray(members, dtype=int)])
+    return assigned, relieve(held, besides[np.asarray(members, dtype=int)], stay=experts_stay)
 
 
 def own_dense(

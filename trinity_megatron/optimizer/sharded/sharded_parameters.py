@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -12,7 +11,10 @@ from torch.distributed import ProcessGroup
 from trinity_megatron.optimizer.matrix_split import make_stack
 from trinity_megatron.optimizer.muon import Muon
 from trinity_megatron.optimizer.sharded.buffer_layout import shard_bounds
-from trinity_megatron.optimizer.sharded.distributed_optimizer import ShardedOptimizer
+from trinity_megatron.optimizer.sharded.distributed_optimizer import (
+    ShardedOptimizer,
+    gather_objects,
+)
 from trinity_megatron.optimizer.sharded.matrix_placement import MatrixPlacement
 from trinity_megatron.optimizer.sharded.ownership import Assignment, Stack
 
@@ -67,7 +69,7 @@ class _Stage:
     """What the ranks of one pipeline stage hold.
 
     Attributes:
-        shard_ranks: For each tensor-parallel rank, the ranks of its data-parallel shards.
+        shard_ranks: Of `ShardedOptimizer.shard_ranks`.
         stacks: Parameters of the stage, with ranks of the world.
     """
 
@@ -90,16 +92,12 @@ def find_sharded_parameters(
     Raises:
         ValueError: The attributes of a parameter contradict its shape.
     """
-    own_ranks = torch.distributed.get_process_group_ranks(part.data_parallel_group)
-    shard_ranks = gather_objects(own_ranks, groups.expt_tp if part.is_expert else groups.tp)
-    shards = _shards_by_parameter(part)
+    shard_ranks = part.shard_ranks(groups)
     stacks, tensors = [], []
-    for buffer in part.buffers:
-        for param, (start, _, bucket) in buffer.param_index_map.items():
-            bounds = buffer.bucket_indices[bucket]
-            holders = shard_bounds(start, param.numel(), bounds, shard_ranks)
-            stacks.append(make_stack(param, param.shape, holders))
-            tensors.append(shards.get(param))
+    for param, start, bucket, shard in part.entries():
+        holders = shard_bounds(start, param.numel(), bucket, shard_ranks)
+        stacks.append(make_stack(param, param.shape, holders, are_replicas=part.has_replicas))
+        tensors.append(shard)
     stages: list[_Stage] = gather_objects(_Stage(shard_ranks, stacks), groups.pp)
     ranks = sorted({rank for stage in stages for table in stage.shard_ranks for rank in table})
     places = {rank: place for place, rank in enumerate(ranks)}
@@ -117,25 +115,6 @@ def find_sharded_parameters(
 def _nothing(stages: list[_Stage]) -> list[None]:
     """What this rank holds of the parameters of other stages."""
     return [None for stage in stages for _ in stage.stacks]
-
-
-def _shards_by_parameter(part: ShardedOptimizer) -> dict[Tensor, Tensor]:
-    """This rank's fp32 shard of every model parameter of which it holds a part."""
-    shards: dict[Tensor, Tensor] = {}
-    for model_groups, shard_groups in (
-        (part.model_float16_groups, part.shard_fp32_from_float16_groups),
-        (part.model_fp32_groups, part.shard_fp32_groups),
-    ):
-        for models, masters in zip(model_groups, shard_groups, strict=True):
-            shards.update(zip(models, masters, strict=True))
-    return shards
-
-
-def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
-    """Return the value of every rank of the group."""
-    values: list[Any] = [None] * group.size()
-    torch.distributed.all_gather_object(values, value, group=group)
-    return values
 
 
 def _make_group(ranks: list[int], data_parallel: ProcessGroup, timeout: timedelta) -> ProcessGroup:

@@ -13,6 +13,7 @@ from trinity_megatron.model.fp8 import check_fp8, fp8_defaults
 from trinity_megatron.optimizer.register import validate_muon_arguments
 from trinity_megatron.process.screen import tell_once
 from trinity_megatron.training.arguments.defaults import has_resiliency_package
+from trinity_megatron.training.arguments.fsdp_checks import check_fsdp
 from trinity_megatron.training.arguments.layout_checks import check_layout
 from trinity_megatron.training.arguments.mixture_checks import check_mixture
 from trinity_megatron.training.arguments.schedule import fit_schedule
@@ -43,7 +44,9 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     if not is_cpu_host():
         finish_fp8(args)
     if args.use_torch_fsdp2 or args.use_megatron_fsdp:
-        args.gradient_accumulation_fusion = False  # needs Megatron's DDP
+        args.gradient_accumulation_fusion = False  # on where apex is there; needs Megatron's DDP
+    if args.use_megatron_fsdp:
+        check_fsdp(args)
     finish_nan_check(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)

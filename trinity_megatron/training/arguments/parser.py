@@ -24,6 +24,7 @@ from trinity_megatron.optimizer.register import finish_muon_arguments
 from trinity_megatron.process.screen import tell
 from trinity_megatron.training.arguments.checks import check_args
 from trinity_megatron.training.arguments.defaults import default_arguments
+from trinity_megatron.training.arguments.fsdp_checks import passing_as_adam
 from trinity_megatron.training.arguments.parser_errors import (
     friendly_parser_errors,
     megatron_refusals,
@@ -79,7 +80,7 @@ def parse_trinity_args(
     if on_checked:
         on_checked(args)
     listing = contextlib.redirect_stdout(io.StringIO()) if is_dry else _argument_dump(args)
-    with listing, megatron_refusals():
+    with listing, megatron_refusals(), passing_as_adam(args):
         validate_args(args, {"tokenizer_type": "HuggingFaceTokenizer"})
     finish_muon_arguments(args)
     rows = args.padded_vocab_size

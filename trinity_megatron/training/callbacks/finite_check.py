@@ -15,6 +15,7 @@ from megatron.training import get_args
 from torch import Tensor
 
 from trinity_megatron.errors import UserError
+from trinity_megatron.optimizer.fsdp.wrapper import shards_of
 from trinity_megatron.training.callbacks.callback import Callback
 
 _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -80,7 +81,9 @@ def find_spoilt(model: Any, optimizer: Any) -> tuple[list[str], Tensor]:
 
 def _tensors(model: Any, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     for chunk in model:
-        yield from chain(chunk.named_parameters(), chunk.named_buffers())
+        shards = shards_of(chunk)  # elsewhere parameters come and go
+        yield from ((each.name, each.weight()) for each in shards)
+        yield from chain([] if shards else chunk.named_parameters(), chunk.named_buffers())
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         states = getattr(getattr(part, "optimizer", None), "state", {})
         for param, state in states.items():

@@ -22,6 +22,7 @@ from trinity_megatron.optimizer.sharded.ownership import (
     list_matrices,
     newton_schulz_flops,
     own_matrices,
+    relieve,
 )
 from trinity_megatron.planner.muon_work import MuonPlan, even_stages, plan_muon, stage_parameters
 
@@ -174,3 +175,37 @@ def test_the_plan_has_the_parameters_of_the_model(build: Callable[..., Any]) -> 
 
 def test_a_piece_counts_its_elements() -> None:
     assert Piece(0, 0, 3, 10).numel == 7
+
+
+def replicated(replicas: int, ranks: int) -> list[Stack]:
+    """A stack of 2 * ranks matrices, two on every rank of each replica; ranks follow each other."""
+    size = 2 * 4 * 6
+    holders = tuple(
+        tuple(Shard(first * ranks + n, n * size, (n + 1) * size) for n in range(ranks))
+        for first in range(replicas)
+    )
+    return [Stack(2 * ranks, 4, 6, (4,), None, holders)]
+
+
+def test_replicas_share_what_they_hold() -> None:
+    held = hold_matrices(list_matrices(replicated(2, 3)), 6)
+    assert sorted(held.owners) == [0, 1, 2, 3, 4, 5]
+    for matrix, owner in zip(held.matrices, held.owners, strict=True):
+        assert owner in matrix.whole_on() and len(matrix.whole_on()) == 2
+        assert {piece.rank for piece in matrix.copy_for(owner, 6)} == {owner}
+
+
+def test_a_stranger_gets_the_copy_of_its_replica() -> None:
+    (matrix, *_) = list_matrices(replicated(2, 3))
+    assert {piece.rank for piece in matrix.copy_for(1, 6)} == {0}
+    assert {piece.rank for piece in matrix.copy_for(5, 6)} == {3}
+
+
+def test_what_stays_moves_among_its_holders_only() -> None:
+    held = hold_matrices(list_matrices(replicated(2, 3)), 6)
+    base = np.array([10.0, 0, 0, 0, 0, 0]) * held.matrices[0].cost
+    moved = relieve(held, base, stay=True)
+    for matrix, owner in zip(moved.matrices, moved.owners, strict=True):
+        assert owner in matrix.whole_on()
+    assert 0 not in moved.owners  # all of it is with the other holder, rank 3
+    assert relieve(held, base).owners != moved.owners

@@ -1,0 +1,1 @@
+"""Muon and AdamW on the shards of Megatron-FSDP."""
