@@ -277,7 +277,8 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const v
     memset(attributes, 0, sizeof *attributes);
     attributes->maxThreadsPerBlock = 1024;
     attributes->numRegs = 64;
-    attributes->ptxVersion = attributes->binaryVersion = capability();
+    /* torch's wheels have code for the first of each family, and CUB asks which of them is run. */
+    attributes->ptxVersion = attributes->binaryVersion = capability() / 10 * 10;
     attributes->maxDynamicSharedSizeBytes = SHARED_MEMORY_OPT_IN;
     return cudaSuccess;
 }

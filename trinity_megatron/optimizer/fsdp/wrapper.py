@@ -51,6 +51,8 @@ class TrinityFSDP(FullyShardedDataParallel):
         self.managed = list(managed_parameters(self))
         self.described_parameters: dict[Tensor, Any] = {}
         self._views: dict[str, dict[int, Tensor]] = {}
+        # It would make weights of the masters before those are loaded.
+        self.module._load_state_dict_post_hook.remove()
         # Megatron's checkpoints look through this wrapper at the one inside.
         self.module.sharded_state_dict = self.sharded_state_dict
         self.module.load_state_dict = self.load_state_dict
@@ -104,7 +106,6 @@ class TrinityFSDP(FullyShardedDataParallel):
             strict: Whether what is not sharded has to be complete.
         """
         rest = {key: value for key, value in state_dict.items() if key not in self._views}
-        # First what is not sharded: after it Megatron-FSDP makes weights of the present masters.
         missing, unexpected = Module.load_state_dict(self._model, rest, strict=False)
         for key, views in self._views.items():
             collect_boxes(views, state_dict.get(key, {}))

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer.moe import moe_utils
 
 from trinity_megatron.cpu_host.cuda_stand_ins import is_cpu_host
 from trinity_megatron.data.mixture.corpora import read_mixture
@@ -128,6 +129,7 @@ def _host_arguments() -> dict[str, Any]:
         "gradient_accumulation_fusion": not is_cpu_host(),
         "no_persist_layer_norm": True,  # an extension of apex, which is optional
         "apply_rope_fusion": _has_fused_rope(),
+        "moe_permute_fusion": _has_fused_permutation(),
         # Megatron's engine wants another GPU for its second opinion, ends with a code and no word,
         # and waits for the device several times a micro-batch; see GradientCheck.
         "rerun_mode": "disabled",
@@ -148,6 +150,12 @@ def _host_arguments() -> dict[str, Any]:
 def _has_fused_rope() -> bool:
     """Whether Megatron has a kernel for RoPE: Transformer Engine's, which is optional."""
     kernels = (rope_utils.fused_apply_rotary_pos_emb, rope_utils.fused_apply_rotary_pos_emb_thd)
+    return not is_cpu_host() and None not in kernels
+
+
+def _has_fused_permutation() -> bool:
+    """Whether Megatron's dispatcher has kernels that sort tokens: Transformer Engine's."""
+    kernels = (moe_utils.fused_permute_with_probs, moe_utils.fused_unpermute)
     return not is_cpu_host() and None not in kernels
 
 

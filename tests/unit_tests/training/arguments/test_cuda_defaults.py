@@ -24,6 +24,7 @@ args = parse_args(extra_args_provider=add_trinity_args)
 args.params_dtype, args.padded_vocab_size = torch.bfloat16, 512
 config = trinity_config_from_args(args)
 print("rope", config.apply_rope_fusion, "gradients", config.gradient_accumulation_fusion)
+print("permutation", config.moe_permute_fusion)
 print("layers", config.transformer_impl, "persist", config.persist_layer_norm)
 """
 OPTIONAL = ("transformer_engine", "apex")
@@ -37,4 +38,6 @@ def test_presets_need_no_optional_package_on_a_gpu(preset: str, tmp_path: Path) 
     command = [sys.executable, "-c", SCRIPT, "--preset", preset, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "rope False gradients True\nlayers local persist False\n" in done.stdout
+    assert (
+        "rope False gradients True\npermutation False\nlayers local persist False\n" in done.stdout
+    )
