@@ -90,7 +90,9 @@ def test_preempted_and_killed_it_ends_where_another_ends(
 
     def explain() -> str:
         texts = [path.read_text()[-3000:] for path in (tmp_path / "job.log",) if path.exists()]
-        texts += [path.read_text()[-2000:] for path in sorted((tmp_path / "out-slurm").glob("slurm-*"))]
+        texts += [
+            path.read_text()[-2000:] for path in sorted((tmp_path / "out-slurm").glob("slurm-*"))
+        ]
         shown = slurm.call("scontrol", "show", "job", job)
         return "\n".join([*texts, shown, logs_of(tmp_path / "slurm")])
 
