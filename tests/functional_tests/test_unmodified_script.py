@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.functional_tests.launch import ROOT, environment, only_in_all
+from tests.functional_tests.launch import ROOT, environment
 from tests.functional_tests.megatron_script import (
     RELEASED,
     SCRIPT,
@@ -50,24 +50,6 @@ def test_pretrain_gpt_trains_the_spec_on_gloo_ranks(data: Path, tmp_path: Path) 
     assert biases, "no expert bias is saved"
     for bias in biases:  # moved, by a rule whose sum over the experts is zero
         assert bias.abs().max() > 0 and abs(bias.sum()) < 1e-5, bias
-
-
-@only_in_all
-def test_pretrain_gpt_goes_on_where_it_ended(data: Path, tmp_path: Path) -> None:
-    """Six steps and six after a resume are twelve, to the last digit that Megatron prints.
-
-    In fp32 Megatron's default format of the optimizer's state cannot be loaded: "a view of a leaf
-    Variable that requires grad is being used in an in-place operation".
-    """
-    command = [sys.executable, "-m", "trinity_megatron.cli", "run", "--nproc", "2", str(SCRIPT)]
-    command += [*flags(data, tmp_path), "--expert-model-parallel-size", "2"]
-    saved = ["--save", str(tmp_path / "saved"), "--save-interval", "6"]
-    saved += ["--load", str(tmp_path / "saved"), "--train-samples", "96"]
-    saved += ["--dist-ckpt-optim-fully-reshardable"]
-    whole = losses(run([*command, "--train-samples", "96"], environment()))
-    first = losses(run([*command, *saved, "--exit-interval", "6"], environment()))
-    second = losses(run([*command, *saved], environment()))
-    assert len(whole) == 12 and first + second == whole
 
 
 def test_what_is_no_script_is_refused(tmp_path: Path) -> None:
