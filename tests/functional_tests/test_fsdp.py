@@ -32,15 +32,18 @@ ALL_LAYOUTS = {
     "optim": (2, 2, f"{FSDP} --data-parallel-sharding-strategy optim"),
     "optim_grads": (2, 2, f"{FSDP} --data-parallel-sharding-strategy optim_grads"),
 }
-LAYOUTS = sampled(ALL_LAYOUTS, "fsdp2", "fsdp4", "hsdp_ep2")
+LAYOUTS = sampled(ALL_LAYOUTS, "fsdp2", "hsdp_ep2")
 COUNTS = {name: (1,) for name in ALL_LAYOUTS} | {"fsdp2": (1, 4)}
 if TAKES_ALL:
     COUNTS["hsdp2x2"] = (1, 2)
 DDP = {"alone": (1, 1, ""), "ep2": (2, 2, f"{SHARDED} {EP2}"), "pp2": (2, 1, f"{SHARDED} {PP2}")}
 # Written under the first, read under the second.
-PAIRS = [("fsdp4", "ep2"), ("pp2", "fsdp4")]
+PAIRS = [("hsdp_ep2", "pp2"), ("pp2", "fsdp2")]
 if TAKES_ALL:
-    PAIRS += [("fsdp4", "fsdp2"), ("hsdp2x2", "alone"), ("hsdp_ep2", "fsdp4"), ("ep2", "hsdp2x2")]
+    PAIRS += [("fsdp4", "fsdp2"), ("fsdp4", "ep2"), ("pp2", "fsdp4"), ("hsdp2x2", "alone")]
+    PAIRS += [("hsdp_ep2", "fsdp4"), ("ep2", "hsdp2x2")]
+STOP = f"{FSDP} --exit-interval 5 --save-interval 5"
+HALVES = sampled({"half": STOP, "half_async": f"{STOP} --async-save"}, "half_async")
 COUNTED = tuple(name for name in ("fsdp4", "hsdp2x2", "hsdp_ep2") if name in LAYOUTS)
 
 
@@ -62,6 +65,8 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     add("adam_alone", 1, f"--micro-batch-size 4 {ADAM}")
     add("adam_fsdp2", 2, f"--micro-batch-size 4 {FSDP} {ADAM}")
     add("pp2_1", 2, f"{DDP['pp2'][2]} --micro-batch-size 8")
+    if TAKES_ALL:
+        add("ep2_1", 2, f"{DDP['ep2'][2]} --micro-batch-size 4")
     for name, (ranks, size, flags) in LAYOUTS.items():
         probe = {"collectives": str(folder / name)} if name in COUNTED else {}
         for count in COUNTS[name]:
@@ -75,8 +80,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
         again = f"--load {folder}/{saved}_1_saved --save {folder}/{name}_saved --save-interval 7"
         flags = f"{flags} {micro_batches(size, 1)} {again}"
         later[ranks].append(Job(name, flags, checkpoints=folder / "none"))
-    stop = f"{FSDP} --exit-interval 5 --save-interval 5"
-    for name, flags in (("half", stop), ("half_async", f"{stop} --async-save")):
+    for name, flags in HALVES.items():
         later[2].append(Job(name, flags, checkpoints=folder / f"{name}_saved"))
         later[2].append(Job(f"{name}_resumed", FSDP, checkpoints=folder / f"{name}_saved"))
     train(data, folder, [(ranks, jobs) for ranks, jobs in later.items() if jobs])
@@ -148,7 +152,7 @@ def test_another_layout_loads_all_of_it(saved: str, loaded: str, runs: SimpleNam
     assert any(key.endswith("expert_bias") for key in before)
 
 
-@pytest.mark.parametrize("name", ["half", "half_async"])
+@pytest.mark.parametrize("name", HALVES)
 def test_a_resume_is_exact(name: str, runs: SimpleNamespace) -> None:
     expected, found = saved_tensors(runs, "fsdp2_1"), saved_tensors(runs, name)
     for key, value in expected.items():
