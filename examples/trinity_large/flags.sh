@@ -11,6 +11,13 @@ LAYOUT_FLAGS=(
     --expert-model-parallel-size 8 --micro-batch-size 1
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 )
+if [ -n "${SHARDED:-}" ]; then  # HSDP instead, 16 replicas of 128 ranks: docs/sharding.md
+    LAYOUT_FLAGS=(
+        --use-megatron-fsdp --num-distributed-optimizer-instances 16
+        --expert-model-parallel-size 8 --micro-batch-size 2
+        --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
+    )
+fi
 # 17T tokens of the report, batches of 12288 sequences and of 16384 after 4.9T tokens; the last 3T
 # decay.  Documents do not attend to each other.
 RECIPE_FLAGS=(

@@ -10,6 +10,13 @@ LAYOUT_FLAGS=(
     --expert-model-parallel-size 8 --micro-batch-size 2
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 )
+if [ -n "${SHARDED:-}" ]; then  # HSDP instead, each node a replica: docs/sharding.md
+    LAYOUT_FLAGS=(
+        --use-megatron-fsdp --num-distributed-optimizer-instances "$NNODES"
+        --expert-model-parallel-size 8 --micro-batch-size 4
+        --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
+    )
+fi
 # 10T tokens of the report in batches of 4096 sequences, of which the last 12% decay.
 RECIPE_FLAGS=(
     --train-iters "${TRAIN_ITERS:-596046}"

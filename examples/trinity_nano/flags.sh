@@ -11,6 +11,13 @@ LAYOUT_FLAGS=(
     --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 )
+if [ -n "${SHARDED:-}" ]; then  # HSDP instead, each node a replica: docs/sharding.md
+    LAYOUT_FLAGS=(
+        --use-megatron-fsdp --num-distributed-optimizer-instances "$NNODES"
+        --micro-batch-size 16
+        --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
+    )
+fi
 # 10T tokens of the report in batches of 4096 sequences, of which the last 12% decay.
 RECIPE_FLAGS=(
     --train-iters "${TRAIN_ITERS:-596046}"

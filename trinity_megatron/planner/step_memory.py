@@ -134,12 +134,20 @@ def state_bytes(shape: Shape, optimizer: str, layout: Layout) -> int:
 
 
 def _gathered(shapes: tuple[Shape, ...], layout: Layout) -> float:
-    """HSDP: weights and gradients of two layers, the present and the next."""
-    sizes: dict[str, int] = {}
+    """HSDP: weights and gradients of two layers, the present and the next, and of what is in none.
+
+    Embedding and LM head stay gathered, and their gradients are among the last to be reduced.
+    """
+    layers: dict[str, int] = {}
+    others = 0
     for shape in shapes:
-        unit = ".".join(shape.name.split(".")[:3])
-        sizes[unit] = sizes.get(unit, 0) + shape.numel
-    return max(sizes.values()) * 2 * (_BF16 + layout.grad_reduce_bytes)
+        if shape.name.startswith("decoder.layers."):
+            unit = ".".join(shape.name.split(".")[:3])
+            layers[unit] = layers.get(unit, 0) + shape.numel
+        else:
+            others += shape.numel
+    elements = 2 * max(layers.values()) + others
+    return elements * (_BF16 + layout.grad_reduce_bytes)
 
 
 def _activations(
