@@ -24,6 +24,7 @@ from trinity_megatron.optimizer.fsdp.managed_parameters import (
     managed_parameters,
 )
 from trinity_megatron.optimizer.sharded.checkpoint_boxes import collect_boxes, shard_to_boxes
+from trinity_megatron.optimizer.sharded.distributed_optimizer import is_part_of_storage
 from trinity_megatron.upstream.registry import replaced
 
 _CLASS = "megatron.training.models.dist_utils:FullyShardedDataParallel"
@@ -79,10 +80,8 @@ class TrinityFSDP(FullyShardedDataParallel):
         instance = self._instance
         self.described_parameters, self._views = {}, {}
         for described in nested_values(tensors):
-            each = by_tensor.get(id(described.data))
-            if each is None:
-                continue
-            self.described_parameters[each.raw] = described
+            if (each := by_tensor.get(id(described.data))) is not None:
+                self.described_parameters[each.raw] = described
         for key, value in list(state.items()):
             each = by_tensor.get(id(getattr(value, "data", None)))
             if each is not None:
@@ -94,7 +93,7 @@ class TrinityFSDP(FullyShardedDataParallel):
                     state[key] = dict(enumerate(boxes))
                 self._views[key] = {number: box.data for number, box in enumerate(boxes)}
                 for box in boxes:
-                    box.data = box.data.contiguous()
+                    box.data = _apart(box.data)
         return state
 
     @torch.no_grad()
@@ -136,6 +135,12 @@ class TrinityFSDP(FullyShardedDataParallel):
         if not index.use_hybrid_fsdp or index.hsdp_outer_dp_shard:
             return 0
         return int(index.get_outer_fsdp_group().rank())
+
+
+def _apart(view: Tensor) -> Tensor:
+    """A contiguous tensor that the next steps do not change while an ``--async-save`` writes it."""
+    is_shared = view.device.type == "cpu" and not is_part_of_storage(view)
+    return view.clone() if is_shared else view.contiguous()
 
 
 def bare_model(chunk: Module) -> Any:

@@ -88,7 +88,7 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
                 shard = states[name] if name in states else torch.zeros_like(states["param"])
                 if is_loading:
                     shard = torch.empty_like(shard, device="cpu")
-                elif shard.device.type == "cpu" and not _is_part_of_storage(shard):
+                elif shard.device.type == "cpu" and not is_part_of_storage(shard):
                     # An --async-save copies parts of a storage only, and shares the others with
                     # its process, while the next steps go on.
                     shard = shard.clone()
@@ -217,5 +217,6 @@ def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
     return values
 
 
-def _is_part_of_storage(tensor: Tensor) -> bool:
+def is_part_of_storage(tensor: Tensor) -> bool:
+    """Whether a tensor is smaller than its storage; an ``--async-save`` copies such tensors."""
     return tensor.untyped_storage().nbytes() != tensor.nbytes
