@@ -60,12 +60,12 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
         worlds[ranks].append(Job(name, flags, checkpoints=folder / f"{name}_saved", probe=probe))
 
     add("alone_1", 1, "--micro-batch-size 8")
-    add("alone_2", 1, "--micro-batch-size 4")
     add("alone_4", 1, "--micro-batch-size 2")
     add("adam_alone", 1, f"--micro-batch-size 4 {ADAM}")
     add("adam_fsdp2", 2, f"--micro-batch-size 4 {FSDP} {ADAM}")
     add("pp2_1", 2, f"{DDP['pp2'][2]} --micro-batch-size 8")
     if TAKES_ALL:
+        add("alone_2", 1, "--micro-batch-size 4")
         add("ep2_1", 2, f"{DDP['ep2'][2]} --micro-batch-size 4")
     for name, (ranks, size, flags) in LAYOUTS.items():
         probe = {"collectives": str(folder / name)} if name in COUNTED else {}
