@@ -24,11 +24,8 @@ from trinity_megatron.model.config import TrinityConfig
 from trinity_megatron.optimizer.matrix_split import make_stack
 from trinity_megatron.optimizer.param_groups import attach_muon_splits, is_adam_parameter
 from trinity_megatron.optimizer.sharded.buffer_layout import shard_bounds
-from trinity_megatron.optimizer.sharded.ownership import Assignment, Stack, own_dense, relieve
-from trinity_megatron.planner.muon_work import MuonPlan, stage_parameters
-
-_MUON_BYTES, _ADAM_BYTES = 8, 12
-_WIRE_BYTES = 2  # bfloat16 travels
+from trinity_megatron.optimizer.sharded.ownership import Stack
+from trinity_megatron.planner.muon_work import MuonPlan, add_state, own_all, stage_parameters
 
 
 class _Unit(Module):
@@ -67,10 +64,10 @@ def plan_sharded_muon(
     state = np.zeros(world_size)
     for name, param, stack, is_expert in _stacks(root, world_size, replicas, expert_parallel):
         is_muon = not is_adam_parameter(param, name)
-        _add_state(state, stack, is_muon, expert_parallel if is_expert else 1)
+        add_state(state, stack, is_muon, expert_parallel if is_expert else 1)
         if is_muon:
             (experts if is_expert else dense).append(stack)
-    return _own_all(dense, experts, state, world_size, expert_parallel)
+    return own_all(dense, experts, state, expert_parallel=expert_parallel, experts_stay=True)
 
 
 def _build_tree(config: TrinityConfig, vocab_size: int, expert_parallel: int) -> Module:
@@ -121,45 +118,6 @@ def _stacks(
             shape = param.shape if param.dim() > 1 else (1, *param.shape)
             stack = make_stack(param, shape, holders, are_replicas=True)
             yield names[param], param, stack, group.is_expert_param
-
-
-def _add_state(state: np.ndarray, stack: Stack, is_muon: bool, expert_parallel: int) -> None:
-    for shards in stack.holders:
-        for shard in shards:
-            size = (shard.stop - shard.start) * (_MUON_BYTES if is_muon else _ADAM_BYTES)
-            start = shard.rank * expert_parallel
-            state[start : start + expert_parallel] += size
-
-
-def _own_all(
-    dense: list[Stack],
-    experts: list[Stack],
-    state: np.ndarray,
-    world_size: int,
-    expert_parallel: int,
-) -> MuonPlan:
-    # Megatron numbers expert-parallel ranks first, then expert-data-parallel ones.
-    places = np.arange(world_size) // expert_parallel
-    flops, sent = np.zeros(world_size), np.zeros(world_size)
-    size = world_size // expert_parallel
-    held, of_dense, besides = own_dense(dense, experts, places.tolist(), size)
-    for expert_rank in range(expert_parallel):
-        members = np.arange(expert_rank, world_size, expert_parallel)
-        of_experts = relieve(held, besides[members], stay=True)
-        flops[members] = of_experts.loads
-        _add_traffic(sent, of_experts, members)
-    _add_traffic(sent, of_dense, np.arange(world_size))
-    return MuonPlan(flops, state, sent, float(state.sum() / world_size))
-
-
-def _add_traffic(sent: np.ndarray, assignment: Assignment, ranks: np.ndarray) -> None:
-    """Pieces to the owner, of one copy, and results to all copies."""
-    for matrix, owner in zip(assignment.matrices, assignment.owners, strict=True):
-        for piece in matrix.copy_for(owner, len(ranks)):
-            if piece.rank != owner:
-                sent[ranks[piece.rank]] += piece.numel * _WIRE_BYTES
-        size = sum(piece.numel for piece in matrix.pieces if piece.rank != owner)
-        sent[ranks[owner]] += size * _WIRE_BYTES
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -132,14 +132,14 @@ def _plan_stages(
             bucket_size if number == 0 else None,  # Megatron: later stages have one bucket
         ):
             for stack in found:
-                _add_state(state, stack, first, is_muon, expert_parallel if is_expert else 1)
+                add_state(state, stack, is_muon, expert_parallel if is_expert else 1, first=first)
             if is_muon and is_expert:  # of expert-parallel rank 0; places count over the stages
                 places = {p: p + number * (per_stage // expert_parallel) for p in range(per_stage)}
                 experts += [stack.renumbered(places) for stack in found]
             elif is_muon:
                 places = {p: p + first for p in range(per_stage)}
                 dense += [stack.renumbered(places) for stack in found]
-    return _own_all(dense, experts, state, world_size, expert_parallel)
+    return own_all(dense, experts, state, expert_parallel=expert_parallel)
 
 
 def stage_parameters(
@@ -185,23 +185,44 @@ def _stacks(
         yield stacks, key.is_managed_by_layer_wise_optimizer, key.is_expert_parallel
 
 
-def _add_state(
-    state: np.ndarray, stack: Stack, first: int, is_muon: bool, expert_parallel: int
+def add_state(
+    state: np.ndarray, stack: Stack, is_muon: bool, expert_parallel: int, *, first: int = 0
 ) -> None:
-    for shard in stack.holders[0]:
-        size = (shard.stop - shard.start) * (_MUON_BYTES if is_muon else _ADAM_BYTES)
-        start = first + shard.rank * expert_parallel
-        state[start : start + expert_parallel] += size
+    """Add the optimizer's state of a parameter, on all ranks that hold a part of it.
+
+    Args:
+        state: Bytes, ``[world]``; changed in place.
+        stack: With ranks, or with places among the expert-data-parallel ranks.
+        is_muon: Whether Muon updates it; else AdamW.
+        expert_parallel: Ranks of a place; 1 for dense parameters.
+        first: First rank of the stage.
+    """
+    for shards in stack.holders:
+        for shard in shards:
+            size = (shard.stop - shard.start) * (_MUON_BYTES if is_muon else _ADAM_BYTES)
+            start = first + shard.rank * expert_parallel
+            state[start : start + expert_parallel] += size
 
 
-def _own_all(
+def own_all(
     dense: list[Stack],
     experts: list[Stack],
     state: np.ndarray,
-    world_size: int,
+    *,
     expert_parallel: int,
+    experts_stay: bool = False,
 ) -> MuonPlan:
+    """Give every matrix an owner, and add up what the ranks do and send.
+
+    Args:
+        dense: With ranks of the world.
+        experts: Of one expert-parallel rank, with places.
+        state: Bytes of the optimizer, ``[world]``.
+        expert_parallel: Expert-parallel size.
+        experts_stay: No expert leaves the ranks that hold it.
+    """
     # Megatron numbers expert-parallel ranks first, then expert-data-parallel ones, then stages.
+    world_size = len(state)
     places = np.arange(world_size) // expert_parallel
     flops, sent = np.zeros(world_size), np.zeros(world_size)
     held, of_dense, besides = own_dense(
@@ -209,22 +230,21 @@ def _own_all(
     )
     for expert_rank in range(expert_parallel):
         members = np.arange(expert_rank, world_size, expert_parallel)
-        of_experts = relieve(held, besides[members])
+        of_experts = relieve(held, besides[members], stay=experts_stay)
         flops[members] = of_experts.loads
-        _add_traffic(sent, experts, of_experts, members)
-    _add_traffic(sent, dense, of_dense, np.arange(world_size))
+        _add_traffic(sent, of_experts, members)
+    _add_traffic(sent, of_dense, np.arange(world_size))
     return MuonPlan(flops, state, sent, float(state.sum() / world_size))
 
 
-def _add_traffic(
-    sent: np.ndarray, stacks: list[Stack], assignment: Assignment, ranks: np.ndarray
-) -> None:
+def _add_traffic(sent: np.ndarray, assignment: Assignment, ranks: np.ndarray) -> None:
+    """Pieces to the owner, of one copy, and results to all copies."""
     for matrix, owner in zip(assignment.matrices, assignment.owners, strict=True):
-        for piece in matrix.pieces:
+        for piece in matrix.copy_for(owner, len(ranks)):
             if piece.rank != owner:
-                size = piece.numel * _WIRE_BYTES
-                sent[ranks[piece.rank]] += size
-                sent[ranks[owner]] += size
+                sent[ranks[piece.rank]] += piece.numel * _WIRE_BYTES
+        size = sum(piece.numel for piece in matrix.pieces if piece.rank != owner)
+        sent[ranks[owner]] += size * _WIRE_BYTES
 
 
 def main(argv: Sequence[str] | None = None) -> None:

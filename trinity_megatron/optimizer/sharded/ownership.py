@@ -241,7 +241,7 @@ def hold_matrices(matrices: list[Matrix], ranks: int) -> Assignment:
         held: dict[int, int] = {}
         for piece in matrix.pieces:
             held[piece.rank] = held.get(piece.rank, 0) + piece.numel
-        owner = min(held, key=lambda rank: (-held[rank], loads[rank], rank))  # the most of it
+        owner = min(held, key=lambda rank: (-held[rank], loads[rank], rank))
         owners.append(owner)
         loads[owner] += matrix.cost
     return Assignment(matrices, owners, loads)
