@@ -233,6 +233,11 @@ _ENTRIES = (
         fingerprint="8511da332fcc",
     ),
     Replacement(
+        f"{_ASYNC}._get_process",
+        "the run does not wait for a process that saves and was killed",
+        fingerprint="ba04e15392b2",
+    ),
+    Replacement(
         "megatron.training.checkpointing:_async_delete_checkpoint_impl",
         "--keep-last deletes complete checkpoints only",
         fingerprint="be821becfe6f",
