@@ -125,7 +125,7 @@ def test_steps_have_numbers_and_print_what_they_would_do(preset: str) -> None:
         ("01_prepare_data.sh", ["prepare-data --out"]),
         ("02_plan.sh", [f"plan --preset {preset}", "cli doctor"]),
         ("04_report.sh", ["report runs/x"]),
-        ("05_export.sh", ["convert --from-megatron runs/x/checkpoints --to-hf runs/x/hf"]),
+        ("05_export.sh", ["export --load runs/x/checkpoints --out runs/x/hf --format bf16"]),
     ]
     assert found == sorted([name for name, _ in steps] + list(LAUNCHERS[:2]))
     variables = {"DRY_RUN": "1", "OUT": "runs/x", "SOURCE": "a b", "TOKENIZER": "t"}
