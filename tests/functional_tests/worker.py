@@ -4,6 +4,7 @@ python worker.py PLAN.json
 """
 
 import gc
+import importlib
 import json
 import os
 import sys
@@ -321,10 +322,10 @@ def run_rank(rank: int, ranks: int, jobs: list[dict[str, Any]], store: str) -> N
 
 def import_once() -> None:
     """What every rank would import at its first step: 2 s of processor time for each of them."""
-    import megatron.core.tokenizers.text.libraries.huggingface_tokenizer
-    import torch._dynamo
     import transformers
 
+    importlib.import_module("torch._dynamo")
+    importlib.import_module("megatron.core.tokenizers.text.libraries.huggingface_tokenizer")
     _ = transformers.PreTrainedTokenizerFast, transformers.AutoTokenizer
 
 
