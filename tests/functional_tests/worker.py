@@ -3,8 +3,10 @@
 python worker.py PLAN.json
 """
 
+import functools
 import gc
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -327,6 +329,8 @@ def import_once() -> None:
     importlib.import_module("torch._dynamo")
     importlib.import_module("megatron.core.tokenizers.text.libraries.huggingface_tokenizer")
     _ = transformers.PreTrainedTokenizerFast, transformers.AutoTokenizer
+    # Megatron's flags come from the sources of its config classes, read anew by every job.
+    inspect.getsource = functools.lru_cache(maxsize=None)(inspect.getsource)
 
 
 def main() -> None:
