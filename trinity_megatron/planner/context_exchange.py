@@ -34,9 +34,7 @@ def gathered_bytes(model: ModelDescription, layout: Layout, layer: int) -> float
     if layout.context_parallel_size == 1 or layout.transformer_impl != "local":
         return 0.0
     window, cut = model.window_of(layer), _cut(layout)
-    rows = max(
-        sum(span.length for span in cut.keys_of(rank, window)) for rank in range(cut.size)
-    )
+    rows = max(sum(span.length for span in cut.keys_of(rank, window)) for rank in range(cut.size))
     return rows * key_bytes(model, layout)
 
 

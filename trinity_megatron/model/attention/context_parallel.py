@@ -53,9 +53,7 @@ class _WindowExchange(torch.autograd.Function):
     """Rows of this rank -> rows that its queries see; one all-to-all in either direction."""
 
     @staticmethod
-    def forward(
-        ctx: Any, local: torch.Tensor, plan: WindowExchange, group: Group
-    ) -> torch.Tensor:
+    def forward(ctx: Any, local: torch.Tensor, plan: WindowExchange, group: Group) -> torch.Tensor:
         ctx.plan, ctx.group, ctx.num_rows = plan, group, local.size(0)
         outgoing = [local[span.start : span.end] for spans in plan.sent for span in spans]
         received = _all_to_all(

@@ -50,8 +50,7 @@ class ZigzagCut:
         """Positions of the two chunks of a rank, in the order of its rows."""
         length = self.chunk_length
         low, high = (
-            Span(chunk * length, (chunk + 1) * length)
-            for chunk in (rank, 2 * self.size - 1 - rank)
+            Span(chunk * length, (chunk + 1) * length) for chunk in (rank, 2 * self.size - 1 - rank)
         )
         return low, high
 
@@ -75,7 +74,7 @@ class ZigzagCut:
         for span in self.keys_of(rank, window):
             for chunk in range(span.start // length, -(-span.end // length)):
                 owner = min(chunk, 2 * self.size - 1 - chunk)
-                # From positions to the owner's rows, of which the chunk is the first or second half.
+                # From positions to the owner's rows: its first half, or the second one.
                 moved = (0 if chunk == owner else length) - chunk * length
                 start = max(span.start, chunk * length) + moved
                 end = min(span.end, (chunk + 1) * length) + moved

@@ -143,7 +143,8 @@ def check_bytes_of_a_local_layer(group: Any) -> None:
         layer = make_attention(window, cp_group=group)
         inputs = make_inputs(length, BATCH, HEADS, GROUPS, SIZE)
         with recorded_sends() as calls:
-            with_gradients(lambda *qkv: layer(*qkv, None), *(zigzag(x, group) for x in inputs))
+            parts = (zigzag(x, group) for x in inputs)
+            with_gradients(lambda *qkv, layer=layer: layer(*qkv, None), *parts)
         chunks_to_others = 1 if at_ends else 2
         expected = chunks_to_others * (window - 1) * BATCH * ROW
         assert calls == [("all_to_all_single", expected)] * 2, (rank, size, calls)
