@@ -12,8 +12,7 @@ _EMPTY = "---\nlibrary_name: transformers\n---\n"
 def write_lineage(folder: Path, lineage: Mapping[str, Any]) -> None:
     """Add the lineage to the model card of a Hugging Face folder; make the card if there is none.
 
-    A line for each branch, the latest first.  The lineage of the checkpoint that training started
-    from stays below.
+    A line for each run, the latest first.  What the card has from before stays below.
 
     Args:
         folder: Gets ``README.md``.
@@ -28,13 +27,18 @@ def write_lineage(folder: Path, lineage: Mapping[str, Any]) -> None:
 
 
 def _lines(lineage: Mapping[str, Any] | None) -> Iterator[str]:
-    """A line for each branch."""
+    """A line for each run."""
     while lineage is not None:
-        yield (
-            f"- Annealed ({lineage['anneal_style']}, learning rate to 0) over "
-            f"{lineage['anneal_tokens']:,} tokens from step {lineage['step']:,} "
-            f"({lineage['consumed_tokens']:,} tokens) of the run `{_name(lineage['parent'])}`."
-        )
+        parent = f"the run `{_name(lineage['parent'])}`"
+        if lineage["step"] is None:
+            parent = f"the converted checkpoint `{_name(lineage['parent'])}`"
+        else:
+            parent = f"step {lineage['step']:,} ({lineage['consumed_tokens']:,} tokens) of {parent}"
+        if "annealing" in lineage:
+            how = f"({lineage['anneal_style']}, learning rate to 0)"
+            yield f"- Annealed {how} over {lineage['anneal_tokens']:,} tokens from {parent}."
+        else:
+            yield f"- Trained with sequences of {lineage['seq_length']:,} tokens from {parent}."
         lineage = lineage["before"]
 
 

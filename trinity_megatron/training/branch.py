@@ -23,7 +23,8 @@ from trinity_megatron.training.resume import check_step, find_newest, read_saved
 Lineage = dict[str, Any]
 """Plain values: ``parent``, ``step``, ``consumed_samples``, ``consumed_tokens``, ``anneal_tokens``,
 ``anneal_style``, ``num_samples`` (of the branch), ``annealing`` (fields of :class:`.Annealing`) and
-``before`` (the lineage of the parent, or None)."""
+``before`` (the lineage of the parent, or None).  Runs that start anew from a checkpoint have one
+too, of fewer values: :func:`.resume.describe_start`."""
 
 _RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "optimizer")
 
@@ -63,8 +64,10 @@ def prepare_branch(args: argparse.Namespace) -> None:
     args.train_samples = args.lineage["consumed_samples"] + args.lineage["num_samples"]
 
 
-def annealing_of(lineage: Lineage) -> Annealing:
-    """The schedule of a branch."""
+def annealing_of(lineage: Lineage | None) -> Annealing | None:
+    """The schedule of a branch; None for other runs."""
+    if lineage is None or "annealing" not in lineage:
+        return None
     return Annealing(**lineage["annealing"])
 
 
@@ -139,7 +142,7 @@ def _begin(args: argparse.Namespace, tokens: int) -> Lineage:
         "annealing": _anneal(common, num_samples, args.anneal_style),
         "before": getattr(saved, "lineage", None),
     }
-    rate = annealing_of(lineage).rate_at(
+    rate = Annealing(**lineage["annealing"]).rate_at(
         common["opt_param_scheduler"]["num_steps"], saved.lr, saved.min_lr
     )
     if rate <= 0:
@@ -180,9 +183,7 @@ def _anneal(common: Mapping[str, Any], num_samples: int, style: str) -> dict[str
     """Fields of :class:`.Annealing`."""
     saved, state = common["args"], common["opt_param_scheduler"]
     start = state["num_steps"]
-    before = getattr(saved, "lineage", None)
-    if before is not None:
-        parent = annealing_of(before)
+    if parent := annealing_of(getattr(saved, "lineage", None)):
         kept = {"schedule": parent.schedule, "held_at": parent.held_at}
         kept["factor"] = parent.share(start)
     else:
@@ -204,7 +205,7 @@ _SCHEDULE_FIELDS = ("lr_warmup_steps", "lr_decay_steps", "lr_decay_style")
 def _check_is_same(args: argparse.Namespace, tokens: int) -> None:
     """A branch goes on as it has begun; its parent may be gone or moved."""
     lineage = args.lineage
-    if lineage is None:
+    if annealing_of(lineage) is None:
         raise UserError(
             f"--branch-from {args.branch_from}: {args.save} holds a run that is no branch. "
             "Remedy: another --out."

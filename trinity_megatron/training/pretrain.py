@@ -129,8 +129,8 @@ def main() -> None:
             check_splits(args)
         stack.enter_context(replaced(_WANDB_WRITER, lambda _: open_writer(args)))
         stack.enter_context(registered_muon(MuonSettings.from_args(args)))
-        if args.lineage:
-            stack.enter_context(annealed(annealing_of(args.lineage)))
+        if annealing := annealing_of(args.lineage):
+            stack.enter_context(annealed(annealing))
         if args.use_megatron_fsdp:
             stack.enter_context(trinity_fsdp())
             stack.enter_context(fsdp_on_cpu() if ON_CPU else contextlib.nullcontext())

@@ -78,6 +78,9 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
             check_lineage(saved, args)
             check_batch_size(saved, step, args)
             check_data(saved, step, args)
+            args.lineage = args.lineage or getattr(saved, "lineage", None)
+        elif not args.skip_train:
+            args.lineage = describe_start(saved, step, found[flag], args)
 
 
 def check_step(step: int, folder: Path) -> None:
@@ -261,7 +264,7 @@ def check_lineage(saved: object, args: argparse.Namespace) -> None:
         UserError: Names the flags.
     """
     lineage = getattr(saved, "lineage", None)
-    if lineage is None or args.lineage is not None:
+    if lineage is None or "annealing" not in lineage or args.lineage is not None:
         return
     raise UserError(
         f"--load {args.load} is a branch of {lineage['parent']}, which this run would go on with "
@@ -269,6 +272,30 @@ def check_lineage(saved: object, args: argparse.Namespace) -> None:
         f"{lineage['parent']} --branch-step {lineage['step']} --anneal-tokens "
         f"{lineage['anneal_tokens']}; or --finetune, or --pretrained-checkpoint with another --out."
     )
+
+
+def describe_start(
+    saved: object, step: int | None, folder: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The lineage of a run that starts anew from a checkpoint; kept as that of a branch is.
+
+    Args:
+        saved: Arguments of the run that saved the checkpoint.
+        step: Its iteration; None for a converted one.
+        folder: Where it lies.
+        args: Of the run that starts.
+
+    Returns:
+        ``parent``, ``step``, ``consumed_tokens``, ``seq_length`` (of this run), ``before``.
+    """
+    samples = getattr(saved, "consumed_train_samples", 0) or 0
+    return {
+        "parent": str(folder.resolve()),
+        "step": step,
+        "consumed_tokens": samples * (getattr(saved, "seq_length", 0) or 0),
+        "seq_length": args.seq_length,
+        "before": getattr(saved, "lineage", None),
+    }
 
 
 def check_batch_size(saved: object, step: int | None, args: argparse.Namespace) -> None:
