@@ -15,7 +15,8 @@ from trinity_megatron.checkpoint.convert import megatron_to_hf
 from trinity_megatron.errors import UserError
 from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, RunLog
 from trinity_megatron.training.branch import prepare_branch
-from trinity_megatron.training.resume import check_lineage, read_saved_state
+from trinity_megatron.training.lineage import check_lineage
+from trinity_megatron.training.resume import read_saved_state
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

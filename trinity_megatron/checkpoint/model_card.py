@@ -16,7 +16,7 @@ def write_lineage(folder: Path, lineage: Mapping[str, Any]) -> None:
 
     Args:
         folder: Gets ``README.md``.
-        lineage: ``args.lineage`` of the run (``training/branch.py``).
+        lineage: ``args.lineage`` of the run (``training/lineage.py``).
     """
     card = folder / CARD_NAME
     text = card.read_text(encoding="utf-8") if card.is_file() else _EMPTY

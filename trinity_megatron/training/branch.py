@@ -1,7 +1,6 @@
 """Branches: a run that begins at a checkpoint of another one, and anneals its learning rate to 0.
 
-The parent is only read and may go on meanwhile.  What a branch comes from, its lineage, is in
-``args.lineage``: in its checkpoints, in W&B's config and on the model card of an export.
+The parent is only read and may go on meanwhile.
 """
 
 from __future__ import annotations
@@ -18,13 +17,8 @@ from trinity_megatron.model.architecture import flag_of
 from trinity_megatron.process.screen import tell_once
 from trinity_megatron.training.annealing import Annealing
 from trinity_megatron.training.arguments.schedule import BatchSizes
+from trinity_megatron.training.lineage import Lineage
 from trinity_megatron.training.resume import check_step, find_newest, read_saved_state
-
-Lineage = dict[str, Any]
-"""Plain values: ``parent``, ``step``, ``consumed_samples``, ``consumed_tokens``, ``anneal_tokens``,
-``anneal_style``, ``num_samples`` (of the branch), ``annealing`` (fields of :class:`.Annealing`) and
-``before`` (the lineage of the parent, or None).  Runs that start anew from a checkpoint have one
-too, of fewer values: :func:`.resume.describe_start`."""
 
 _RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "optimizer")
 

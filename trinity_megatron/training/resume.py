@@ -25,6 +25,7 @@ from trinity_megatron.model.hf_config import plain
 from trinity_megatron.process.screen import tell
 from trinity_megatron.training.arguments.schedule import BatchSizes
 from trinity_megatron.training.datasets.data_identity import check_data
+from trinity_megatron.training.lineage import check_lineage, describe_start
 
 # Transformer Engine's variable.
 _ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
@@ -251,51 +252,6 @@ def check_model(saved: object, args: argparse.Namespace, *, flag: str) -> None:
             f"--optimizer {args.optimizer}: {flag} holds the state of {optimizer}. Remedy: "
             f"--optimizer {optimizer}, or --no-load-optim to begin with an empty state."
         )
-
-
-def check_lineage(saved: object, args: argparse.Namespace) -> None:
-    """Refuse to go on with a branch without its flags: it would leave its schedule.
-
-    Args:
-        saved: Arguments of the run that saved the checkpoint.
-        args: Of the run that resumes.
-
-    Raises:
-        UserError: Names the flags.
-    """
-    lineage = getattr(saved, "lineage", None)
-    if lineage is None or "annealing" not in lineage or args.lineage is not None:
-        return
-    raise UserError(
-        f"--load {args.load} is a branch of {lineage['parent']}, which this run would go on with "
-        f"as if it were none. Remedy: the same command again, with --branch-from "
-        f"{lineage['parent']} --branch-step {lineage['step']} --anneal-tokens "
-        f"{lineage['anneal_tokens']}; or --finetune, or --pretrained-checkpoint with another --out."
-    )
-
-
-def describe_start(
-    saved: object, step: int | None, folder: Path, args: argparse.Namespace
-) -> dict[str, Any]:
-    """The lineage of a run that starts anew from a checkpoint; kept as that of a branch is.
-
-    Args:
-        saved: Arguments of the run that saved the checkpoint.
-        step: Its iteration; None for a converted one.
-        folder: Where it lies.
-        args: Of the run that starts.
-
-    Returns:
-        ``parent``, ``step``, ``consumed_tokens``, ``seq_length`` (of this run), ``before``.
-    """
-    samples = getattr(saved, "consumed_train_samples", 0) or 0
-    return {
-        "parent": str(folder.resolve()),
-        "step": step,
-        "consumed_tokens": samples * (getattr(saved, "seq_length", 0) or 0),
-        "seq_length": args.seq_length,
-        "before": getattr(saved, "lineage", None),
-    }
 
 
 def check_batch_size(saved: object, step: int | None, args: argparse.Namespace) -> None:
