@@ -72,6 +72,8 @@ class AnnealingScheduler(OptimizerParamScheduler):
     Weight decay goes on as the branch's flags say.
     """
 
+    num_steps: int
+
     def __init__(self, *args: Any, annealing: Annealing, **kwargs: Any) -> None:
         self.annealing = annealing
         super().__init__(*args, **{**kwargs, **annealing.schedule})
