@@ -65,6 +65,11 @@ _ENTRIES = (
         fingerprint="f9ed9b380e17",
     ),
     Replacement(
+        f"{_TRAINING}:OptimizerParamScheduler",
+        "a branch holds its parent's learning rates and anneals them to 0",
+        fingerprint="2936733983b5",
+    ),
+    Replacement(
         f"{_TRAINING}:initialize_megatron",
         "pretrain() does not pass allow_no_cuda on",
         fingerprint="d9b467adcaed",
