@@ -45,6 +45,7 @@ from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads  # 
 from trinity_megatron.checkpoint.save_worker import results_in_this_process  # noqa: E402
 from trinity_megatron.cpu_host.fsdp_stand_ins import fsdp_on_cpu  # noqa: E402
 from trinity_megatron.model.attention.rope import rope_on_device  # noqa: E402
+from trinity_megatron.model.config import TrinityConfig  # noqa: E402
 from trinity_megatron.model.initialization import (  # noqa: E402
     initialize_wrapped,
     set_matrices_aside,
@@ -78,6 +79,7 @@ from trinity_megatron.training.callbacks.signals import (  # noqa: E402
     check_exit_signal,
     save_on_signals,
 )
+from trinity_megatron.training.callbacks.spike_skipping import SpikeSkipping  # noqa: E402
 from trinity_megatron.training.callbacks.step_metrics import StepMetrics  # noqa: E402
 from trinity_megatron.training.datasets.index_cache import plain_index_cache  # noqa: E402
 from trinity_megatron.training.datasets.provider import train_valid_test_datasets_provider  # noqa: E402
@@ -207,6 +209,7 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             enter(named_save_errors()),
             FiniteCheck(),
             *([GradientCheck()] if args.check_gradient_norm else []),
+            *_spike_skipping(args, metrics.config),
             enter(old_checkpoints_deleted(args)),
             enter(watch_steps()),
             enter(save_on_signals(args)),
@@ -219,6 +222,12 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             megatron_refusals((AssertionError, ValueError), lambda: hasattr(args, "curr_iteration"))
         )
         yield
+
+
+def _spike_skipping(args: argparse.Namespace, config: TrinityConfig) -> list[SpikeSkipping]:
+    if args.skip_spikes is None:
+        return []
+    return [SpikeSkipping(config, sigma=args.skip_spikes, window=args.spike_window)]
 
 
 def _say_why(args: argparse.Namespace, code: object) -> None:

@@ -47,6 +47,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
         args.gradient_accumulation_fusion = False  # on where apex is there; needs Megatron's DDP
     if args.use_megatron_fsdp:
         check_fsdp(args)
+    check_spikes(args)
     finish_nan_check(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)
@@ -66,9 +67,35 @@ def finish_nan_check(args: argparse.Namespace) -> None:
     gradients.  Its re-run engine needs them (``--rerun-mode validate_results``).
     """
     is_ours = args.check_for_nan_in_loss_and_grad and args.rerun_mode == "disabled"
-    args.check_gradient_norm = is_ours
+    args.check_gradient_norm = is_ours and args.skip_spikes is None
     if is_ours:
         args.check_for_nan_in_loss_and_grad = False
+
+
+def check_spikes(args: argparse.Namespace) -> None:
+    """Refuse ``--skip-spikes`` with what decides about a step in another way.
+
+    Raises:
+        UserError: Names both flags and the remedy.
+    """
+    if args.skip_spikes is None:
+        return
+    flag = f"--skip-spikes {args.skip_spikes:g}"
+    if args.skip_spikes <= 0 or args.spike_window < 8:
+        raise UserError(
+            f"{flag} --spike-window {args.spike_window} is out of range. Remedy: a SIGMA above 0 "
+            "(6 is usual), and a window of at least 8 steps."
+        )
+    if args.rerun_mode != "disabled":
+        raise UserError(
+            f"{flag} with --rerun-mode {args.rerun_mode}: Megatron's engine ends the run where "
+            "this one goes on. Remedy: drop one of them."
+        )
+    if args.optimizer_cuda_graph:
+        raise UserError(
+            f"{flag} with --optimizer-cuda-graph: the captured step cannot be skipped. Remedy: "
+            "drop one of them."
+        )
 
 
 def check_data_is_named(args: argparse.Namespace) -> None:

@@ -34,6 +34,16 @@ class RunConfig:
     """Keep the newest N complete checkpoints in --save and delete older ones after each save;
     multiples of --save-retain-interval are kept too.  Default: keep all."""
 
+    skip_spikes: float | None = field(
+        default=None, metadata={"argparse_meta": {"metavar": "SIGMA"}}
+    )
+    """Skip a step, on all ranks, whose loss or gradient norm lies more than SIGMA standard
+    deviations above the mean of the steps of --spike-window, or is NaN or infinite; 6 is usual.
+    Default: skip none, and end at a NaN."""
+
+    spike_window: int = field(default=128, metadata={"argparse_meta": {"metavar": "N"}})
+    """Number of steps that --skip-spikes compares with; it begins when half of them are done."""
+
     allow_data_change: bool = False
     """Resume with other training data than those of the checkpoint."""
 
