@@ -81,6 +81,7 @@ from trinity_megatron.training.callbacks.signals import (  # noqa: E402
 )
 from trinity_megatron.training.callbacks.spike_skipping import SpikeSkipping  # noqa: E402
 from trinity_megatron.training.callbacks.step_metrics import StepMetrics  # noqa: E402
+from trinity_megatron.training.damage import damage_left_behind  # noqa: E402
 from trinity_megatron.training.datasets.index_cache import plain_index_cache  # noqa: E402
 from trinity_megatron.training.datasets.provider import train_valid_test_datasets_provider  # noqa: E402
 from trinity_megatron.training.datasets.splits import check_splits  # noqa: E402
@@ -200,6 +201,7 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(guarded_loads(verify_checksums=args.verify_checksums, advise=advise_other_step))
+        enter(damage_left_behind(args))
         enter(plain_index_cache())
         if not args.async_save:
             enter(results_in_this_process())

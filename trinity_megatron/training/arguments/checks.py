@@ -20,6 +20,7 @@ from trinity_megatron.training.arguments.schedule import fit_schedule
 from trinity_megatron.training.arguments.unsupported import refuse_host
 from trinity_megatron.training.arguments.value_ranges import check_keep_last, check_values
 from trinity_megatron.training.arguments.vocabulary import check_vocabulary
+from trinity_megatron.training.damage import check_on_damage
 from trinity_megatron.training.datasets.data_identity import read_identity
 from trinity_megatron.training.resume import check_start, resumed_samples
 
@@ -40,6 +41,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     check_values(args)
     check_keep_last(args)
     check_layout(args)
+    check_on_damage(args)
     fit_schedule(args, resumed_samples(args))
     if not is_cpu_host():
         finish_fp8(args)

@@ -44,6 +44,12 @@ class RunConfig:
     spike_window: int = field(default=128, metadata={"argparse_meta": {"metavar": "N"}})
     """Number of steps that --skip-spikes compares with; it begins when half of them are done."""
 
+    on_damage: str = field(
+        default="fail", metadata={"argparse_meta": {"choices": ["fail", "previous"]}}
+    )
+    """What to do where the latest checkpoint of the run is damaged: end and name the file, or set
+    it aside and go on from the newest whole one before it."""
+
     allow_data_change: bool = False
     """Resume with other training data than those of the checkpoint."""
 
