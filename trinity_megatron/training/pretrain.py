@@ -67,6 +67,7 @@ from trinity_megatron.training.callbacks.end_of_run import ValidationTokens, fin
 from trinity_megatron.training.callbacks.finite_check import FiniteCheck  # noqa: E402
 from trinity_megatron.training.callbacks.gradient_check import GradientCheck  # noqa: E402
 from trinity_megatron.training.callbacks.hang_watchdog import watch_steps  # noqa: E402
+from trinity_megatron.training.callbacks.heartbeat import heartbeat  # noqa: E402
 from trinity_megatron.training.callbacks.oom_report import explain, is_out_of_memory  # noqa: E402
 from trinity_megatron.training.callbacks.progress import Progress  # noqa: E402
 from trinity_megatron.training.callbacks.retention import old_checkpoints_deleted  # noqa: E402
@@ -214,6 +215,7 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             *_spike_skipping(args, metrics.config),
             enter(old_checkpoints_deleted(args)),
             enter(watch_steps()),
+            enter(heartbeat(args)),
             enter(save_on_signals(args)),
         ]
         if args.out:  # else the screen has Megatron's lines
