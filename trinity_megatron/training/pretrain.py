@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock, Timeout
 
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
-from trinity_megatron.errors import UserError
+from trinity_megatron.errors import MachineError, UserError
 from trinity_megatron.process.console import make_screen_safe
 from trinity_megatron.process.rank import (
     USER_ERROR,
@@ -70,6 +70,7 @@ from trinity_megatron.training.callbacks.hang_watchdog import watch_steps  # noq
 from trinity_megatron.training.callbacks.heartbeat import heartbeat  # noqa: E402
 from trinity_megatron.training.callbacks.oom_report import explain, is_out_of_memory  # noqa: E402
 from trinity_megatron.training.callbacks.progress import Progress  # noqa: E402
+from trinity_megatron.training.callbacks.replica_check import ReplicaCheck  # noqa: E402
 from trinity_megatron.training.callbacks.retention import old_checkpoints_deleted  # noqa: E402
 from trinity_megatron.training.callbacks.save_errors import (  # noqa: E402
     explain_disk_error,
@@ -213,6 +214,7 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             FiniteCheck(),
             *([GradientCheck()] if args.check_gradient_norm else []),
             *_spike_skipping(args, metrics.config),
+            *([ReplicaCheck(args.check_replicas)] if args.check_replicas else []),
             enter(old_checkpoints_deleted(args)),
             enter(watch_steps()),
             enter(heartbeat(args)),
@@ -333,9 +335,10 @@ def run() -> None:
         _say_once(f"error: {message}")
         sys.exit(USER_ERROR)
     except RuntimeError as error:
-        if not is_out_of_memory(error) or os.environ.get("TRINITY_DEBUG") == "1":
+        is_known = is_out_of_memory(error) or isinstance(error, MachineError)
+        if not is_known or os.environ.get("TRINITY_DEBUG") == "1":
             raise
-        _say_once(f"error: {explain(error)}")
+        _say_once(f"error: {error if isinstance(error, MachineError) else explain(error)}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

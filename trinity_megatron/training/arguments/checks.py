@@ -50,6 +50,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     if args.use_megatron_fsdp:
         check_fsdp(args)
     check_spikes(args)
+    check_replica_flag(args)
     finish_nan_check(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)
@@ -98,6 +99,26 @@ def check_spikes(args: argparse.Namespace) -> None:
             f"{flag} with --optimizer-cuda-graph: the captured step cannot be skipped. Remedy: "
             "drop one of them."
         )
+
+
+def check_replica_flag(args: argparse.Namespace) -> None:
+    """Refuse ``--check-replicas`` where ranks hold nothing alike.
+
+    Raises:
+        UserError: Names the flag and the remedy.
+    """
+    if args.check_replicas is None:
+        return
+    if args.check_replicas < 1:
+        raise UserError(
+            f"--check-replicas {args.check_replicas} is out of range. Remedy: at least 1 step."
+        )
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name):
+            raise UserError(
+                f"--check-replicas {args.check_replicas} with --{name.replace('_', '-')}: the "
+                "ranks hold parts of the parameters, not the same ones. Remedy: drop one of them."
+            )
 
 
 def check_data_is_named(args: argparse.Namespace) -> None:

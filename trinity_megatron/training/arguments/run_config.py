@@ -50,6 +50,10 @@ class RunConfig:
     """What to do where the latest checkpoint of the run is damaged: end and name the file, or set
     it aside and go on from the newest whole one before it."""
 
+    check_replicas: int | None = field(default=None, metadata={"argparse_meta": {"metavar": "N"}})
+    """Compare checksums of parameters, expert bias and counters over data-parallel ranks every N
+    steps and before each save; end where a rank differs.  Default: do not."""
+
     allow_data_change: bool = False
     """Resume with other training data than those of the checkpoint."""
 
