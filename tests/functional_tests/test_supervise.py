@@ -129,14 +129,19 @@ def test_it_ends_by_itself_and_says_how(runs: SimpleNamespace) -> None:
     assert len(log) == len(FAULTS) + 1
     for line, (step, _, kind) in zip(log, FAULTS, strict=False):
         assert f"in step {step} " in line or kind == "SIGTERM"
-    assert "was killed by SIGKILL" in log[0] and "from step 4" in log[0]
-    assert "RuntimeError: an exception of the test" in log[1] and "from step 8" in log[1]
-    assert "SIGTERM" in log[3] and "from step 23" in log[3]  # saved after the step
-    assert "expert_bias on ranks 0, 1. A device" in log[4] and "from step 24" in log[4]
+    starts = ("the beginning", "step 4", "step 8", "step 12", "step 23", "step 24")
+    for number, (line, start) in enumerate(zip(log, starts, strict=True), start=1):
+        assert f"start {number} from {start} has" in line
+    assert "rank 1 was killed by SIGKILL. Step 4 is saved" in log[0]
+    assert "RuntimeError: an exception of the test. Step 8" in log[1]
+    assert "rank 1 was killed by SIGKILL. Step 16" in log[2]  # which is damaged
+    assert "SIGTERM" in log[3] and "Step 23 is saved" in log[3]  # after the step
+    assert "expert_bias on ranks 0, 1. A device" in log[4]
     assert "has completed the run" in log[5]
     # It was the checkpoint of step 16.
     assert (runs.folder / "run" / "checkpoints" / "damaged_iter_0000016").is_dir()
     assert "goes on from step 12" in runs.result.stderr
+    assert json.loads((runs.folder / "run" / "heartbeat.json").read_text())["saved"] == STEPS
 
 
 def test_the_losses_are_those_of_the_undisturbed_run(runs: SimpleNamespace) -> None:

@@ -25,12 +25,11 @@ LOG_NAME = "supervise.log"
 _LONGEST_WAIT = 300.0
 _KEPT_LINES = 200
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Of an error output, the line that says most; the first of these that is found.
-_TELLING = (
-    re.compile(r"^(\[rank \d+\] )?error: .+"),
-    re.compile(r"^(\[rank\d+\]: )?[\w.]*(Error|Exception)\b.*"),
-    re.compile(r"^trinity-megatron: .+"),
-)
+_MOST_LETTERS = 200
+_USER_ERROR = re.compile(r"^(\[rank \d+\] )?error: .+")
+_EXCEPTION = re.compile(r"^(\[rank(?P<rank>\d+)\]: )?[\w.]*(Error|Exception)\b.*")
+# Of launch/local.py.
+_VERDICT = re.compile(r"^trinity-megatron: (?P<text>(rank (?P<rank>\d+) )?.+)")
 
 
 @dataclass(frozen=True)
@@ -49,15 +48,17 @@ class Patience:
 
 
 @dataclass(frozen=True)
-class Failure:
+class Ending:
     """How a start has ended.
 
     Attributes:
-        step: The step that it was in; None before its first.
+        start: The step that it has begun from; None before the training began.
+        step: The step that it was in; None before the training began.
         saved: The last step that is saved.
         reason: A line of its error output, or its exit code.
     """
 
+    start: int | None
     step: int | None
     saved: int
     reason: str
@@ -85,7 +86,7 @@ class _Supervisor:
         self._received: signal.Signals | None = None
         self._ended = threading.Event()
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._failures: list[Failure] = []
+        self._failures: list[Ending] = []
 
     def run(self) -> int:
         for signum in _FORWARDED:
@@ -96,21 +97,23 @@ class _Supervisor:
             number += 1
             begin, began_at = time.monotonic(), time.time()
             code = self._start()
+            ending = self._describe(code, began_at)
             took = f"after {time.monotonic() - begin:.0f} s"
+            name = f"start {number}{_origin(ending.start)}"
             if code == 0:
-                self._log(f"start {number} has completed the run {took}")
+                self._log(f"{name} has completed the run {took}")
                 return 0
-            failure = self._describe(code, began_at)
-            what = f"start {number} {_place(failure)} {took}: {failure.reason}"
+            what = f"{name} has failed {_where(ending)} {took}: {ending.reason.rstrip('.')}"
             if self._received is not None:
                 self._log(f"{what}. Ended by {self._received.name}")
                 return code
-            refusal = self._why_not_again(code, failure)
+            refusal = self._why_not_again(code, ending)
             if refusal is not None:
                 self._log(f"{what}. Not started again: {refusal}")
                 return code
             wait = self._wait_seconds()
-            self._log(f"{what}. Start {number + 1} in {wait:.0f} s, from {_saved(failure.saved)}")
+            saved = f"Step {ending.saved} is saved" if ending.saved else "Nothing is saved"
+            self._log(f"{what}. {saved}; start {number + 1} in {wait:.0f} s")
             if self._ended.wait(wait):
                 return code
 
@@ -141,28 +144,27 @@ class _Supervisor:
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(signum)
 
-    def _describe(self, code: int, began_at: float) -> Failure:
-        beat = read_heartbeat(self._out)
-        saved = beat.saved if beat else 0
-        is_of_this_start = beat is not None and beat.time >= began_at
-        step = beat.step if beat is not None and is_of_this_start else None
-        return Failure(step, saved, find_reason(list(self._lines), code))
+    def _describe(self, code: int, began_at: float) -> Ending:
+        reason, beat = find_reason(list(self._lines), code), read_heartbeat(self._out)
+        if beat is None or beat.time < began_at:  # of an earlier start
+            return Ending(None, None, beat.saved if beat else 0, reason)
+        return Ending(beat.start, beat.step, beat.saved, reason)
 
-    def _why_not_again(self, code: int, failure: Failure) -> str | None:
+    def _why_not_again(self, code: int, ending: Ending) -> str | None:
         if code == USER_ERROR:
             return "what it says has to be mended first"
         if code == 128 + signal.SIGINT:
             return "it was interrupted"
-        if self._failures and failure.saved != self._failures[-1].saved:
+        if self._failures and ending.saved != self._failures[-1].saved:
             self._failures.clear()
-        self._failures.append(failure)
+        self._failures.append(ending)
         in_a_row = 0
         for earlier in reversed(self._failures):
-            if earlier.step != failure.step:
+            if earlier.step != ending.step:
                 break
             in_a_row += 1
         if in_a_row >= self._patience.same_step:
-            return f"it has failed {in_a_row} times in a row {_where(failure)}"
+            return f"it has failed {in_a_row} times in a row {_where(ending)}"
         if len(self._failures) >= self._patience.no_save:
             return f"it has failed {len(self._failures)} times without a new checkpoint"
         return None
@@ -183,28 +185,39 @@ class _Supervisor:
 
 
 def find_reason(lines: Sequence[str], code: int) -> str:
-    """The line of an error output that says most, and the exit code.
+    """The line of an error output that says most; else the exit code.
+
+    A rank that is killed says nothing, and the others complain of the connection: the launcher
+    knows which failed first.
 
     Args:
         lines: The last ones of the output.
         code: As a shell has it.
     """
-    for pattern in _TELLING:
-        for line in lines:
-            if pattern.match(line):
-                return line[:300].rstrip(".")
+    verdict = next((found for line in lines if (found := _VERDICT.match(line))), None)
+    exceptions = [found for line in lines if (found := _EXCEPTION.match(line))]
+    if verdict and "was killed by" in verdict["text"]:
+        return _shorten(verdict["text"].partition(", as happens")[0])
+    of_first = [found for found in exceptions if verdict and found["rank"] == verdict["rank"]]
+    refusals = (found for line in lines if (found := _USER_ERROR.match(line)))
+    for found in (*refusals, *of_first, *exceptions):
+        return _shorten(found[0])
+    if verdict:
+        return _shorten(verdict["text"])
     if code > 128 and code - 128 in signal.valid_signals():
         return f"ended by {signal.Signals(code - 128).name}"
     return f"exit code {code}"
 
 
-def _place(failure: Failure) -> str:
-    return f"has failed {_where(failure)}"
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}..."
 
 
-def _where(failure: Failure) -> str:
-    return "before its first step" if failure.step is None else f"in step {failure.step}"
+def _where(ending: Ending) -> str:
+    return "before its first step" if ending.step is None else f"in step {ending.step}"
 
 
-def _saved(step: int) -> str:
-    return f"step {step}" if step else "the beginning"
+def _origin(step: int | None) -> str:
+    if step is None:
+        return ""
+    return f" from step {step}" if step else " from the beginning"

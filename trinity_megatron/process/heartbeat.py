@@ -11,7 +11,7 @@ from pathlib import Path
 
 HEARTBEAT_NAME = "heartbeat.json"
 # A line of one length, written at once: no reader sees half of it, and nothing is renamed.
-_LINE_BYTES = 96
+_LINE_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,13 @@ class Heartbeat:
     """Where a run is.
 
     Attributes:
+        start: The step that this start has begun from.
         step: The step that it is in.
         saved: The last step that is saved; 0 for none.
         time: Unix time of the beginning of the step.
     """
 
+    start: int
     step: int
     saved: int
     time: float
@@ -41,16 +43,17 @@ class HeartbeatFile:
         with contextlib.suppress(OSError):
             self._file = os.open(folder / HEARTBEAT_NAME, os.O_WRONLY | os.O_CREAT, 0o644)
 
-    def write(self, *, step: int, saved: int) -> None:
+    def write(self, *, start: int, step: int, saved: int) -> None:
         """Say that a step begins.
 
         Args:
+            start: The step that this start has begun from.
             step: Its number.
             saved: The last step that is saved.
         """
         if self._file is None:
             return
-        beat = Heartbeat(step, saved, round(time.time(), 3))
+        beat = Heartbeat(start, step, saved, round(time.time(), 3))
         line = json.dumps(asdict(beat)).ljust(_LINE_BYTES - 1) + "\n"
         with contextlib.suppress(OSError):
             os.pwrite(self._file, line.encode(), 0)

@@ -28,7 +28,7 @@ number = int(count.read_text()) if count.exists() else 0
 count.write_text(str(number + 1))
 step, saved, words, end = json.loads((out / "plan.json").read_text())[number]
 if step is not None:
-    HeartbeatFile(out).write(step=step, saved=saved)
+    HeartbeatFile(out).write(start=saved - 5, step=step, saved=saved)
 print(words, file=sys.stderr, flush=True)
 if end == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -68,11 +68,12 @@ def test_it_tells_its_story(tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 0
     lines = story(tmp_path)
     words = (
-        "start 1 has failed in step 7 after .* s: ended by SIGKILL. Start 2 in 0 s, from step 5",
-        "start 2 has failed before its first step .*: ModuleNotFoundError: .*, from step 5",
-        "start 3 has failed in step 13 .*: RuntimeError: NCCL error. Start 4 .*, from step 10",
-        "start 4 has failed in step 20 .*: ended by SIGTERM. Start 5 .*, from step 20",
-        "start 5 has completed the run after .* s",
+        r"start 1 from the beginning has failed in step 7 after \d+ s: ended by SIGKILL. Step 5 is "
+        "saved; start 2 in 0 s",
+        "start 2 has failed before its first step .*: ModuleNotFoundError: .*. Step 5 is saved; .*",
+        "start 3 from step 5 has failed in step 13 .*: RuntimeError: NCCL error. Step 10 is .*",
+        "start 4 from step 15 has failed in step 20 .*: ended by SIGTERM. Step 20 is saved; .*",
+        r"start 5 from step 25 has completed the run after \d+ s",
     )
     assert len(lines) == len(words)
     for line, pattern in zip(lines, words, strict=True):
@@ -120,12 +121,18 @@ def test_its_own_end(signum: int, tmp_path: Path) -> None:
 
 
 def test_the_telling_line() -> None:
-    trace = ["Traceback (most recent call last):", '  File "a.py", line 1', "torch.Error: x", "y"]
-    torchrun = ["trinity-megatron: rank 1 ended with exit code 1."]
-    assert find_reason([*trace, *torchrun], 1) == "torch.Error: x"
-    assert find_reason(["[rank 3] error: no.", *trace], 1) == "[rank 3] error: no"
-    assert find_reason(torchrun, 1) == torchrun[0].rstrip(".")
+    lost = "[rank0]: RuntimeError: Connection reset by peer"
+    own = "[rank1]: torch.Error: x"
+    trace = ["Traceback (most recent call last):", '  File "a.py", line 1', lost, own, "y"]
+    first = "trinity-megatron: rank 1 ended with exit code 1; its message is above."
+    killed = "trinity-megatron: rank 1 was killed by SIGKILL, as happens when memory runs out."
+    assert find_reason([*trace, first], 1) == own
+    assert find_reason(trace, 1) == lost
+    assert find_reason([*trace, killed], 137) == "rank 1 was killed by SIGKILL"
+    assert find_reason(["[rank 3] error: no.", *trace], 1) == "[rank 3] error: no."
+    assert find_reason([first], 1) == first.removeprefix("trinity-megatron: ")
     assert find_reason([], 139) == "ended by SIGSEGV" and find_reason([], 7) == "exit code 7"
+    assert len(find_reason(["ValueError: " + "x" * 1000], 1)) < 250
 
 
 def test_the_command() -> None:

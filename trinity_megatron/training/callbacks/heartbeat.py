@@ -24,12 +24,12 @@ class HeartbeatWriter(Callback):
 
     def __init__(self, args: argparse.Namespace, file: HeartbeatFile) -> None:
         self._args, self._file = args, file
-        self._step = self._saved = 0
+        self._start = self._step = self._saved = 0
         self._saving: int | None = None
 
     def on_train_start(self) -> None:
         """Say where the run begins."""
-        self._step = self._args.iteration
+        self._start = self._step = self._args.iteration
         self._saved = 0 if self._args.finetune else self._args.iteration
         self._write()
 
@@ -50,7 +50,7 @@ class HeartbeatWriter(Callback):
             self._write()
 
     def _write(self) -> None:
-        self._file.write(step=self._step, saved=self._saved)
+        self._file.write(start=self._start, step=self._step, saved=self._saved)
 
 
 @contextmanager
