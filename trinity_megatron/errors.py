@@ -10,5 +10,12 @@ class UserError(ValueError):
     """
 
 
+class MachineError(RuntimeError):
+    """What a machine has done wrong; printed without a trace too.
+
+    The exit code is 1: ``trinity-megatron supervise`` starts the run again.
+    """
+
+
 class MissingInputError(UserError, FileNotFoundError):
     """A file or folder that the user has named is not there."""

@@ -10,6 +10,7 @@ LAYOUT_FLAGS=(
     --pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 3
     --expert-model-parallel-size 8 --micro-batch-size 1
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --check-replicas 500
 )
 if [ -n "${SHARDED:-}" ]; then  # HSDP instead, 16 replicas of 128 ranks: docs/sharding.md
     LAYOUT_FLAGS=(
@@ -25,4 +26,5 @@ RECIPE_FLAGS=(
     --train-iters "${TRAIN_ITERS:-138830}"
     --dataloader-inter-document-masking
     --save-interval 250 --keep-last 3 --save-retain-interval 5000
+    --skip-spikes 6 --on-damage previous
 )

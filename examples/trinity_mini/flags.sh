@@ -9,6 +9,7 @@ TOKENS=10T                               # for 02_plan.sh
 LAYOUT_FLAGS=(
     --expert-model-parallel-size 8 --micro-batch-size 2
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --check-replicas 500
 )
 if [ -n "${SHARDED:-}" ]; then  # HSDP instead, each node a replica: docs/sharding.md
     LAYOUT_FLAGS=(
@@ -21,4 +22,5 @@ fi
 RECIPE_FLAGS=(
     --train-iters "${TRAIN_ITERS:-596046}"
     --save-interval 500 --keep-last 3 --save-retain-interval 10000
+    --skip-spikes 6 --on-damage previous
 )

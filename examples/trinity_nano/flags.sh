@@ -10,6 +10,7 @@ LAYOUT_FLAGS=(
     --expert-model-parallel-size 1 --micro-batch-size 8
     --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --check-replicas 500
 )
 if [ -n "${SHARDED:-}" ]; then  # HSDP instead, each node a replica: docs/sharding.md
     LAYOUT_FLAGS=(
@@ -22,4 +23,5 @@ fi
 RECIPE_FLAGS=(
     --train-iters "${TRAIN_ITERS:-596046}"
     --save-interval 500 --keep-last 3 --save-retain-interval 10000
+    --skip-spikes 6 --on-damage previous
 )

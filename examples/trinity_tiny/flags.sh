@@ -8,4 +8,7 @@ TOKENS=1.6M                              # for 02_plan.sh
 
 LAYOUT_FLAGS=(--expert-model-parallel-size 2 --micro-batch-size 4)
 # 400 steps of the preset; minutes on two cores.
-RECIPE_FLAGS=(--train-iters "${TRAIN_ITERS:-400}" --save-interval 50 --keep-last 3)
+RECIPE_FLAGS=(
+    --train-iters "${TRAIN_ITERS:-400}" --save-interval 50 --keep-last 3
+    --skip-spikes 6 --on-damage previous
+)

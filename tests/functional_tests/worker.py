@@ -48,6 +48,7 @@ def probed(
     collectives: str | None = None,
     gather_state: bool = False,
     tokens: str | None = None,
+    poison: list[int] | None = None,
 ) -> Iterator[None]:
     """Record the routers' state as each step finds it; spoil the gradient of some steps.
 
@@ -58,6 +59,7 @@ def probed(
         pad: Tokens of padding at the end of the last sequence of each global batch of 8.
         collectives: Prefix of the files of ``counted``, one for each rank.
         tokens: Prefix of the files of ``read_tokens``, one for each rank.
+        poison: Steps (1-based) whose labels are all the same token.
         gather_state: Save and load the optimizer's state as Megatron does, see ``gathered``.
     """
     from trinity_megatron.model import layer_specs
@@ -91,6 +93,7 @@ def probed(
             counted(collectives),
             gathered(gather_state),
             read_tokens(tokens),
+            poisoned(poison or []),
         ):
             yield
     finally:
@@ -273,6 +276,29 @@ def read_tokens(prefix: str | None) -> Iterator[None]:
 
     if prefix is not None:
         forward_step.get_batch = recorded
+    try:
+        yield
+    finally:
+        forward_step.get_batch = get_batch
+
+
+@contextmanager
+def poisoned(steps: list[int]) -> Iterator[None]:
+    """Give the training batches of some steps labels that no model has learned."""
+    from megatron.training import get_args
+
+    from trinity_megatron.training import forward_step
+
+    get_batch = forward_step.get_batch
+
+    def spoiled(*args: Any, training: bool, **kwargs: Any) -> dict[str, Any]:
+        batch = get_batch(*args, training=training, **kwargs)
+        if training and get_args().curr_iteration + 1 in steps and batch["labels"] is not None:
+            batch["labels"] = torch.full_like(batch["labels"], 5)
+        return batch
+
+    if steps:
+        forward_step.get_batch = spoiled
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from trinity_megatron.cli import (
     prepare_data,
     report,
     run,
+    supervise,
     train,
     verify,
 )
@@ -37,6 +38,7 @@ _COMMANDS = (
     plan,
     dry_run,
     train,
+    supervise,
     run,
     convert,
     verify,

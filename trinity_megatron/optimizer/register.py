@@ -18,6 +18,7 @@ import megatron.core.optimizer as core_optimizer
 import torch
 from megatron.core.optimizer import emerging_optimizers as registry
 from megatron.core.optimizer.emerging_optimizers import EmergingOptimizerEntry
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -83,11 +84,13 @@ class MuonSettings:
         momentum_dtype: Key of ``MOMENTUM_DTYPES``.
         use_gloo_process_groups: ``--disable-gloo-process-groups`` turns it off.
         timeout: Of the process groups.
+        skips_spikes: Whether a step may be skipped, by AdamW too.
     """
 
     momentum_dtype: str = "fp32"
     use_gloo_process_groups: bool = True
     timeout: timedelta = timedelta(minutes=10)
+    skips_spikes: bool = False
 
     @classmethod
     def from_args(cls, args: Any) -> MuonSettings:
@@ -100,6 +103,7 @@ class MuonSettings:
             momentum_dtype=args.muon_momentum_dtype,
             use_gloo_process_groups=args.use_gloo_process_groups,
             timeout=timedelta(minutes=args.distributed_timeout_minutes),
+            skips_spikes=args.skip_spikes is not None,
         )
 
 
@@ -263,7 +267,7 @@ def _build_on_fsdp_or(build: Callable[..., Any], settings: MuonSettings) -> Call
         **kwargs: Any,
     ) -> Any:
         if not isinstance(model_chunks[0], TrinityFSDP):
-            return build(
+            chain = build(
                 config,
                 model_chunks,
                 config_overrides,
@@ -271,6 +275,10 @@ def _build_on_fsdp_or(build: Callable[..., Any], settings: MuonSettings) -> Call
                 pg_collection,
                 **kwargs,
             )
+            is_megatrons = type(chain) is ChainedOptimizer
+            if settings.skips_spikes and is_megatrons:
+                return SkippingOptimizer(chain.chained_optimizers)
+            return chain
         overrides, muon_kwargs = dict(config_overrides or {}), {}
         if config.optimizer == "muon":
             groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -115,6 +115,12 @@ def hang_up_with_shell() -> None:
             _signal_at_end_of_parent(signal.SIGHUP)
 
 
+def end_with_parent() -> None:
+    """Ask a process that has just been forked to end, after a save, when its parent ends."""
+    if sys.platform == "linux":
+        _signal_at_end_of_parent(signal.SIGTERM)
+
+
 def _signal_at_end_of_parent(signum: signal.Signals) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
 

@@ -72,6 +72,7 @@ _KEY_FIGURE_ROWS = (
     _KeyFigureRow("Highest router logit", "router/max_logit", None, ".2f"),
     _KeyFigureRow("Highest LM-head logit", "lm_head/max_logit", None, ".2f"),
     _KeyFigureRow("Gradient norm", "grad-norm", None, ".3g"),
+    _KeyFigureRow("Skipped steps", "train/skipped_steps", None, ".0f"),
     _KeyFigureRow("BatchHet (nats per token)", "data/batch_het", "lowest", ".3f"),
     _KeyFigureRow("Tokens per second", "speed/tokens_per_second", "highest", ",.0f"),
     _KeyFigureRow("MFU", "speed/mfu", "highest", ".1%"),

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from trinity_megatron.telemetry.step_loss import StepLoss
+
 # name -> what its count, total and maximum are of.  The order is that of the exchanged tensor.
 STATISTIC_NAMES = (
     "router/logit",  # router logits
@@ -37,10 +39,12 @@ class StepStatistics:
 
     Attributes:
         is_collecting: Whether this step is logged.
+        step_loss: Sums the losses of every step, where they are needed before its update.
     """
 
     def __init__(self) -> None:
         self.is_collecting = False
+        self.step_loss: StepLoss | None = None
         self._values: dict[tuple[str, int], torch.Tensor] = {}
         self._micro_batches: list[torch.Tensor] = []
 

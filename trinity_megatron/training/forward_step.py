@@ -232,6 +232,8 @@ def loss_func(
             )
     if statistics.is_collecting:
         statistics.observe_micro_batch(loss, num_tokens)
+    if statistics.step_loss is not None:
+        statistics.step_loss.add(loss, num_tokens)
     report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
     if corpora is not None:
         domains = domains_of(get_args().data_mixture)

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock, Timeout
 
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
-from trinity_megatron.errors import UserError
+from trinity_megatron.errors import MachineError, UserError
 from trinity_megatron.process.console import make_screen_safe
 from trinity_megatron.process.rank import (
     USER_ERROR,
@@ -45,6 +45,7 @@ from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads  # 
 from trinity_megatron.checkpoint.save_worker import results_in_this_process  # noqa: E402
 from trinity_megatron.cpu_host.fsdp_stand_ins import fsdp_on_cpu  # noqa: E402
 from trinity_megatron.model.attention.rope import rope_on_device  # noqa: E402
+from trinity_megatron.model.config import TrinityConfig  # noqa: E402
 from trinity_megatron.model.initialization import (  # noqa: E402
     initialize_wrapped,
     set_matrices_aside,
@@ -68,8 +69,10 @@ from trinity_megatron.training.callbacks.end_of_run import ValidationTokens, fin
 from trinity_megatron.training.callbacks.finite_check import FiniteCheck  # noqa: E402
 from trinity_megatron.training.callbacks.gradient_check import GradientCheck  # noqa: E402
 from trinity_megatron.training.callbacks.hang_watchdog import watch_steps  # noqa: E402
+from trinity_megatron.training.callbacks.heartbeat import heartbeat  # noqa: E402
 from trinity_megatron.training.callbacks.oom_report import explain, is_out_of_memory  # noqa: E402
 from trinity_megatron.training.callbacks.progress import Progress  # noqa: E402
+from trinity_megatron.training.callbacks.replica_check import ReplicaCheck  # noqa: E402
 from trinity_megatron.training.callbacks.retention import old_checkpoints_deleted  # noqa: E402
 from trinity_megatron.training.callbacks.save_errors import (  # noqa: E402
     explain_disk_error,
@@ -80,7 +83,9 @@ from trinity_megatron.training.callbacks.signals import (  # noqa: E402
     check_exit_signal,
     save_on_signals,
 )
+from trinity_megatron.training.callbacks.spike_skipping import SpikeSkipping  # noqa: E402
 from trinity_megatron.training.callbacks.step_metrics import StepMetrics  # noqa: E402
+from trinity_megatron.training.damage import damage_left_behind  # noqa: E402
 from trinity_megatron.training.datasets.index_cache import plain_index_cache  # noqa: E402
 from trinity_megatron.training.datasets.provider import train_valid_test_datasets_provider  # noqa: E402
 from trinity_megatron.training.datasets.splits import check_splits  # noqa: E402
@@ -202,6 +207,7 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(guarded_loads(verify_checksums=args.verify_checksums, advise=advise_other_step))
+        enter(damage_left_behind(args))
         enter(plain_index_cache())
         if not args.async_save:
             enter(results_in_this_process())
@@ -211,8 +217,11 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             enter(named_save_errors()),
             FiniteCheck(),
             *([GradientCheck()] if args.check_gradient_norm else []),
+            *_spike_skipping(args, metrics.config),
+            *([ReplicaCheck(args.check_replicas)] if args.check_replicas else []),
             enter(old_checkpoints_deleted(args)),
             enter(watch_steps()),
+            enter(heartbeat(args)),
             enter(save_on_signals(args)),
         ]
         if args.out:  # else the screen has Megatron's lines
@@ -223,6 +232,12 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             megatron_refusals((AssertionError, ValueError), lambda: hasattr(args, "curr_iteration"))
         )
         yield
+
+
+def _spike_skipping(args: argparse.Namespace, config: TrinityConfig) -> list[SpikeSkipping]:
+    if args.skip_spikes is None:
+        return []
+    return [SpikeSkipping(config, sigma=args.skip_spikes, window=args.spike_window)]
 
 
 def _say_why(args: argparse.Namespace, code: object) -> None:
@@ -324,9 +339,10 @@ def run() -> None:
         _say_once(f"error: {message}")
         sys.exit(USER_ERROR)
     except RuntimeError as error:
-        if not is_out_of_memory(error) or os.environ.get("TRINITY_DEBUG") == "1":
+        is_known = is_out_of_memory(error) or isinstance(error, MachineError)
+        if not is_known or os.environ.get("TRINITY_DEBUG") == "1":
             raise
-        _say_once(f"error: {explain(error)}")
+        _say_once(f"error: {error if isinstance(error, MachineError) else explain(error)}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

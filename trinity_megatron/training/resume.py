@@ -15,6 +15,7 @@ from trinity_megatron.checkpoint.torch_dist.tracker import (
     TRACKER_NAME,
     iteration_name,
     read_tracker,
+    write_tracker,
 )
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.manifest import DataManifest
@@ -24,6 +25,7 @@ from trinity_megatron.model.architecture import ARGUMENT_DEST, MODEL_FIELDS, SHA
 from trinity_megatron.model.hf_config import plain
 from trinity_megatron.process.screen import tell
 from trinity_megatron.training.arguments.schedule import BatchSizes
+from trinity_megatron.training.damage import find_readable_before, set_unreadable_aside
 from trinity_megatron.training.datasets.data_identity import check_data
 from trinity_megatron.training.lineage import check_lineage, describe_start
 
@@ -48,6 +50,8 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
     folders = {flag: Path(name) for flag, name in named.items() if name and "://" not in name}
     if "--load" in folders and folders["--load"].resolve() == own and args.rank == 0:
         mend_tracker(folders["--load"])
+        if args.on_damage == "previous":
+            set_unreadable_aside(folders["--load"])
     found = {flag: path for flag, path in folders.items() if (path / TRACKER_NAME).is_file()}
     if args.ckpt_step is not None and args.rank == 0 and folders:
         check_step(args.ckpt_step, next(iter((found or folders).values())))
@@ -127,9 +131,7 @@ def mend_tracker(folder: Path) -> None:
         return
     newest = find_newest(folder)
     if newest is not None:
-        draft = tracker.with_suffix(".tmp")
-        draft.write_text(str(newest))
-        os.replace(draft, tracker)
+        write_tracker(folder, newest)
         was = "was not there" if word is None else f"said {word!r}"
         tell(f"> {tracker} {was}; it names the newest complete checkpoint now: {newest}")
     elif word is not None:
@@ -304,6 +306,8 @@ def resumed_samples(args: argparse.Namespace) -> int:
         check_step(args.ckpt_step, folder)
     # As rank 0 mends it.
     step = args.ckpt_step or (int(word) if word.isdigit() else find_newest(folder))
+    if step is not None and args.on_damage == "previous":
+        step = find_readable_before(folder, step + 1)
     if step is None:
         return 0
     saved, _ = read_saved_args(folder, step, verify_checksums=args.verify_checksums)

@@ -35,6 +35,11 @@ _ENTRIES = (
         fingerprint="b652984ca8c8",
     ),
     Replacement(
+        f"{_TRAINING}:load_checkpoint",
+        "all ranks verify the checkpoint before one is chosen (`--on-damage previous`)",
+        fingerprint="4f03d48a7938",
+    ),
+    Replacement(
         f"{_TRAINING}:maybe_finalize_async_save",
         "callbacks run when an asynchronous save ends",
         fingerprint="403a01e56d5a",

@@ -67,6 +67,7 @@ def start(folder: Path | None, **given: Any) -> None:
         "skip_train": False,
         "decrease_batch_size_if_needed": False,
         "verify_checksums": True,
+        "on_damage": "fail",
         **dict.fromkeys([ARGUMENT_DEST.get(name, name) for name in MODEL_FIELDS]),
     }
     values.update(given)
@@ -231,10 +232,14 @@ def test_samples_before_a_resume(checkpoints: Path, tmp_path: Path) -> None:
     def count(folder: Path, **given: Any) -> int:
         values = {"step_batch_size_schedule": "0:8", "finetune": False, "load": str(folder)}
         values |= {"ckpt_format": "torch_dist", "auto_detect_ckpt_format": False, "ckpt_step": None}
-        values["verify_checksums"] = True
+        values |= {"verify_checksums": True, "on_damage": "fail"}
         return resumed_samples(Namespace(**{**values, **given}))
 
     assert count(checkpoints) == 160
+    shard = checkpoints / "iter_0000020" / "__0_0.distcp"
+    shard.rename(tmp_path / "elsewhere")
+    assert count(checkpoints, on_damage="previous") == 80  # rank 0 goes back
+    (tmp_path / "elsewhere").rename(shard)
     assert count(checkpoints, ckpt_step=10) == 80
     assert count(checkpoints, step_batch_size_schedule=None) == 0
     assert count(checkpoints, finetune=True) == count(tmp_path / "new") == 0

@@ -25,7 +25,7 @@ from trinity_megatron.checkpoint.integrity.checks import Checks, check_stays_ins
 from trinity_megatron.checkpoint.integrity.read_ahead import ReadAhead, Request
 from trinity_megatron.checkpoint.integrity.safe_pickle import BadCheckpoint, safe_torch_load
 from trinity_megatron.checkpoint.page_cache import forget
-from trinity_megatron.checkpoint.torch_dist.parts import COMMON_STATE_KEY, Part
+from trinity_megatron.checkpoint.torch_dist.parts import COMMON_STATE_KEY, Part, share_of
 from trinity_megatron.checkpoint.torch_dist.streams import StreamingFileSystem
 from trinity_megatron.checkpoint.torch_dist.tracker import find_checkpoint, iteration_name
 from trinity_megatron.checkpoint.transforms import Shape
@@ -98,6 +98,16 @@ class TorchDistReader:
         self._check_files()
         _check_format(self.folder)
         self.common: dict[str, Any] = self._read_common_state()
+        self._check_step()
+
+    def _check_step(self) -> None:
+        """Refuse the files of another step under the name of this one."""
+        number, held = self.folder.name.removeprefix("iter_"), self.common.get("iteration")
+        if number.isdigit() and isinstance(held, int) and int(number) != held:
+            raise BadCheckpoint(
+                f"{self.folder} holds step {held}, not the one of its name. Remedy: rename it to "
+                f"{iteration_name(held)}, or copy the whole checkpoint of that step."
+            )
 
     def _read_common_state(self) -> dict[str, Any]:
         load = safe_torch_load(torch.load, verify_checksums=self._checks.verify_checksums)
@@ -123,16 +133,20 @@ class TorchDistReader:
                     f"read ({error}). Remedy: copy it again."
                 ) from error
 
-    def check_all(self, is_late: Callable[[], bool] = lambda: False) -> None:
-        """Verify all checksums.
+    def check_all(
+        self, is_late: Callable[[], bool] = lambda: False, *, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """Verify all checksums, or those of one rank's share of the bytes.
 
         Args:
             is_late: Verification stops early once this returns True.
+            rank: Of the share.
+            ranks: Number of shares.
 
         Raises:
             BadCheckpoint: Names the first damaged file.
         """
-        infos = list(self._metadata.storage_data.values())
+        infos = share_of(list(self._metadata.storage_data.values()), rank, ranks)
         with ReadAhead(self.folder, map(Request, infos), self._checks) as ahead:
             for info in infos:
                 if is_late():

@@ -1,5 +1,6 @@
 """Folders of a run's checkpoints: iteration names and the tracker file of the latest one."""
 
+import os
 from pathlib import Path
 
 from trinity_megatron.errors import UserError
@@ -20,6 +21,19 @@ def read_tracker(folder: Path) -> str | None:
     """
     tracker = folder / TRACKER_NAME
     return tracker.read_text(errors="replace").strip() if tracker.is_file() else None
+
+
+def write_tracker(folder: Path, step: int) -> None:
+    """Have the tracker file name an iteration; a kill leaves the old name or the new one.
+
+    Args:
+        folder: Value of ``--save``.
+        step: The iteration.
+    """
+    tracker = folder / TRACKER_NAME
+    draft = tracker.with_suffix(".tmp")
+    draft.write_text(str(step))
+    os.replace(draft, tracker)
 
 
 def iteration_name(step: int) -> str:

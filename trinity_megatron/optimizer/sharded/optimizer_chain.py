@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import megatron.core.optimizer as core_optimizer
 import torch
@@ -25,11 +25,36 @@ from trinity_megatron.optimizer.sharded.coordinator import MuonCoordinator, coor
 from trinity_megatron.optimizer.sharded.distributed_optimizer import ShardedOptimizer
 
 
+class StepJudge(Protocol):
+    """Decides before the update whether a step is skipped, on all ranks alike."""
+
+    def begin(self) -> None:
+        """Run after the backward pass, before the gradient norm is read."""
+
+    def should_skip(self, grad_norm: float) -> bool:
+        """Whether to leave weights and states as they are.
+
+        Args:
+            grad_norm: Of all ranks, before clipping.
+        """
+
+
 class SkippingOptimizer(ChainedOptimizer):
-    """A chain that skips a step as one where the gradient is NaN or infinite.
+    """A chain that skips a step as one where the gradient is NaN or infinite, or a judge says so.
 
     The gradient norm is of all ranks, so all of them skip.
+
+    Attributes:
+        judge: Asked before each update; None: skip NaN and infinity only.
     """
+
+    judge: StepJudge | None = None
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        if self.judge is not None:
+            self.judge.begin()
+        return super().prepare_grads()
 
     @torch.no_grad()
     def get_grad_norm(self) -> Any:
@@ -46,6 +71,8 @@ class SkippingOptimizer(ChainedOptimizer):
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
+        if self.judge is not None and self.judge.should_skip(self._grad_norm):
+            return False
         if not math.isfinite(self._grad_norm):
             return False
         return self.step_all()

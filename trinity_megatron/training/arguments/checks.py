@@ -21,6 +21,7 @@ from trinity_megatron.training.arguments.unsupported import refuse_host
 from trinity_megatron.training.arguments.value_ranges import check_keep_last, check_values
 from trinity_megatron.training.arguments.vocabulary import check_vocabulary
 from trinity_megatron.training.branch import prepare_branch
+from trinity_megatron.training.damage import check_on_damage
 from trinity_megatron.training.datasets.data_identity import read_identity
 from trinity_megatron.training.resume import check_start, resumed_samples
 
@@ -43,6 +44,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     extend_positions(args)
     check_layout(args)
     prepare_branch(args)
+    check_on_damage(args)
     fit_schedule(args, resumed_samples(args))
     if not is_cpu_host():
         finish_fp8(args)
@@ -50,6 +52,8 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
         args.gradient_accumulation_fusion = False  # on where apex is there; needs Megatron's DDP
     if args.use_megatron_fsdp:
         check_fsdp(args)
+    check_spikes(args)
+    check_replica_flag(args)
     finish_nan_check(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)
@@ -83,9 +87,55 @@ def finish_nan_check(args: argparse.Namespace) -> None:
     gradients.  Its re-run engine needs them (``--rerun-mode validate_results``).
     """
     is_ours = args.check_for_nan_in_loss_and_grad and args.rerun_mode == "disabled"
-    args.check_gradient_norm = is_ours
+    args.check_gradient_norm = is_ours and args.skip_spikes is None
     if is_ours:
         args.check_for_nan_in_loss_and_grad = False
+
+
+def check_spikes(args: argparse.Namespace) -> None:
+    """Refuse ``--skip-spikes`` with what decides about a step in another way.
+
+    Raises:
+        UserError: Names both flags and the remedy.
+    """
+    if args.skip_spikes is None:
+        return
+    flag = f"--skip-spikes {args.skip_spikes:g}"
+    if args.skip_spikes <= 0 or args.spike_window < 8:
+        raise UserError(
+            f"{flag} --spike-window {args.spike_window} is out of range. Remedy: a SIGMA above 0 "
+            "(6 is usual), and a window of at least 8 steps."
+        )
+    if args.rerun_mode != "disabled":
+        raise UserError(
+            f"{flag} with --rerun-mode {args.rerun_mode}: Megatron's engine ends the run where "
+            "this one goes on. Remedy: drop one of them."
+        )
+    if args.optimizer_cuda_graph:
+        raise UserError(
+            f"{flag} with --optimizer-cuda-graph: the captured step cannot be skipped. Remedy: "
+            "drop one of them."
+        )
+
+
+def check_replica_flag(args: argparse.Namespace) -> None:
+    """Refuse ``--check-replicas`` where ranks hold nothing alike.
+
+    Raises:
+        UserError: Names the flag and the remedy.
+    """
+    if args.check_replicas is None:
+        return
+    if args.check_replicas < 1:
+        raise UserError(
+            f"--check-replicas {args.check_replicas} is out of range. Remedy: at least 1 step."
+        )
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name):
+            raise UserError(
+                f"--check-replicas {args.check_replicas} with --{name.replace('_', '-')}: the "
+                "ranks hold parts of the parameters, not the same ones. Remedy: drop one of them."
+            )
 
 
 def check_data_is_named(args: argparse.Namespace) -> None:

@@ -49,6 +49,26 @@ class RunConfig:
     )
     """How the learning rate of the branch goes to 0."""
 
+    skip_spikes: float | None = field(
+        default=None, metadata={"argparse_meta": {"metavar": "SIGMA"}}
+    )
+    """Skip a step, on all ranks, whose loss or gradient norm lies more than SIGMA standard
+    deviations above the mean of the steps of --spike-window, or is NaN or infinite; 6 is usual.
+    Default: skip none, and end at a NaN."""
+
+    spike_window: int = field(default=128, metadata={"argparse_meta": {"metavar": "N"}})
+    """Number of steps that --skip-spikes compares with; it begins when half of them are done."""
+
+    on_damage: str = field(
+        default="fail", metadata={"argparse_meta": {"choices": ["fail", "previous"]}}
+    )
+    """What to do where the latest checkpoint of the run is damaged: end and name the file, or set
+    it aside and go on from the newest whole one before it."""
+
+    check_replicas: int | None = field(default=None, metadata={"argparse_meta": {"metavar": "N"}})
+    """Compare checksums of parameters, expert bias and counters over data-parallel ranks every N
+    steps and before each save; end where a rank differs.  Default: do not."""
+
     allow_data_change: bool = False
     """Resume with other training data than those of the checkpoint."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from megatron.training import get_args
 
+from trinity_megatron.checkpoint.torch_dist.tracker import read_tracker
 from trinity_megatron.errors import UserError
 from trinity_megatron.training.callbacks.callback import Callback
 
@@ -28,13 +30,17 @@ class GradientCheck(Callback):
         norm = result[_GRADIENT_NORM]
         if norm is not None and not math.isfinite(norm):
             raise UserError(
-                f"step {iteration}: the gradient norm is {norm}. {_latest_checkpoint()} "
+                f"step {iteration}: the gradient norm is {norm}. {latest_checkpoint()} "
                 "Remedy: start again from it with lower --lr and --decoupled-lr, or "
                 "--iterations-to-skip the step; --rerun-mode validate_results says which "
                 "micro-batch and bucket it was."
             )
 
 
-def _latest_checkpoint() -> str:
+def latest_checkpoint() -> str:
+    """A sentence that names the latest checkpoint of the run."""
     folder = get_args().save
-    return f"The latest checkpoint in {folder} stands." if folder else "No checkpoint is kept."
+    if not folder:
+        return "No checkpoint is kept."
+    step = read_tracker(Path(folder)) if "://" not in folder else None
+    return f"The latest checkpoint in {folder} stands{f': step {step}' if step else ''}."

@@ -45,7 +45,8 @@ def state(scale: float = 1.0) -> dict[str, Any]:
 def save(folder: Path, scale: float = 1.0) -> Path:
     folder.mkdir(parents=True)
     with guarded_loads():
-        dist_checkpointing.save({**state(scale), **COMMON}, str(folder))
+        common = {**COMMON, "iteration": int(folder.name.removeprefix("iter_"))}
+        dist_checkpointing.save({**state(scale), **common}, str(folder))
     return folder
 
 
@@ -141,7 +142,7 @@ def test_a_file_of_another_step_is_named(checkpoint: Path) -> None:
 def test_the_whole_one_beside_it_is_found(checkpoint: Path) -> None:
     root = checkpoint.parent
     for step in (1, 2, 4):
-        shutil.copytree(checkpoint, root / f"iter_{step:07d}")
+        save(root / f"iter_{step:07d}")
     for step in (2, 4):
         (path,) = (root / f"iter_{step:07d}").glob("*.distcp")
         flip(path, path.stat().st_size // 2)

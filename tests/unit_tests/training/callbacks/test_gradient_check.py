@@ -50,7 +50,10 @@ def test_other_steps_go_on(norm: float | None) -> None:
 def test_one_of_the_two_checks(
     mode: str, is_asked_for: bool, is_megatrons: bool, is_ours: bool
 ) -> None:
-    args = Namespace(rerun_mode=mode, check_for_nan_in_loss_and_grad=is_asked_for)
-    finish_nan_check(args)
-    assert args.check_for_nan_in_loss_and_grad is is_megatrons
-    assert args.check_gradient_norm is is_ours
+    for sigma in (None, 6.0):  # a spike is skipped, a NaN too
+        args = Namespace(
+            rerun_mode=mode, check_for_nan_in_loss_and_grad=is_asked_for, skip_spikes=sigma
+        )
+        finish_nan_check(args)
+        assert args.check_for_nan_in_loss_and_grad is is_megatrons
+        assert args.check_gradient_norm is (is_ours and sigma is None)

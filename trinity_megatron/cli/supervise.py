@@ -1,0 +1,85 @@
+"""``trinity-megatron supervise``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trinity_megatron.errors import UserError
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the parser of ``trinity-megatron``."""
+    parser = commands.add_parser(
+        "supervise",
+        help="start a training again after a failure",
+        description="Run a training; after a failure start it again from the newest whole "
+        "checkpoint, with a pause.  Not after an error that has to be mended (exit code 2), and "
+        "not without end.  OUT/supervise.log tells the story.",
+        epilog="Example: trinity-megatron supervise -- train --preset tiny --data D --out O.  Any "
+        "other command with --out can follow too, for example srun over "
+        "examples/pretrain_trinity.py (give that --on-damage previous).  See docs/recovery.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--max-failures",
+        type=int,
+        default=3,
+        metavar="N",
+        help="give up after N failures in a row in the same step, or 3 N without a new checkpoint "
+        "(default: 3)",
+    )
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="before the next start; doubled with each failure without a new checkpoint, up to 5 "
+        "minutes (default: 10)",
+    )
+    parser.add_argument("run", nargs=argparse.REMAINDER, metavar="-- train FLAGS")
+    parser.set_defaults(command=run, takes_further_flags=False)
+
+
+def run(args: argparse.Namespace, others: Sequence[str]) -> int:
+    """Supervise the command behind the flags; return the exit code of its last start.
+
+    Raises:
+        UserError: There is no command, or no folder of its run.
+    """
+    from trinity_megatron.launch.supervise import Patience, supervise
+
+    if args.max_failures < 1 or not 0 <= args.wait <= 3600:
+        raise UserError(
+            f"--max-failures {args.max_failures} --wait {args.wait:g} is out of range. Remedy: at "
+            "least 1 failure, and 0 to 3600 seconds."
+        )
+    command, out = make_command(args.run[args.run[:1] == ["--"] :])
+    patience = Patience(args.max_failures, 3 * args.max_failures, args.wait)
+    return supervise(command, Path(out), patience)
+
+
+def make_command(given: Sequence[str]) -> tuple[list[str], str]:
+    """The program to start, and the folder of its run.
+
+    Args:
+        given: ``train`` with its flags, or a program with its arguments.
+
+    Raises:
+        UserError: There is no command, or no ``--out``.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--out", "--on-damage", "--load"):
+        parser.add_argument(name)
+    found, _ = parser.parse_known_args(list(given))
+    if not given or not found.out:
+        raise UserError(
+            "supervise needs a command with the folder of its run. Remedy: trinity-megatron "
+            "supervise -- train --data D --out O."
+        )
+    if given[0] != "train":
+        return list(given), found.out
+    command = [sys.executable, "-m", "trinity_megatron.cli", *given]
+    if not found.on_damage and not found.load:
+        command += ["--on-damage", "previous"]
+    return command, found.out
