@@ -1,7 +1,10 @@
 """Start real trainings on one or more gloo ranks of this machine."""
 
+import functools
+import itertools
 import json
 import os
+import select
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -14,6 +17,7 @@ from trinity_megatron.launch.local import count_cuda_devices
 from trinity_megatron.telemetry.tensorboard_log import RunLog
 
 ROOT = Path(__file__).resolve().parents[2]
+PLAN_SECONDS = 600
 # ``make test`` takes a sample of what is repeated in many layouts, ``make test-all`` everything.
 TAKES_ALL = os.environ.get("TRINITY_TESTS") == "all"
 # Small enough for a tenth of a second a step, and still three MoE layers with 32 experts each.
@@ -94,17 +98,53 @@ def train(data: Path, folder: Path, worlds: list[tuple[int, list[Job]]]) -> Logs
     ]
     path = folder / "plan.json"
     path.write_text(json.dumps(plan))
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("worker.py")), str(path)],
-        env=environment(),
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, "\n".join(result.stdout.splitlines()[-60:])
+    answer = run_plan(path)
+    if answer != "done":
+        lines = (folder / "log").read_text(errors="replace").splitlines()
+        pytest.fail("\n".join([f"the plan ended with {answer or 'no answer'}", *lines[-60:]]))
     return Logs({job.name: RunLog(folder / job.name) for _, jobs in worlds for job in jobs})
+
+
+def train_in_order(data: Path, folder: Path, jobs: list[tuple[int, Job]]) -> Logs:
+    """Run jobs in this order; those that follow each other on as many ranks share processes.
+
+    Args:
+        data: Prepared data.
+        folder: Parent of the jobs' folders.
+        jobs: Number of ranks and job.
+    """
+    groups = itertools.groupby(jobs, key=lambda pair: pair[0])
+    return train(data, folder, [(ranks, [job for _, job in group]) for ranks, group in groups])
+
+
+def run_plan(path: Path) -> str:
+    """Let the worker of this session run a plan; how it ended, empty if the worker has died."""
+    process = worker()
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(f"{path}\n")
+    process.stdin.flush()
+    is_answered = select.select([process.stdout], [], [], PLAN_SECONDS)[0]
+    if is_answered and (answer := process.stdout.readline().strip()):
+        return answer
+    process.kill()
+    process.wait()
+    worker.cache_clear()
+    return ""
+
+
+@functools.cache
+def worker() -> subprocess.Popen[str]:
+    """One process that has imported Megatron, and forks the ranks of all tests of this session.
+
+    It ends when its stdin does, that is with this process.
+    """
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("worker.py"))],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def run_script(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.functional_tests.launch import TAKES_ALL, Job, sampled, train
+from tests.functional_tests.launch import TAKES_ALL, Job, sampled, train_in_order
 from tests.functional_tests.test_resume import read_tensors
 from tests.functional_tests.test_sharded_muon import EP2, EP4, PP2, SHARDED, elements_sent, of_adam
 from trinity_megatron.telemetry.tensorboard_log import RunLog
@@ -54,10 +54,10 @@ def micro_batches(data_parallel: int, count: int) -> str:
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("fsdp")
-    worlds: dict[int, list[Job]] = {1: [], 2: [], 4: [], 8: []}
+    jobs: list[tuple[int, Job]] = []
 
     def add(name: str, ranks: int, flags: str, **probe: str) -> None:
-        worlds[ranks].append(Job(name, flags, checkpoints=folder / f"{name}_saved", probe=probe))
+        jobs.append((ranks, Job(name, flags, checkpoints=folder / f"{name}_saved", probe=probe)))
 
     add("alone_1", 1, "--micro-batch-size 8")
     add("alone_4", 1, "--micro-batch-size 2")
@@ -67,23 +67,22 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     if TAKES_ALL:
         add("alone_2", 1, "--micro-batch-size 4")
         add("ep2_1", 2, f"{DDP['ep2'][2]} --micro-batch-size 4")
+    for name, flags in HALVES.items():
+        add(name, 2, flags)
+        resumed = Job(f"{name}_resumed", FSDP, checkpoints=folder / f"{name}_saved")
+        jobs.append((2, resumed))
     for name, (ranks, size, flags) in LAYOUTS.items():
         probe = {"collectives": str(folder / name)} if name in COUNTED else {}
         for count in COUNTS[name]:
             add(f"{name}_{count}", ranks, f"{flags} {micro_batches(size, count)}", **probe)
             probe = {}
-    train(data, folder, [(ranks, jobs) for ranks, jobs in worlds.items() if jobs])
-    later: dict[int, list[Job]] = {1: [], 2: [], 4: []}
     for saved, loaded in PAIRS:
         ranks, size, flags = {**ALL_LAYOUTS, **DDP}[loaded]
         name = f"{saved}_to_{loaded}"
         again = f"--load {folder}/{saved}_1_saved --save {folder}/{name}_saved --save-interval 7"
         flags = f"{flags} {micro_batches(size, 1)} {again}"
-        later[ranks].append(Job(name, flags, checkpoints=folder / "none"))
-    for name, flags in HALVES.items():
-        later[2].append(Job(name, flags, checkpoints=folder / f"{name}_saved"))
-        later[2].append(Job(f"{name}_resumed", FSDP, checkpoints=folder / f"{name}_saved"))
-    train(data, folder, [(ranks, jobs) for ranks, jobs in later.items() if jobs])
+        jobs.append((ranks, Job(name, flags, checkpoints=folder / "none")))
+    train_in_order(data, folder, jobs)
     return SimpleNamespace(folder=folder, log=lambda name: RunLog(folder / name))
 
 

@@ -1,6 +1,6 @@
 """Import Megatron once (10 s), then fork the ranks of several worlds, which train several times.
 
-python worker.py PLAN.json
+python worker.py PLAN.json      # or without: the plans that stdin names, one a line
 """
 
 import functools
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -359,13 +360,9 @@ def import_once() -> None:
     inspect.getsource = functools.lru_cache(maxsize=None)(inspect.getsource)
 
 
-def main() -> None:
-    """Run the worlds of the plan one after the other."""
-    torch.set_num_threads(1)
-    import trinity_megatron.training.pretrain  # noqa: F401  enters the host
-
-    import_once()
-    for world in json.loads(Path(sys.argv[1]).read_text()):
+def run_worlds(plan: str) -> None:
+    """Run the worlds of a plan one after the other, each in processes of its own."""
+    for world in json.loads(Path(plan).read_text()):
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.start_processes(
                 run_rank,
@@ -374,6 +371,43 @@ def main() -> None:
                 # A process that has looked at a GPU cannot be forked.
                 start_method="spawn" if torch.cuda.is_available() else "fork",
             )
+
+
+def serve() -> None:
+    """Run the plan of each line of stdin, in its folder; answer with a line: how it ended.
+
+    What the ranks print goes to ``log`` beside the plan.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        plan = Path(line.rstrip("\n"))
+        os.chdir(plan.parent)
+        log = os.open(plan.with_name("log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        os.close(log)
+        try:
+            run_worlds(str(plan))
+            answer = "done"
+        except BaseException as error:
+            traceback.print_exc()
+            answer = type(error).__name__
+        sys.stdout.flush()
+        sys.stderr.flush()
+        answers.write(answer + "\n")
+        answers.flush()
+
+
+def main() -> None:
+    """Run a plan, or serve."""
+    torch.set_num_threads(1)
+    import trinity_megatron.training.pretrain  # noqa: F401  enters the host
+
+    import_once()
+    if len(sys.argv) > 1:
+        run_worlds(sys.argv[1])
+    else:
+        serve()
 
 
 if __name__ == "__main__":
