@@ -57,7 +57,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     before = fingerprints(ckpt["main"])
     branches = [
         Job("early", branch(3), ckpt["early"]),
-        Job("late", branch(6), ckpt["late"]),
+        Job("late", f"{branch(6)} --on-damage previous", ckpt["late"]),
         Job("again", f"{branch(6)} --exit-interval 8", ckpt["again"]),
         Job("cosine", f"{branch(6, tokens=TOKENS - 5)} --anneal-style cosine", ckpt["cosine"]),
         Job("other", f"{branch(6)} {other}", ckpt["other"]),
@@ -66,7 +66,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     after = fingerprints(ckpt["main"])
     rest = [
         Job("main", MAIN, ckpt["main"]),
-        Job("again", branch(6), ckpt["again"]),
+        Job("again", f"{branch(6)} --on-damage previous", ckpt["again"]),
         Job("of_branch", branch(8, parent="again"), ckpt["of_branch"]),
         Job("longer", f"{EXTENDED} --pretrained-checkpoint {ckpt['late']}", ckpt["longer"]),
     ]
