@@ -32,6 +32,8 @@ CUT_DOCUMENTS = {
     "wide_documents_cp2": f"{WIDE} {CP2}",
     "wide_documents_cp4": f"{WIDE} {CP4} {FULL}",
     "documents_tp2_cp2": f"{DOCUMENTS} {TP2} {CP2}",
+    "documents_pp2_cp2": f"{DOCUMENTS} {PP2} {CP2}",
+    "documents_fsdp_ep2_cp2": f"{DOCUMENTS} {EP2} {CP2} --use-megatron-fsdp",
 }
 CUT_ON_TWO = {name: flags for name, flags in CUT_DOCUMENTS.items() if name.endswith("s_cp2")}
 CUT_ON_FOUR = sampled(

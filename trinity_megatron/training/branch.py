@@ -17,6 +17,7 @@ from trinity_megatron.model.architecture import flag_of
 from trinity_megatron.process.screen import tell_once
 from trinity_megatron.training.annealing import Annealing
 from trinity_megatron.training.arguments.schedule import BatchSizes
+from trinity_megatron.training.damage import find_readable_before
 from trinity_megatron.training.lineage import Lineage
 from trinity_megatron.training.resume import check_step, find_newest, read_saved_state
 
@@ -48,6 +49,8 @@ def prepare_branch(args: argparse.Namespace) -> None:
     own = Path(args.save)
     step = read_tracker(own)
     begun = int(step) if step and step.isdigit() else find_newest(own)
+    if begun is not None and args.on_damage == "previous":  # all of them have the same lineage
+        begun = find_readable_before(own, begun + 1) or begun
     if begun is None:
         args.lineage = _begin(args, tokens)
     else:
@@ -120,6 +123,7 @@ def _begin(args: argparse.Namespace, tokens: int) -> Lineage:
     saved = common["args"]
     _check_rates(saved, args)
     args.load, args.ckpt_step = str(parent), step
+    args.on_damage = "fail"  # it would set checkpoints of the parent aside
     args.allow_data_change = True  # check_data says what has changed
     consumed = saved.consumed_train_samples
     batches = BatchSizes.of(args)
