@@ -22,6 +22,11 @@ EXAMPLES = ROOT / "examples"
 # Preset -> ranks of the whole world.
 WORLDS = {"tiny": 2, "nano": 64, "mini": 512, "large": 2048}
 LAUNCHERS = ("03_train_torchrun.sh", "03_train_slurm.sh", "03_train_kubernetes.yaml")
+# What goes on from a pretraining, and the flags that it adds.
+LATER = {
+    "06_anneal.sh": ("--branch-from", "runs/x", "--branch-step", "40", "--anneal-tokens"),
+    "07_extend_context.sh": ("--pretrained-checkpoint", "--seq-length", "--context-parallel-size"),
+}
 # In every run of the tests: the cheapest and the largest world, each by another launcher.
 ALWAYS = {("tiny", "03_train_torchrun.sh"), ("large", "03_train_slurm.sh")}
 
@@ -125,9 +130,10 @@ def test_steps_have_numbers_and_print_what_they_would_do(preset: str) -> None:
         ("01_prepare_data.sh", ["prepare-data --out"]),
         ("02_plan.sh", [f"plan --preset {preset}", "cli doctor"]),
         ("04_report.sh", ["report runs/x"]),
-        ("05_export.sh", ["convert --from-megatron runs/x/checkpoints --to-hf runs/x/hf"]),
+        ("05_export.sh", ["export --load runs/x/checkpoints --out runs/x/hf --format bf16"]),
     ]
-    assert found == sorted([name for name, _ in steps] + list(LAUNCHERS[:2]))
+    more = list(LATER) if preset in ("large", "tiny") else []
+    assert found == sorted([*(name for name, _ in steps), *LAUNCHERS[:2], *more])
     variables = {"DRY_RUN": "1", "OUT": "runs/x", "SOURCE": "a b", "TOKENIZER": "t"}
     for name, words in steps:
         done = subprocess.run(
@@ -139,6 +145,23 @@ def test_steps_have_numbers_and_print_what_they_would_do(preset: str) -> None:
         assert done.returncode == 0, done.stderr
         for word in words:
             assert word in done.stdout, name
+
+
+@pytest.mark.parametrize("preset", ["large", "tiny"])
+@pytest.mark.parametrize("script", LATER)
+def test_what_comes_after_a_pretraining_adds_flags_to_its_launcher(
+    preset: str, script: str
+) -> None:
+    variables = {"DRY_RUN": "1", "PYTHON": "true", "DATA": "d", "PARENT": "runs/x", "STEP": "40"}
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / f"trinity_{preset}" / script), "--seed", "5"],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    flags = flags_of(done.stdout)
+    assert flags[-2:] == ["--seed", "5"] and all(word in flags for word in LATER[script])
 
 
 @pytest.mark.parametrize("preset", ["nano", "mini", "large"])
@@ -180,8 +203,8 @@ REFUSED = {
         "b300", 2048, "--pipeline-model-parallel-size 4 --step-batch-size-schedule "
         "'0:12288 4.9T:16383' --train-iters 9000", ["16383", "multiples of 512"],
     ),
-    "CP with documents that it cannot cut": (
-        "b300", 2048, "--context-parallel-size 2 --dataloader-inter-document-masking",
+    "CP with documents of several sequences": (
+        "b300", 2048, "--context-parallel-size 2 --micro-batch-size 2",
         ["--context-parallel-size 2", "--dataloader-inter-document-masking"],
     ),
     "a world that is no multiple of a replica": (

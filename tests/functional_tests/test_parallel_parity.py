@@ -18,6 +18,27 @@ PP2 = "--pipeline-model-parallel-size 2"
 CP2 = "--context-parallel-size 2"
 ON_TWO = {"tp2": TP2, "ep2": EP2, "pp2": PP2, "cp2": CP2}
 ON_FOUR = sampled({"ep4": EP4, "tp2_ep2": f"{TP2} {EP2}", "pp2_ep2": f"{PP2} {EP2}"}, "tp2_ep2")
+# Several documents in a sequence, chunks of 75 tokens on four ranks, windows of 16 and 300.
+DOCUMENTS = (
+    "--dataloader-inter-document-masking --micro-batch-size 1 --train-iters 2 "
+    "--seq-length 600 --max-position-embeddings 600"
+)
+WIDE = f"{DOCUMENTS} --window-size 299,0"
+CP4 = "--context-parallel-size 4"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+CUT_DOCUMENTS = {
+    "documents_cp2": f"{DOCUMENTS} {CP2} {FULL}",
+    "documents_cp4": f"{DOCUMENTS} {CP4}",
+    "wide_documents_cp2": f"{WIDE} {CP2}",
+    "wide_documents_cp4": f"{WIDE} {CP4} {FULL}",
+    "documents_tp2_cp2": f"{DOCUMENTS} {TP2} {CP2}",
+}
+CUT_ON_TWO = {name: flags for name, flags in CUT_DOCUMENTS.items() if name.endswith("s_cp2")}
+CUT_ON_FOUR = sampled(
+    {name: flags for name, flags in CUT_DOCUMENTS.items() if name not in CUT_ON_TWO},
+    "documents_cp4",
+    "wide_documents_cp4",
+)
 # So strong that its scale shows in the gradient norm.  At SMALL's 1e-4 nothing would.
 BALANCED = "--train-iters 3 --moe-aux-loss-coeff 3.0"
 # One step: what they log can only differ by rounding.
@@ -35,13 +56,16 @@ def logs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunL
         Job("alone"),
         Job("one_micro_batch", "--micro-batch-size 8"),
         Job("adam", " ".join(ADAM)),
+        Job("documents", DOCUMENTS),
+        Job("wide_documents", WIDE),
         Job("balanced", BALANCED),
         Job("balanced_one_micro_batch", f"{BALANCED} --micro-batch-size 8"),
     ]
     two = [Job(name, flags) for name, flags in ON_TWO.items()]
     two.append(Job("distributed_adam", DISTRIBUTED_ADAM))
     two += [Job(f"balanced_{name}", f"{BALANCED} {flags}") for name, flags in ON_TWO.items()]
-    four = [Job(name, flags) for name, flags in ON_FOUR.items()]
+    two += [Job(name, flags) for name, flags in CUT_ON_TWO.items()]
+    four = [Job(name, flags) for name, flags in (ON_FOUR | CUT_ON_FOUR).items()]
     return train(data, folder, [(1, alone), (2, two), (4, four)])
 
 
@@ -76,6 +100,29 @@ def test_layout_equals_one_rank(name: str, serial: str, logs: dict[str, RunLog])
     np.testing.assert_allclose(
         parallel.tensors(BIAS_TAG)[1], alone.tensors(BIAS_TAG)[1], rtol=0, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("name", [*CUT_ON_TWO, *CUT_ON_FOUR])
+def test_cut_documents_equal_one_rank(name: str, logs: dict[str, RunLog]) -> None:
+    parallel, alone = logs[name], logs[name.rpartition("documents")[0] + "documents"]
+    for tag in ("lm loss", "grad-norm", "seq_load_balancing_loss"):
+        expected, values = alone.scalars(tag), parallel.scalars(tag)
+        assert len(values) == 2
+        np.testing.assert_allclose(values[1], expected[1], rtol=2e-5, err_msg=tag)
+        # A token of the second step may go to another expert of nearly equal score.
+        np.testing.assert_allclose(values[2], expected[2], rtol=1e-4, err_msg=tag)
+    tags = [tag for tag in alone.scalar_tags() if tag.startswith(("grad_norm/", "attention/"))]
+    assert len(tags) > 5
+    for tag in tags:
+        np.testing.assert_allclose(
+            parallel.scalars(tag)[1], alone.scalars(tag)[1], rtol=2e-5, err_msg=tag
+        )
+
+
+def test_documents_and_windows_show_in_the_loss(logs: dict[str, RunLog]) -> None:
+    # Otherwise equality would say little.
+    first = [logs[name].scalars("grad-norm")[1] for name in ("documents", "wide_documents")]
+    assert abs(first[0] / first[1] - 1) > 1e-3
 
 
 def test_the_runs_learn_and_balance(logs: dict[str, RunLog]) -> None:

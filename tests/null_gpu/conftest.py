@@ -57,7 +57,8 @@ def rehearse(
         folder = tmp_path_factory.mktemp("steps")
         rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        command = [sys.executable, "-m", "tests.null_gpu.train", str(folder / "steps.jsonl")]
+        entry = "fake_world" if "--fake-process-group" in flags else "train"
+        command = [sys.executable, "-m", f"tests.null_gpu.{entry}", str(folder / "steps.jsonl")]
         done = subprocess.run(
             [*command, *flags],
             env={**variables, **rank, **more},

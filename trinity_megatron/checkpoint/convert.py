@@ -175,6 +175,8 @@ def export_hf(
         max_shard_size=max_shard_size,
         fingerprint=run.fingerprint(max_shard_size),
         encoding=encoding,
+        seq_length=getattr(run.source.args, "seq_length", None),
+        lineage=getattr(run.source.args, "lineage", None),
     )
     log_rate(run.checkpoint, hf, num_bytes, time.monotonic() - begin)
 

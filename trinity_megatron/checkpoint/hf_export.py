@@ -17,6 +17,7 @@ from trinity_megatron.checkpoint.hf_writer import (
     build_index,
     split_into_files,
 )
+from trinity_megatron.checkpoint.model_card import write_lineage
 from trinity_megatron.checkpoint.source import MegatronSource, Tensors
 from trinity_megatron.checkpoint.tensor_checks import match_tensors
 from trinity_megatron.checkpoint.vocabulary import check_tokenizer_size
@@ -52,6 +53,8 @@ def write_hf(
     max_shard_size: str = MAX_SHARD_SIZE,
     fingerprint: Any = None,
     encoding: Encoding | None = None,
+    seq_length: int | None = None,
+    lineage: Mapping[str, Any] | None = None,
 ) -> int:
     """Write Megatron's tensors as a Hugging Face checkpoint.
 
@@ -66,6 +69,8 @@ def write_hf(
         fingerprint: Identifies the content of the source.  If None, an interrupted conversion
             starts over.
         encoding: How the weights are stored; as they are if None.
+        seq_length: Tokens of a sequence of the training, which the model can read.
+        lineage: Where the run comes from, for the model card.
 
     Returns:
         Bytes of weights read.
@@ -87,9 +92,15 @@ def write_hf(
     stored = encoding.stored(tensors) if encoding else tensors
     headers = _build_headers(stored, assets, max_shard_size)
 
+    known = assets.config.get("max_position_embeddings") if assets is not None else None
+    if known and seq_length and seq_length > known:  # a context extension
+        extra = {**extra, "max_position_embeddings": seq_length}
+
     def prepare(folder: Path) -> BlockWriter:
         # These files before the weights, so that errors in them appear at once.
         _write_side_files(folder, config, stored, headers, assets, tokenizer, extra)
+        if lineage is not None:
+            write_lineage(folder, lineage)
         writer = HFWriter(folder, headers)
         return encoding.wrap(writer) if encoding else writer
 

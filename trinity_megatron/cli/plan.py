@@ -82,8 +82,11 @@ def refuse_packed_documents(args: Namespace) -> None:
         Namespace(
             dataloader_inter_document_masking=True,
             tensor_model_parallel_size=args.tensor_model_parallel_size or 1,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size or 1,
             context_parallel_size=args.context_parallel_size or 1,
+            transformer_impl=args.transformer_impl or "local",
             micro_batch_size=args.micro_batch_size or 1,
+            eval_micro_batch_size=None,
             moe_router_load_balancing_type=balance,
         )
     )

@@ -5,6 +5,7 @@ norm its input, attention queries, keys, values, output and the logarithms of it
 ``local`` layers keep more: see ``planner/memory.py``, which has the same sums for a whole model.
 """
 
+from trinity_megatron.planner.context_exchange import gathered_bytes
 from trinity_megatron.planner.layout import Layout
 from trinity_megatron.planner.model_description import ModelDescription
 
@@ -56,6 +57,7 @@ def full_activations(model: ModelDescription, layout: Layout, layer: int) -> dic
         "norm inputs": own * _BF16 * hidden * norms,
         "norm outputs": own * _BF16 * hidden * 2,
         "attention": tokens * attention / layout.tensor_model_parallel_size,
+        "keys of other ranks": gathered_bytes(model, layout, layer),
     }
     if layer < model.num_dense_layers:
         width = model.ffn_hidden_size / layout.tensor_model_parallel_size

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from trinity_megatron.planner.constants import Constants
+from trinity_megatron.planner.context_exchange import exchange_seconds
 from trinity_megatron.planner.kernels.rates import KernelRates
 from trinity_megatron.planner.layout import Layout
 from trinity_megatron.planner.links import collective_seconds
@@ -176,14 +177,10 @@ def _core_attention(parts: LayerModel, seconds: Seconds, layer: int) -> None:
         forward *= parts.constants.sink_attention
     seconds.add("attention", forward, parts.constants.backward_attention * forward)
     if layout.context_parallel_size > 1:
-        keys = 2 * model.num_query_groups * model.kv_channels / layout.tensor_model_parallel_size
-        message = parts.tokens * layout.context_parallel_size * keys * _BF16
-        span = layout.tensor_model_parallel_size
-        once = collective_seconds(
-            parts.rates, parts.constants, "all_gather", message, layout.context_parallel_size, span
-        )
-        exposed = once - parts.constants.hidden * min(once, forward)
-        seconds.add("context_parallel", exposed, 2 * exposed)
+        exchange = exchange_seconds(model, layout, layer, parts.rates, parts.constants)
+        hidden = parts.constants.hidden
+        exposed = [once - hidden * min(once, forward) for once in exchange]
+        seconds.add("context_parallel", *exposed)
 
 
 def _mlp(parts: LayerModel, seconds: Seconds, width: int) -> None:

@@ -98,12 +98,14 @@ def get_batch(
     if packed:
         loaded = _flatten_documents(loaded, rows)
     if is_first_or_last_pipeline_stage(vp_stage):
+        boundaries = loaded.pop("boundaries", None)  # a list, which Megatron would cut
         loaded = get_batch_on_this_cp_rank(
             loaded,
             is_hybrid_cp=args.hybrid_context_parallel,
             cp_group=mpu.get_context_parallel_group(),
             use_per_sequence_balancing=packed,
         )
+        loaded["boundaries"] = boundaries
     batch.update({key: loaded.get(key) for key in (*BATCH_KEYS, "padding_mask", "boundaries")})
     return batch
 
@@ -192,7 +194,7 @@ def get_packed_seq_params(batch: dict[str, Any]) -> PackedSeqParams | None:
         cu_seqlens_kv_padded=padded,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
-        tokens_per_sample=get_args().seq_length,
+        tokens_per_sample=get_args().seq_length // get_args().context_parallel_size,
     )
     note_boundaries(params, boundaries, boundaries[-1])
     return params

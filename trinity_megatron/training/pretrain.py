@@ -60,8 +60,10 @@ from trinity_megatron.optimizer.register import MuonSettings, registered_muon  #
 from trinity_megatron.optimizer.sharded.buffer_layout import separate_muon_buffers  # noqa: E402
 from trinity_megatron.telemetry.forgiving_writer import ForgivingRecordWriter  # noqa: E402
 from trinity_megatron.telemetry.wandb_writer import open_writer  # noqa: E402
+from trinity_megatron.training.annealing import annealed  # noqa: E402
 from trinity_megatron.training.arguments.parser import parse_trinity_args  # noqa: E402
 from trinity_megatron.training.arguments.parser_errors import megatron_refusals  # noqa: E402
+from trinity_megatron.training.branch import annealing_of  # noqa: E402
 from trinity_megatron.training.callbacks.callback import callbacks_in_training_loop  # noqa: E402
 from trinity_megatron.training.callbacks.disk_space import disk_watched  # noqa: E402
 from trinity_megatron.training.callbacks.end_of_run import ValidationTokens, finish_run  # noqa: E402
@@ -133,6 +135,8 @@ def main() -> None:
             check_splits(args)
         stack.enter_context(replaced(_WANDB_WRITER, lambda _: open_writer(args)))
         stack.enter_context(registered_muon(MuonSettings.from_args(args)))
+        if annealing := annealing_of(args.lineage):
+            stack.enter_context(annealed(annealing))
         if args.use_megatron_fsdp:
             stack.enter_context(trinity_fsdp())
             stack.enter_context(fsdp_on_cpu() if ON_CPU else contextlib.nullcontext())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from trinity_megatron.checkpoint.hf_assets import ASSETS_NAME, check_tokenizer, read_stamp
 from trinity_megatron.checkpoint.integrity.checks import Checks
@@ -26,6 +27,7 @@ from trinity_megatron.process.screen import tell
 from trinity_megatron.training.arguments.schedule import BatchSizes
 from trinity_megatron.training.damage import find_readable_before, set_unreadable_aside
 from trinity_megatron.training.datasets.data_identity import check_data
+from trinity_megatron.training.lineage import check_lineage, describe_start
 
 # Transformer Engine's variable.
 _ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
@@ -78,8 +80,12 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
             check_delayed_scales(saved, args, flag=f"{flag} {found[flag]}")
         check_model(saved, args, flag=f"{flag} {found[flag]}")
         if flag == "--load" and not (args.finetune or args.skip_train):
+            check_lineage(saved, args)
             check_batch_size(saved, step, args)
             check_data(saved, step, args)
+            args.lineage = args.lineage or getattr(saved, "lineage", None)
+        elif not args.skip_train:
+            args.lineage = describe_start(saved, step, found[flag], args)
 
 
 def check_step(step: int, folder: Path) -> None:
@@ -150,14 +156,14 @@ def find_newest(folder: Path) -> int | None:
     return None
 
 
-def read_saved_args(
+def read_saved_state(
     folder: Path,
     step: int | None = None,
     flag: str = "--load",
     *,
     verify_checksums: bool = True,
-) -> tuple[object, int | None]:
-    """The arguments of the run that saved a checkpoint, all of whose files are there.
+) -> tuple[dict[str, Any], int | None]:
+    """What a checkpoint keeps beside its tensors, all of whose files are there.
 
     Args:
         folder: What ``--save`` was.
@@ -166,7 +172,8 @@ def read_saved_args(
         verify_checksums: Compare those of what is read.
 
     Returns:
-        Their namespace, None where there is none; and the iteration, None for a release.
+        Megatron's common state, with ``args`` and ``opt_param_scheduler``; and the iteration, None
+        for a release.
 
     Raises:
         UserError: The checkpoint is damaged; names the file and the remedy.
@@ -176,11 +183,26 @@ def read_saved_args(
         # What has no checksums is said when it is loaded.
         reader = TorchDistReader(named, Checks(verify_checksums, quiet=True))
         number = reader.folder.name.removeprefix("iter_")
-        return reader.common.get("args"), int(number) if number.isdigit() else None
+        return reader.common, int(number) if number.isdigit() else None
     except ValueError as error:
         word = read_tracker(folder) or "" if step is None else str(step)
         damaged = folder / iteration_name(int(word)) if word.isdigit() else named
         raise UserError(f"{flag}: {error}{advise_other_step(damaged)}") from error
+
+
+def read_saved_args(
+    folder: Path,
+    step: int | None = None,
+    flag: str = "--load",
+    *,
+    verify_checksums: bool = True,
+) -> tuple[object, int | None]:
+    """The arguments of the run that saved a checkpoint, None where there are none.
+
+    Arguments, second result and errors are those of :func:`read_saved_state`.
+    """
+    common, number = read_saved_state(folder, step, flag, verify_checksums=verify_checksums)
+    return common.get("args"), number
 
 
 def advise_other_step(folder: Path) -> str:
@@ -284,7 +306,7 @@ def resumed_samples(args: argparse.Namespace) -> int:
         check_step(args.ckpt_step, folder)
     # As rank 0 mends it.
     step = args.ckpt_step or (int(word) if word.isdigit() else find_newest(folder))
-    if step is not None and args.on_damage == "previous":
+    if step is not None and args.ckpt_step is None and args.on_damage == "previous":
         step = find_readable_before(folder, step + 1)
     if step is None:
         return 0

@@ -70,6 +70,11 @@ _ENTRIES = (
         fingerprint="f9ed9b380e17",
     ),
     Replacement(
+        f"{_TRAINING}:OptimizerParamScheduler",
+        "a branch holds its parent's learning rates and anneals them to 0",
+        fingerprint="2936733983b5",
+    ),
+    Replacement(
         f"{_TRAINING}:initialize_megatron",
         "pretrain() does not pass allow_no_cuda on",
         fingerprint="d9b467adcaed",
@@ -236,6 +241,11 @@ _ENTRIES = (
         f"{_ASYNC}.async_loop",
         "the process that saves needs the stand-ins for CUDA too",
         fingerprint="8511da332fcc",
+    ),
+    Replacement(
+        f"{_ASYNC}._get_process",
+        "the run does not wait for a process that saves and was killed",
+        fingerprint="ba04e15392b2",
     ),
     Replacement(
         "megatron.training.checkpointing:_async_delete_checkpoint_impl",

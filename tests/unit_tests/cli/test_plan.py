@@ -112,10 +112,14 @@ def test_mxfp8_needs_blackwell(capsys: pytest.CaptureFixture[str]) -> None:
     assert "compute capability 9.0" in capsys.readouterr().err
 
 
-def test_context_parallelism_cannot_cut_documents(capsys: pytest.CaptureFixture[str]) -> None:
+def test_context_parallelism_cuts_documents_of_one_sequence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     flags = ["--context-parallel-size", "4", "--dataloader-inter-document-masking"]
-    assert main([*LARGE, *EP32, *flags]) == 2
-    assert "--context-parallel-size 4 with" in capsys.readouterr().err
+    assert main([*LARGE, *EP32, *flags]) == 0
+    capsys.readouterr()
+    assert main([*LARGE, *EP32, *flags, "--micro-batch-size", "2"]) == 2
+    assert "--micro-batch-size 2 with" in capsys.readouterr().err
 
 
 def test_plan_imports_neither_torch_nor_megatron() -> None:

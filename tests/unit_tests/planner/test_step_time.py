@@ -6,6 +6,7 @@ import pytest
 
 from trinity_megatron.planner.activations import layer_activations
 from trinity_megatron.planner.constants import CONSTANTS
+from trinity_megatron.planner.context_exchange import gathered_bytes, sent_bytes
 from trinity_megatron.planner.hardware import get_gpu
 from trinity_megatron.planner.kernels.tables import load_rates
 from trinity_megatron.planner.layer_time import LayerModel, attention_pairs, moe_layer
@@ -73,6 +74,25 @@ def test_pairs_of_a_window_are_counted_one_by_one() -> None:
     for length, window in ((16, None), (16, 5), (16, 16), (3, 9)):
         pairs = sum(min(i + 1, window or length) for i in range(length))
         assert attention_pairs(length, window) == pairs
+
+
+def test_local_layers_exchange_and_keep_the_window() -> None:
+    """Bytes of Large's layers by hand: 8 key heads of 128, windows of 4096, CP4."""
+    plan = make_plan(world_size=64, context_parallel_size=4, expert_model_parallel_size=64)
+    row, window = 2 * 8 * 128 * 2, 4096
+    for length in (2**17, 2**18, 2**19):
+        layout = plan.with_layout(seq_length=length).layout
+        # A middle rank sends the last 4095 rows of both of its chunks.
+        assert sent_bytes(plan.model, layout, 0) == 2 * (window - 1) * row
+        kept = gathered_bytes(plan.model, layout, 0), gathered_bytes(plan.model, layout, 3)
+        assert kept == ((length / 4 + 2 * (window - 1)) * row, length * row)
+    times = [
+        plan.with_layout(seq_length=length).time.terms["context_parallel"]
+        for length in (2**17, 2**18)
+    ]
+    assert 0 < times[0] <= times[1]
+    other = plan.with_layout(transformer_impl="transformer_engine").layout
+    assert gathered_bytes(plan.model, other, 0) == 0
 
 
 def test_bubble_is_that_of_the_schedule() -> None:

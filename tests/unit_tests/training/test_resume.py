@@ -58,6 +58,7 @@ def start(folder: Path | None, **given: Any) -> None:
         "transformer_impl": "local",
         "finetune": False,
         "global_batch_size": 8,
+        "lineage": None,
         "step_batch_size_schedule": None,
         "train_iters": 40,
         "seq_length": 64,

@@ -88,7 +88,6 @@ def check_supported(
 def check_packing(
     packed_seq_params: PackedSeqParams,
     attention_mask: torch.Tensor | None,
-    cp_size: int,
     query: torch.Tensor,
     key: torch.Tensor,
 ) -> None:
@@ -97,26 +96,16 @@ def check_packing(
     Args:
         packed_seq_params: Its format must be ``thd``.
         attention_mask: Must be None.
-        cp_size: Must be 1.
         query: ``[t, np, hn]``.
         key: ``[t, ng, hn]``: as many keys as queries.
 
     Raises:
-        UserError: Context parallelism is enabled.
-        ValueError: Another argument is not supported.
+        ValueError: An argument is not supported.
     """
     if packed_seq_params.qkv_format != "thd":
         raise ValueError(
             f"packed_seq_params.qkv_format={packed_seq_params.qkv_format!r} is not supported by "
             "the local attention. Remedy: 'thd'."
-        )
-    if cp_size > 1:
-        # Megatron splits a packed sequence as a whole over the ranks, but its rotary embedding
-        # expects every document to be split by itself.
-        raise UserError(
-            f"context_parallel_size={cp_size} cannot be combined with packed documents "
-            "(--dataloader-inter-document-masking) in the local attention. Remedy: "
-            "--context-parallel-size 1, or no inter-document masking."
         )
     if attention_mask is not None:
         raise ValueError(

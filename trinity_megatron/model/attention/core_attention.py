@@ -28,8 +28,8 @@ from trinity_megatron.model.attention.checks import (
     check_supported,
 )
 from trinity_megatron.model.attention.context_parallel import (
-    gather_keys_and_values,
-    zigzag_segments,
+    rank_segments,
+    share_keys_and_values,
 )
 from trinity_megatron.model.attention.flex import (
     fused_attention,
@@ -38,6 +38,7 @@ from trinity_megatron.model.attention.flex import (
     range_block_mask,
 )
 from trinity_megatron.model.attention.segments import Segment, document_segments
+from trinity_megatron.model.attention.zigzag import ZigzagCut
 from trinity_megatron.telemetry.step_statistics import statistics_of
 
 # Queries per block.  CPU: of 32, 64, 128 and 256, 64 was the fastest or within 7% of it for windows
@@ -61,8 +62,8 @@ class TrinityDotProductAttention(MegatronModule):
         attention_type: ``"self"``.
         attention_dropout: None or 0.
         softmax_scale: Factor of the scores; None for 1 / sqrt(hn).
-        cp_comm_type: None, ``"p2p"`` (Megatron's default) or ``"all_gather"``.  Context parallelism
-            always uses an all-gather.
+        cp_comm_type: None, ``"p2p"`` (Megatron's default) or ``"all_gather"``.  Whatever it is,
+            local layers exchange their window, and global layers gather the sequence.
         pg_collection: Its ``cp`` is the context-parallel group.
         **kwargs: Keyword arguments of later Megatron versions.
 
@@ -126,7 +127,6 @@ class TrinityDotProductAttention(MegatronModule):
             ``[sq, b, np * hn]`` or ``[t, np * hn]``.
 
         Raises:
-            UserError: Packed documents with context parallelism.
             ValueError: The mask is not causal, or an argument is not supported.
         """
         if attention_bias is not None:
@@ -135,17 +135,23 @@ class TrinityDotProductAttention(MegatronModule):
             )
         if packed_seq_params is not None:
             return self._attend_to_documents(query, key, value, attention_mask, packed_seq_params)
-        if self.cp_size > 1:
-            key, value = gather_keys_and_values(key, value, self.cp_group)
-            segments = zigzag_segments(
-                query.size(0), cp_size=self.cp_size, cp_rank=get_pg_rank(self.cp_group)
-            )
-        else:
-            assert query.size(0) <= key.size(0), "there is a key for every query"
-            segments = [Segment(key.size(0) - query.size(0), query.size(0))]
+        num_keys = key.size(0) * self.cp_size
+        whole = (Segment(num_keys - query.size(0) * self.cp_size, query.size(0) * self.cp_size),)
+        assert whole[0].position >= 0, "there is a key for every query"
         if attention_mask is not None:
-            check_causal_mask(attention_mask, segments, key.size(0))
-        return self._attend(query, key, value, segments)
+            check_causal_mask(attention_mask, self._segments(whole, num_keys, None), num_keys)
+        if self.cp_size > 1:
+            key, value = share_keys_and_values(key, value, self.window, self.cp_group)
+        return self._attend(query, key, value, self._segments(whole, num_keys, self.window))
+
+    def _segments(
+        self, documents: tuple[Segment, ...], num_tokens: int, window: int | None
+    ) -> Sequence[Segment]:
+        """Segments of this rank's queries; see :func:`.context_parallel.rank_segments`."""
+        if self.cp_size == 1:
+            return documents
+        cut = ZigzagCut(num_tokens, self.cp_size)
+        return rank_segments(documents, cut, get_pg_rank(self.cp_group), window)
 
     def _attend_to_documents(
         self,
@@ -155,9 +161,13 @@ class TrinityDotProductAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         packed_seq_params: PackedSeqParams,
     ) -> torch.Tensor:
-        check_packing(packed_seq_params, attention_mask, self.cp_size, query, key)
-        segments = document_segments(packed_seq_params, query.size(0))
+        check_packing(packed_seq_params, attention_mask, query, key)
+        num_tokens = query.size(0) * self.cp_size
+        documents = tuple(document_segments(packed_seq_params, num_tokens))
         query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        if self.cp_size > 1:
+            key, value = share_keys_and_values(key, value, self.window, self.cp_group)
+        segments = self._segments(documents, num_tokens, self.window)
         return self._attend(query, key, value, segments).squeeze(1)
 
     def _attend(
@@ -172,12 +182,13 @@ class TrinityDotProductAttention(MegatronModule):
         window = None if self.window is None or self.window >= num_keys else self.window
         statistics = statistics_of(self.config)
         if statistics.is_collecting and self.training and torch.is_grad_enabled():
+            group = self.cp_group if self.cp_size > 1 else None
             statistics.observe(
                 "attention/logit_bound",
                 layer=self.layer_number,
                 count=0,
                 total=0,
-                maximum=logit_bound(query.detach(), key.detach(), scale=scale),
+                maximum=logit_bound(query.detach(), key.detach(), scale=scale, group=group),
             )
         if query.is_cuda and window is None and list(segments) == [Segment(0, num_keys)]:
             return causal_attention(query, key, value, scale=scale)
@@ -216,7 +227,13 @@ def causal_attention(
     return output.permute(2, 0, 1, 3).flatten(2)
 
 
-def logit_bound(query: torch.Tensor, key: torch.Tensor, *, scale: float) -> torch.Tensor:
+def logit_bound(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    scale: float,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> torch.Tensor:
     """Upper bound of the attention logits of a layer, without computing the logits.
 
     ``scale * max |q| * max |k|`` for each head (Cauchy-Schwarz).  With QK-norm all vectors have
@@ -226,6 +243,7 @@ def logit_bound(query: torch.Tensor, key: torch.Tensor, *, scale: float) -> torc
         query: ``[sq, b, np, hn]``.
         key: ``[sk, b, ng, hn]``; ng divides np.
         scale: Factor of the scores.
+        group: Context-parallel group, whose ranks have keys and queries of the same sequences.
 
     Returns:
         Scalar, fp32.
@@ -234,6 +252,9 @@ def logit_bound(query: torch.Tensor, key: torch.Tensor, *, scale: float) -> torc
         torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32).amax(dim=0)
         for vectors in (query, key)
     )
+    if group is not None:  # the bound must not depend on the layout
+        for longest in (longest_query, longest_key):
+            torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, group=group)
     by_group = longest_query.unflatten(-1, (key.size(2), -1))  # [b, ng, np / ng]
     return scale * (by_group * longest_key.unsqueeze(-1)).max()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trinity_megatron.errors import UserError
+from trinity_megatron.model.attention.zigzag import ZigzagCut
 from trinity_megatron.model.fusion import fused
 from trinity_megatron.upstream.registry import replaced
 
@@ -45,27 +45,24 @@ def rotate_documents(
     """Rotate packed documents, each from position 0 on.
 
     Args:
-        t: Queries or keys, ``[num_tokens, heads, d]``.
+        t: Queries or keys, ``[num_tokens / cp, heads, d]``, cut as :class:`.zigzag.ZigzagCut` says.
         cu_seqlens: Boundaries of the documents, int32 ``[num_documents + 1]``.
         freqs: Angles, fp32 ``[positions, 1, 1, d]``, at least as many as the longest document has.
         *args: Of Megatron's function for ``[s, b, heads, d]``.
-        cp_group: Of one rank.
+        cp_group: Context-parallel group.
         **kwargs: Of Megatron's function.
 
     Returns:
-        ``[num_tokens, heads, d]``.
-
-    Raises:
-        UserError: Context parallelism.
+        As ``t``.
     """
     from megatron.core.models.common.embeddings import rope_utils
 
-    if cp_group is not None and cp_group.size() > 1:
-        raise UserError(
-            "--context-parallel-size with packed documents is not supported without Transformer "
-            "Engine. Remedy: --context-parallel-size 1, or --transformer-impl transformer_engine."
-        )
-    angles = freqs.index_select(0, document_positions(cu_seqlens, t.shape[0]))
+    size = 1 if cp_group is None else cp_group.size()
+    positions = document_positions(cu_seqlens, size * t.shape[0])
+    if cp_group is not None and size > 1:
+        spans = ZigzagCut(len(positions), size).spans_of(cp_group.rank())
+        positions = torch.cat([positions[span.start : span.end] for span in spans])
+    angles = freqs.index_select(0, positions)
     apply = rope_utils._apply_rotary_pos_emb_bshd  # as it is replaced above
     return apply(t.unsqueeze(1), angles, *args, **kwargs).squeeze(1)
 

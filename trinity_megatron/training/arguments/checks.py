@@ -20,6 +20,7 @@ from trinity_megatron.training.arguments.schedule import fit_schedule
 from trinity_megatron.training.arguments.unsupported import refuse_host
 from trinity_megatron.training.arguments.value_ranges import check_keep_last, check_values
 from trinity_megatron.training.arguments.vocabulary import check_vocabulary
+from trinity_megatron.training.branch import prepare_branch
 from trinity_megatron.training.damage import check_on_damage
 from trinity_megatron.training.datasets.data_identity import read_identity
 from trinity_megatron.training.resume import check_start, resumed_samples
@@ -40,8 +41,10 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     finish_async_save(args)
     check_values(args)
     check_keep_last(args)
+    extend_positions(args)
     check_layout(args)
     check_on_damage(args)
+    prepare_branch(args)
     fit_schedule(args, resumed_samples(args))
     if not is_cpu_host():
         finish_fp8(args)
@@ -61,6 +64,20 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     check_vocabulary(args, manifest)
     # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.
     args.moe_layer_freq = [int(layer >= args.num_dense_layers) for layer in range(args.num_layers)]
+
+
+def extend_positions(args: argparse.Namespace) -> None:
+    """Let a context extension need ``--seq-length`` alone: no layer has learned positions."""
+    if (
+        args.seq_length
+        and args.max_position_embeddings
+        and (args.seq_length > args.max_position_embeddings)
+    ):
+        tell_once(
+            f"> sequences of {args.seq_length} tokens, longer than before: an export says "
+            f"max_position_embeddings {args.seq_length} instead of {args.max_position_embeddings}"
+        )
+        args.max_position_embeddings = args.seq_length
 
 
 def finish_nan_check(args: argparse.Namespace) -> None:

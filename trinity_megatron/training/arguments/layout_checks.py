@@ -21,6 +21,7 @@ def check_layout(args: argparse.Namespace) -> None:
 
     check_sizes(read, lambda field: f"{flag_of(ARGUMENT_DEST.get(field, field))} {read(field)}")
     check_sequence_parallel(args)
+    check_sequence_length(args)
     check_packed_documents(args)
     check_world_size(args)
     check_expert_world_size(args)
@@ -36,16 +37,31 @@ def check_sequence_parallel(args: argparse.Namespace) -> None:
         )
 
 
+def check_sequence_length(args: argparse.Namespace) -> None:
+    """Context parallelism cuts a sequence into two equal chunks a rank."""
+    cp, length = args.context_parallel_size, args.seq_length
+    parts = 2 * cp * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    if cp > 1 and length and length % parts:
+        fits = sorted({length // parts * parts or parts, -(-length // parts) * parts})
+        raise UserError(
+            f"--seq-length {length} with --context-parallel-size {cp}: the ranks need equal parts, "
+            f"and {length} is no multiple of {parts}. Remedy: --seq-length "
+            f"{' or '.join(map(str, fits))}."
+        )
+
+
 def check_packed_documents(args: argparse.Namespace) -> None:
     """Documents that do not attend to each other, and what cuts a sequence."""
     if not args.dataloader_inter_document_masking:
         return
     tp = args.tensor_model_parallel_size
-    if args.context_parallel_size > 1:
+    cp = args.context_parallel_size
+    if cp > 1 and args.transformer_impl == "transformer_engine":
+        # Megatron cuts a sequence as a whole, Transformer Engine wants each document cut.
         raise UserError(
-            f"--context-parallel-size {args.context_parallel_size} with "
-            "--dataloader-inter-document-masking is not supported by the Trinity layers yet. "
-            "Remedy: drop one of the two."
+            f"--context-parallel-size {cp} with --dataloader-inter-document-masking is not "
+            "supported by Transformer Engine's layers. Remedy: --transformer-impl local, or drop "
+            "one of the two."
         )
     pp = args.pipeline_model_parallel_size
     for name in ("micro_batch_size", "eval_micro_batch_size"):
@@ -57,6 +73,13 @@ def check_packed_documents(args: argparse.Namespace) -> None:
                 f"--pipeline-model-parallel-size {pp} is not supported: Megatron packs the "
                 "sequences of a micro-batch into one row, for which the next stage has no place. "
                 f"Remedy: {flag_of(name)} 1 (the global batch stays the same)."
+            )
+        if cp > 1 and size > 1:
+            raise UserError(
+                f"{flag_of(name)} {size} with --dataloader-inter-document-masking and "
+                f"--context-parallel-size {cp} is not supported: Megatron packs the sequences of a "
+                "micro-batch into one row and cuts that over the ranks, so that a rank would have "
+                f"whole sequences. Remedy: {flag_of(name)} 1 (the global batch stays the same)."
             )
     has_sequence_loss = "seq_aux_loss" in args.moe_router_load_balancing_type
     if tp > 1 and args.micro_batch_size > 1 and has_sequence_loss:

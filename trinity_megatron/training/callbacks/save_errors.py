@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from trinity_megatron.checkpoint.save_worker import write_or_say
 from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
 from trinity_megatron.checkpoint.torch_dist.tracker import iteration_name, read_tracker
+from trinity_megatron.checkpoint.worker_watch import find_ended_worker, watched_worker
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.screen import tell_once
 from trinity_megatron.training.callbacks.callback import Callback
@@ -48,7 +49,7 @@ _PROBE_BYTES = 1 << 20
 def named_save_errors() -> Iterator[Callback]:
     """A callback that explains why a save has failed."""
     writer = "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync"
-    with replaced(f"{writer}.get_save_function_and_args", _with_error_text):
+    with replaced(f"{writer}.get_save_function_and_args", _with_error_text), watched_worker():
         yield SaveErrors()
 
 
@@ -85,7 +86,7 @@ class SaveErrors(Callback):
         self._begun.append((iteration, save_folder(args, non_persistent)))
 
     def on_checkpoint_error(self, error: BaseException) -> None:
-        """Raise a ``UserError`` where the disk is at fault.
+        """Raise a ``UserError`` where the disk or memory is at fault.
 
         Raises:
             UserError: Names the folder, the free space and the last complete checkpoint.
@@ -94,12 +95,12 @@ class SaveErrors(Callback):
         if not (begun := begun or self._begun[-1:]):
             return
         args, (step, folder) = get_args(), begun[0]
-        reason = find_reason(error, folder)
-        if reason is None and args.rank and isinstance(error, CheckpointException):
+        failure = find_failure(args, error, folder)
+        if failure is None and args.rank and isinstance(error, CheckpointException):
             raise UserError(f"the save of step {step} failed; rank 0 says why") from error
-        if reason is None:
+        if failure is None:
             return
-        message = describe(args, step, folder, reason)
+        reason, remedy = failure
         if args.rank == 0 and args.ckpt_format == "torch_dist":
             discard_incomplete([folder / iteration_name(step) for step, folder in begun])
             with contextlib.suppress(OSError, ValueError):
@@ -107,8 +108,8 @@ class SaveErrors(Callback):
         latest = _latest(folder)
         stands = f"The checkpoint of step {latest} stands" if latest else "None stands"
         raise UserError(
-            f"{message} {stands}. Remedy: {_REMEDIES.get(reason, 'mend that')}; the same "
-            "command then goes on from the latest checkpoint."
+            f"the save of step {step} to {folder} failed: {reason}. {stands}. Remedy: {remedy}; "
+            "the same command then goes on from the latest checkpoint."
         ) from error
 
 
@@ -128,6 +129,18 @@ def _latest(folder: Path) -> int:
     except OSError:
         return 0
     return int(word) if word.isdigit() else 0
+
+
+def find_failure(
+    args: argparse.Namespace, error: BaseException, folder: Path
+) -> tuple[str, str] | None:
+    """What is at fault and what the user can do; None where it is neither disk nor memory."""
+    if ended := find_ended_worker(error):
+        return ended, "look whether the machine ran out of memory, or save without --async-save"
+    number = find_reason(error, folder)
+    if number is None:
+        return None
+    return describe(args, folder, number), _REMEDIES.get(number, "mend that")
 
 
 def find_reason(error: BaseException, folder: Path) -> int | None:
@@ -186,20 +199,19 @@ def discard_incomplete(checkpoints: list[Path]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def describe(args: argparse.Namespace, step: int, folder: Path, reason: int) -> str:
-    """What failed, and the space that there is and would have to be.
+def describe(args: argparse.Namespace, folder: Path, number: int) -> str:
+    """What the disk says, and the space that there is and would have to be.
 
     Args:
         args: Of the run.
-        step: That was to be saved.
-        folder: Where to.
-        reason: Number of the error.
+        folder: Where the save went.
+        number: Of the error.
     """
     free = ""
     with contextlib.suppress(OSError):
         disk = shutil.disk_usage(folder)
         free = f"{format_bytes(disk.free)} of {format_bytes(disk.total)} are free there, and "
     return (
-        f"the save of step {step} to {folder} failed: {os.strerror(reason)}. {free}a checkpoint "
-        f"takes about {format_bytes(checkpoint_bytes(args))}."
+        f"{os.strerror(number)}. {free}a checkpoint takes about "
+        f"{format_bytes(checkpoint_bytes(args))}"
     )

@@ -11,7 +11,6 @@ enter_host()
 
 from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 
-from trinity_megatron.errors import UserError  # noqa: E402
 from trinity_megatron.model.attention.rope import (  # noqa: E402
     document_positions,
     rope_on_device,
@@ -58,9 +57,11 @@ def test_it_is_megatrons_while_the_block_runs() -> None:
     assert rope_utils._apply_rotary_pos_emb_thd is before
 
 
-def test_context_parallelism_is_refused() -> None:
-    group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
-    with pytest.raises(UserError, match="--context-parallel-size"):
-        rotate_documents(
-            torch.ones(2, 1, 8), boundaries([2]), torch.ones(2, 1, 1, 8), cp_group=group
-        )
+def test_context_parallel_ranks_rotate_their_part() -> None:
+    t, freqs, cu_seqlens = torch.randn(12, 2, 8), torch.randn(9, 1, 1, 8), boundaries([2, 9, 1])
+    whole = rotate_documents(t, cu_seqlens, freqs, cp_group=GROUP).chunk(6)
+    for rank in range(3):
+        group = SimpleNamespace(size=lambda: 3, rank=lambda rank=rank: rank)
+        mine = torch.cat([t.chunk(6)[rank], t.chunk(6)[5 - rank]])
+        expected = torch.cat([whole[rank], whole[5 - rank]])
+        assert torch.equal(rotate_documents(mine, cu_seqlens, freqs, cp_group=group), expected)

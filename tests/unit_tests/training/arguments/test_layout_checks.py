@@ -27,6 +27,8 @@ def make_args(**given: Any) -> Namespace:
         "expert_tensor_parallel_size": None,
         "decoder_first_pipeline_num_layers": None,
         "sequence_parallel": False,
+        "seq_length": 1000,
+        "transformer_impl": "local",
         "micro_batch_size": 8,
         "eval_micro_batch_size": None,  # that of the training
         "dataloader_inter_document_masking": False,
@@ -62,7 +64,21 @@ PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
                 "world_size": 2,
                 "dataloader_inter_document_masking": True,
             },
-            ("--context-parallel-size 2", "--dataloader-inter-document-masking"),
+            ("--context-parallel-size 2", "--micro-batch-size 8", "--micro-batch-size 1"),
+        ),
+        (
+            {
+                "context_parallel_size": 2,
+                "world_size": 2,
+                "micro_batch_size": 1,
+                "dataloader_inter_document_masking": True,
+                "transformer_impl": "transformer_engine",
+            },
+            ("--context-parallel-size 2", "--transformer-impl local"),
+        ),
+        (
+            {"context_parallel_size": 4, "world_size": 4, "seq_length": 1001},
+            ("--seq-length 1001", "--context-parallel-size 4", "1000 or 1008"),
         ),
         (
             {**TP2, "dataloader_inter_document_masking": True},
@@ -94,6 +110,12 @@ def test_refused(given: dict[str, Any], words: tuple[str, ...]) -> None:
         },
         {**PP2, "micro_batch_size": 1, "dataloader_inter_document_masking": True},
         {**TP2, "micro_batch_size": 1, "dataloader_inter_document_masking": True},
+        {
+            "context_parallel_size": 4,
+            "world_size": 4,
+            "micro_batch_size": 1,
+            "dataloader_inter_document_masking": True,
+        },
         {"micro_batch_size": 8, "dataloader_inter_document_masking": True},
     ],
 )
