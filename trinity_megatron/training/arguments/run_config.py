@@ -34,6 +34,21 @@ class RunConfig:
     """Keep the newest N complete checkpoints in --save and delete older ones after each save;
     multiples of --save-retain-interval are kept too.  Default: keep all."""
 
+    branch_from: str | None = field(default=None, metadata={"argparse_meta": {"metavar": "DIR"}})
+    """Begin at a checkpoint of the run in DIR, with its optimizer and its position in the data, and
+    anneal its learning rate to 0.  That run is only read, and may go on."""
+
+    branch_step: int | None = field(default=None, metadata={"argparse_meta": {"metavar": "N"}})
+    """The step to branch from.  Default: the newest (on one rank)."""
+
+    anneal_tokens: str | None = field(default=None, metadata={"argparse_meta": {"metavar": "T"}})
+    """Tokens of the branch, e.g. 100B; rounded up to whole steps."""
+
+    anneal_style: str = field(
+        default="linear", metadata={"argparse_meta": {"choices": ["linear", "cosine"]}}
+    )
+    """How the learning rate of the branch goes to 0."""
+
     skip_spikes: float | None = field(
         default=None, metadata={"argparse_meta": {"metavar": "SIGMA"}}
     )
@@ -53,21 +68,6 @@ class RunConfig:
     check_replicas: int | None = field(default=None, metadata={"argparse_meta": {"metavar": "N"}})
     """Compare checksums of parameters, expert bias and counters over data-parallel ranks every N
     steps and before each save; end where a rank differs.  Default: do not."""
-
-    branch_from: str | None = field(default=None, metadata={"argparse_meta": {"metavar": "DIR"}})
-    """Begin at a checkpoint of the run in DIR, with its optimizer and its position in the data, and
-    anneal its learning rate to 0.  That run is only read, and may go on."""
-
-    branch_step: int | None = field(default=None, metadata={"argparse_meta": {"metavar": "N"}})
-    """The step to branch from.  Default: the newest (on one rank)."""
-
-    anneal_tokens: str | None = field(default=None, metadata={"argparse_meta": {"metavar": "T"}})
-    """Tokens of the branch, e.g. 100B; rounded up to whole steps."""
-
-    anneal_style: str = field(
-        default="linear", metadata={"argparse_meta": {"choices": ["linear", "cosine"]}}
-    )
-    """How the learning rate of the branch goes to 0."""
 
     allow_data_change: bool = False
     """Resume with other training data than those of the checkpoint."""
