@@ -75,7 +75,8 @@ class DiskSpace(Callback):
         args, to_come = self._args, math.inf
         if args.train_iters and args.save_interval:
             to_come = math.ceil((args.train_iters - step) / args.save_interval)
-        if args.keep_last is not None and not args.save_retain_interval:
+        grows = args.save_retain_interval or args.keep_every
+        if args.keep_last is not None and not grows:
             to_come = min(to_come, max(args.keep_last + 1 - kept, 1))
         return to_come
 

@@ -35,6 +35,7 @@ def save_steps(
         train_iters=train_iters,
         save_interval=10,
         save_retain_interval=None,
+        keep_every=None,
     )
     callback = DiskSpace(args, clock=lambda: next(times))
     for number, left in enumerate(free, start=1):
