@@ -10,7 +10,6 @@ LAYOUT_FLAGS=(
     --pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 3
     --expert-model-parallel-size 8 --micro-batch-size 1
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-    --check-replicas 500
 )
 if [ -n "${SHARDED:-}" ]; then  # HSDP instead, 16 replicas of 128 ranks: docs/sharding.md
     LAYOUT_FLAGS=(
@@ -28,3 +27,4 @@ RECIPE_FLAGS=(
     --save-interval 250 --keep-last 3 --save-retain-interval 5000
     --skip-spikes 6 --on-damage previous
 )
+[ -n "${SHARDED:-}" ] || RECIPE_FLAGS+=(--check-replicas 500)  # whole replicas only

@@ -9,7 +9,6 @@ TOKENS=10T                               # for 02_plan.sh
 LAYOUT_FLAGS=(
     --expert-model-parallel-size 8 --micro-batch-size 2
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-    --check-replicas 500
 )
 if [ -n "${SHARDED:-}" ]; then  # HSDP instead, each node a replica: docs/sharding.md
     LAYOUT_FLAGS=(
@@ -24,3 +23,4 @@ RECIPE_FLAGS=(
     --save-interval 500 --keep-last 3 --save-retain-interval 10000
     --skip-spikes 6 --on-damage previous
 )
+[ -n "${SHARDED:-}" ] || RECIPE_FLAGS+=(--check-replicas 500)  # whole replicas only

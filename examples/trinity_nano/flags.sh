@@ -10,7 +10,6 @@ LAYOUT_FLAGS=(
     --expert-model-parallel-size 1 --micro-batch-size 8
     --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-    --check-replicas 500
 )
 if [ -n "${SHARDED:-}" ]; then  # HSDP instead, each node a replica: docs/sharding.md
     LAYOUT_FLAGS=(
@@ -25,3 +24,4 @@ RECIPE_FLAGS=(
     --save-interval 500 --keep-last 3 --save-retain-interval 10000
     --skip-spikes 6 --on-damage previous
 )
+[ -n "${SHARDED:-}" ] || RECIPE_FLAGS+=(--check-replicas 500)  # whole replicas only

@@ -17,17 +17,22 @@ STEPS, STOP, POISONED = 8, 6, (5, 6, 7)
 SKIPPING = "--skip-spikes 8 --spike-window 8"
 WHOLE = f"--train-iters {STEPS} --num-layers 2 {SKIPPING}"
 SHARDED = "--use-distributed-optimizer --expert-model-parallel-size 2"
+# Ranks and flags.
 KINDS = sampled(
     {
-        "muon": SHARDED,
-        "adam": f"{' '.join(ADAM)} {SHARDED}",
-        "muon_whole": "--expert-model-parallel-size 4",
-        "overlapped": f"{SHARDED} --overlap-grad-reduce --overlap-param-gather",
-        "stages": "--pipeline-model-parallel-size 2 --num-layers 4 --use-distributed-optimizer",
-        "fsdp": "--use-megatron-fsdp --expert-model-parallel-size 2",
+        "muon": (4, SHARDED),
+        "adam_alone": (1, f"{' '.join(ADAM)} --use-distributed-optimizer"),
+        "adam": (4, f"{' '.join(ADAM)} {SHARDED}"),
+        "muon_whole": (4, "--expert-model-parallel-size 4"),
+        "overlapped": (4, f"{SHARDED} --overlap-grad-reduce --overlap-param-gather"),
+        "stages": (
+            4,
+            "--pipeline-model-parallel-size 2 --num-layers 4 --use-distributed-optimizer",
+        ),
+        "fsdp": (4, "--use-megatron-fsdp --expert-model-parallel-size 2"),
     },
     "muon",
-    "adam",
+    "adam_alone",
 )
 
 
@@ -36,16 +41,16 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     folder = tmp_path_factory.mktemp("spikes")
     saved = {name: folder / f"{name}_saved" for name in KINDS}
     never = {name: folder / f"{name}_never_saved" for name in KINDS}
-    jobs = []
-    for name, flags in KINDS.items():
+    jobs: dict[int, list[Job]] = {1: [], 4: []}
+    for name, (ranks, flags) in KINDS.items():
         poison = {"poison": POISONED}
         skipped = f"--iterations-to-skip {' '.join(map(str, POISONED))}"
-        jobs += [
+        jobs[ranks] += [
             Job(f"{name}_half", f"{WHOLE} {flags} --exit-interval {STOP}", saved[name], poison),
             Job(name, f"{WHOLE} {flags}", saved[name], poison),
             Job(f"{name}_never", f"{WHOLE} {flags} {skipped}", never[name]),
         ]
-    logs = train(data, folder, [(4, jobs)])
+    logs = train(data, folder, list(jobs.items()))
     return SimpleNamespace(logs=logs, saved=saved, never=never)
 
 

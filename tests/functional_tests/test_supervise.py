@@ -69,8 +69,8 @@ def install():
 
 def break_it(kind, checkpoints, model):
     if kind == "flip":
-        bias = next(b for n, b in model[0].named_buffers() if n.endswith("expert_bias"))
-        bits = bias.view(-1)[:1].view(__import__("torch").int32)
+        bias = next(b for n, b in model[0].named_parameters() if n.endswith("expert_bias"))
+        bits = bias.detach()[:1].view(__import__("torch").int32)
         bits ^= 1 << 20
         return
     if kind == "exception":

@@ -27,7 +27,9 @@ _KEPT_LINES = 200
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _MOST_LETTERS = 200
 _USER_ERROR = re.compile(r"^(\[rank \d+\] )?error: .+")
-_EXCEPTION = re.compile(r"^(\[rank(?P<rank>\d+)\]: )?[\w.]*(Error|Exception)\b.*")
+_EXCEPTION = re.compile(
+    r"^(\[rank(?P<rank>\d+)\]: )?[\w.]*(Error|Exception|Iteration|Interrupt|Exit)\b.*"
+)
 # Of launch/local.py.
 _VERDICT = re.compile(r"^trinity-megatron: (?P<text>(rank (?P<rank>\d+) )?.+)")
 

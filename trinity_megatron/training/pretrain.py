@@ -65,6 +65,7 @@ from trinity_megatron.training.arguments.parser import parse_trinity_args  # noq
 from trinity_megatron.training.arguments.parser_errors import megatron_refusals  # noqa: E402
 from trinity_megatron.training.branch import annealing_of  # noqa: E402
 from trinity_megatron.training.callbacks.callback import callbacks_in_training_loop  # noqa: E402
+from trinity_megatron.training.callbacks.disk_space import disk_watched  # noqa: E402
 from trinity_megatron.training.callbacks.end_of_run import ValidationTokens, finish_run  # noqa: E402
 from trinity_megatron.training.callbacks.finite_check import FiniteCheck  # noqa: E402
 from trinity_megatron.training.callbacks.gradient_check import GradientCheck  # noqa: E402
@@ -220,6 +221,7 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             *_spike_skipping(args, metrics.config),
             *([ReplicaCheck(args.check_replicas)] if args.check_replicas else []),
             enter(old_checkpoints_deleted(args)),
+            enter(disk_watched(args)),
             enter(watch_steps()),
             enter(heartbeat(args)),
             enter(save_on_signals(args)),

@@ -306,7 +306,7 @@ def resumed_samples(args: argparse.Namespace) -> int:
         check_step(args.ckpt_step, folder)
     # As rank 0 mends it.
     step = args.ckpt_step or (int(word) if word.isdigit() else find_newest(folder))
-    if step is not None and args.on_damage == "previous":
+    if step is not None and args.ckpt_step is None and args.on_damage == "previous":
         step = find_readable_before(folder, step + 1)
     if step is None:
         return 0

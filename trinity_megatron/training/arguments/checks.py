@@ -43,8 +43,8 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     check_keep_last(args)
     extend_positions(args)
     check_layout(args)
-    prepare_branch(args)
     check_on_damage(args)
+    prepare_branch(args)
     fit_schedule(args, resumed_samples(args))
     if not is_cpu_host():
         finish_fp8(args)

@@ -49,6 +49,9 @@ class RunConfig:
     )
     """How the learning rate of the branch goes to 0."""
 
+    keep_every: str | None = field(default=None, metadata={"argparse_meta": {"metavar": "T"}})
+    """With --keep-last, keep the first checkpoint after every T tokens, e.g. 100B, for ever."""
+
     skip_spikes: float | None = field(
         default=None, metadata={"argparse_meta": {"metavar": "SIGMA"}}
     )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from trinity_megatron.data.mixture.quantities import parse_tokens
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.architecture import flag_of
 
@@ -228,12 +229,27 @@ _ORDERED = (
 )
 
 
+def _check_keep_every(args: argparse.Namespace) -> None:
+    flag = f"--keep-every {args.keep_every}"
+    try:
+        parse_tokens(args.keep_every)
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}. Remedy: e.g. 100B or 2.5M.") from error
+    if args.keep_last is None:
+        raise UserError(
+            f"{flag} without --keep-last: nothing is deleted. Remedy: --keep-last N, or drop the "
+            "flag."
+        )
+
+
 def check_keep_last(args: argparse.Namespace) -> None:
     """Refuse a retention that cannot be done.
 
     Raises:
         UserError: Names the flag, its value and the remedy.
     """
+    if args.keep_every is not None:
+        _check_keep_every(args)
     if args.keep_last is None:
         return
     flag = f"--keep-last {args.keep_last}"

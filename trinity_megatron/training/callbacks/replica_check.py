@@ -23,8 +23,9 @@ from trinity_megatron.errors import MachineError
 from trinity_megatron.training.callbacks.callback import Callback
 from trinity_megatron.training.callbacks.gradient_check import latest_checkpoint
 
-# Buffers that every data-parallel rank computes for itself from the same numbers.
-_REPLICATED_BUFFERS = ("expert_bias", "expert_bias_momentum")
+# Buffers that every data-parallel rank computes for itself from the same numbers, as it does the
+# expert bias, which is a parameter.
+_REPLICATED_BUFFERS = ("expert_bias_momentum",)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MOST_NAMED = 3
 

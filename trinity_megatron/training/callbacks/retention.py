@@ -1,4 +1,4 @@
-"""``--keep-last``: delete the older checkpoints of a run.
+"""``--keep-last``, ``--keep-every``: delete the older checkpoints of a run.
 
 Rank 0 does it in the background, after the tracker file names the new one.  A check of a checkpoint
 reads its ``.metadata`` and the sizes of its files.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +19,8 @@ from megatron.training.async_utils import is_empty_async_queue
 
 from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
 from trinity_megatron.checkpoint.torch_dist.tracker import iteration_name, read_tracker
+from trinity_megatron.data.mixture.quantities import parse_tokens
+from trinity_megatron.training.arguments.schedule import BatchSizes
 from trinity_megatron.training.callbacks.callback import Callback
 from trinity_megatron.upstream.registry import replaced
 
@@ -62,6 +64,7 @@ class Retention(Callback):
     def __init__(self, args: argparse.Namespace) -> None:
         self._folder = Path(args.save)
         self._keep, self._interval = args.keep_last, args.save_retain_interval
+        self._period_of = token_periods(args)
         self._worker = ThreadPoolExecutor(1, "keep-last")
         self._latest = read_tracker(self._folder)
         self._is_saving = self._has_failed = False
@@ -89,7 +92,7 @@ class Retention(Callback):
 
     def _delete(self) -> None:
         try:
-            delete_old(self._folder, self._keep, self._interval)
+            delete_old(self._folder, self._keep, self._interval, self._period_of)
         except Exception as error:  # nothing of it may end the training
             if not self._has_failed:
                 self._has_failed = True
@@ -101,7 +104,24 @@ class Retention(Callback):
                 )
 
 
-def delete_old(folder: Path, keep: int, interval: int | None = None) -> list[int]:
+def token_periods(args: argparse.Namespace) -> Callable[[int], int]:
+    """By which multiple of ``--keep-every`` a step is past; always 0 without the flag.
+
+    Args:
+        args: Of the run.
+    """
+    if args.keep_every is None:
+        return lambda step: 0
+    batches, tokens = BatchSizes.of(args), parse_tokens(args.keep_every)
+    return lambda step: batches.samples_after(step) * args.seq_length // tokens
+
+
+def delete_old(
+    folder: Path,
+    keep: int,
+    interval: int | None = None,
+    period_of: Callable[[int], int] = lambda step: 0,
+) -> list[int]:
     """Delete the iterations before the newest complete ones.
 
     The one that the tracker file names, those after it, releases and links are never deleted.  A
@@ -111,6 +131,7 @@ def delete_old(folder: Path, keep: int, interval: int | None = None) -> list[int
         folder: What ``--save`` was.
         keep: Number of complete checkpoints to keep.
         interval: Multiples of it are kept too.
+        period_of: Period of an iteration; the first one of each period from 1 on is kept too.
 
     Returns:
         The iterations that were deleted.
@@ -118,7 +139,7 @@ def delete_old(folder: Path, keep: int, interval: int | None = None) -> list[int
     Raises:
         OSError: Something cannot be deleted; the rest is.
     """
-    old = choose_old(folder, keep, interval)
+    old = choose_old(folder, keep, interval, period_of)
     for number in old:
         (folder / iteration_name(number)).rename(folder / f"{_DOOMED}{iteration_name(number)}")
     failures: list[OSError] = []
@@ -132,7 +153,12 @@ def delete_old(folder: Path, keep: int, interval: int | None = None) -> list[int
     return old
 
 
-def choose_old(folder: Path, keep: int, interval: int | None = None) -> list[int]:
+def choose_old(
+    folder: Path,
+    keep: int,
+    interval: int | None = None,
+    period_of: Callable[[int], int] = lambda step: 0,
+) -> list[int]:
     """The iterations that :func:`delete_old` deletes."""
     latest = read_tracker(folder) or ""
     if not latest.isdigit():
@@ -144,11 +170,20 @@ def choose_old(folder: Path, keep: int, interval: int | None = None) -> list[int
     kept = [number for number, _ in zip(complete, range(keep), strict=False)]
     if len(kept) < keep:
         return []
-    return [
-        number
-        for number in past
-        if number < kept[-1] and number != int(latest) and not (interval and number % interval == 0)
-    ]
+    for_ever = {int(latest), *first_of_periods(past, period_of)}
+    for_ever |= {number for number in past if interval and number % interval == 0}
+    return [number for number in past if number < kept[-1] and number not in for_ever]
+
+
+def first_of_periods(numbers: Iterable[int], period_of: Callable[[int], int]) -> set[int]:
+    """The first iteration of each period from 1 on."""
+    found: set[int] = set()
+    period = 0
+    for number in sorted(numbers):
+        if period_of(number) > period:
+            found.add(number)
+            period = period_of(number)
+    return found
 
 
 def _is_complete(folder: Path) -> bool:

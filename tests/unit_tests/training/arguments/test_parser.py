@@ -25,6 +25,7 @@ RUN_FLAGS = (
     "--branch-step",
     "--anneal-tokens",
     "--anneal-style",
+    "--keep-every",
     "--skip-spikes",
     "--spike-window",
     "--on-damage",

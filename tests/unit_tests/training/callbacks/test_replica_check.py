@@ -58,7 +58,8 @@ class Chunk(torch.nn.Module):
         self.dense = torch.nn.Parameter(torch.randn(7, 9, generator=generator))
         self.expert = torch.nn.Parameter(torch.randn(4, 5, generator=generator).bfloat16())
         self.expert.allreduce = False
-        self.register_buffer("expert_bias", torch.randn(6, generator=generator))
+        self.expert_bias = torch.nn.Parameter(torch.ones(6), requires_grad=False)
+        self.register_buffer("expert_bias_momentum", torch.randn(6, generator=generator))
         self.register_buffer("local_tokens_per_expert", torch.zeros(6, dtype=torch.int64))
 
 
@@ -91,7 +92,8 @@ def run_rank(rank: int, store: str) -> None:
         with pytest.raises(MachineError, match=words):
             ReplicaCheck(5).on_checkpoint_save_start(5, [chunk], None, non_persistent=False)
 
-    for tensor, name in ((chunk.dense, "dense"), (chunk.expert_bias, "expert_bias")):
+    for name in ("dense", "expert_bias", "expert_bias_momentum"):
+        tensor = getattr(chunk, name)
         if rank == 2:
             flip_lowest_bit(tensor)
         expect(f"step 5: .*: {name} on rank 2. A device")

@@ -21,6 +21,7 @@ from trinity_megatron.training.callbacks.retention import (  # noqa: E402
     choose_old,
     delete_old,
     old_checkpoints_deleted,
+    token_periods,
 )
 from trinity_megatron.training.resume import find_newest  # noqa: E402
 
@@ -91,6 +92,22 @@ def test_what_the_tracker_names(keep: int, word: object, expected: list[int], fo
     assert choose_old(folder, keep) == expected
 
 
+def test_the_first_of_every_so_many_tokens_stays(one_rank: None, tmp_path: Path) -> None:
+    # Batches of 8 sequences of 64 tokens, and of 16 from step 25 on: 512 and 1024 tokens a step.
+    args = Namespace(keep_every="10K", seq_length=64, step_batch_size_schedule=f"0:8 {25 * 512}:16")
+    period_of = token_periods(args)
+    tokens = {step: min(step, 25) * 512 + max(step - 25, 0) * 1024 for step in range(100)}
+    assert all(period_of(step) == tokens[step] // 10_000 for step in tokens)
+    left: list[int] = []
+    for step in range(5, 55, 5):  # as a run saves and deletes
+        save(tmp_path, step)
+        delete_old(tmp_path, 2, period_of=period_of)
+        left = iterations(tmp_path)
+    crossing = [s for s in range(5, 50, 5) if tokens[s] // 10_000 > tokens[s - 5] // 10_000]
+    assert crossing == [20, 35, 45]
+    assert left == [20, 35, 45, 50]
+
+
 def test_multiples_of_the_retain_interval_stay(folder: Path) -> None:
     assert delete_old(folder, 1, interval=20) == [30, 10]
     assert iterations(folder) == [20, 40, 50]
@@ -121,6 +138,7 @@ def test_a_kill_in_the_middle_leaves_no_checkpoint(
 
 def run(folder: Path, **given: Any) -> Namespace:
     values = {"save": str(folder), "rank": 0, "keep_last": 2, "save_retain_interval": None}
+    values["keep_every"] = None
     return Namespace(**{**values, "ckpt_format": "torch_dist", **given})
 
 
@@ -166,6 +184,8 @@ def test_a_failure_is_said_once(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        ({"keep_every": "10X"}, "--keep-every 10X"),
+        ({"keep_every": "10B", "keep_last": None}, "--keep-every 10B without --keep-last"),
         ({"keep_last": 0}, "--keep-last 0"),
         ({"keep_last": -3}, "--keep-last -3"),
         ({"save": None}, "--save is None"),
