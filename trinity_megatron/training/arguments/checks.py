@@ -12,6 +12,7 @@ from trinity_megatron.errors import UserError
 from trinity_megatron.model.fp8 import check_fp8, fp8_defaults
 from trinity_megatron.optimizer.register import validate_muon_arguments
 from trinity_megatron.process.screen import tell_once
+from trinity_megatron.training.arguments.chat_checks import check_chat_sources, finish_chat
 from trinity_megatron.training.arguments.defaults import has_resiliency_package
 from trinity_megatron.training.arguments.fsdp_checks import check_fsdp
 from trinity_megatron.training.arguments.layout_checks import check_layout
@@ -39,6 +40,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     finish_async_save(args)
     check_values(args)
     check_keep_last(args)
+    finish_chat(args, manifest)
     check_layout(args)
     fit_schedule(args, resumed_samples(args))
     if not is_cpu_host():
@@ -53,6 +55,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     check_mixture(args)
     if args.rank == 0:  # the others get it with the datasets
         args.data_identity = read_identity(args)
+        check_chat_sources(args)
     check_start(args, manifest)
     check_vocabulary(args, manifest)
     # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.

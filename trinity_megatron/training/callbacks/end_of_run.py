@@ -50,9 +50,20 @@ class ValidationTokens:
         self.counts: torch.Tensor | None = None
         self.samples = 0
 
-    def observe(self, model: torch.nn.Module, labels: torch.Tensor | None) -> None:
-        """Count the labels of a validation batch; ``[b, s / cp]`` on this rank."""
-        if model.training or labels is None:
+    def observe(
+        self,
+        model: torch.nn.Module,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+    ) -> None:
+        """Count the labels of a validation batch that have a loss.
+
+        Args:
+            model: Counts nothing while it trains.
+            labels: ``[b, s / cp]`` on this rank; None on a stage without.
+            loss_mask: fp32, same shape.
+        """
+        if model.training or labels is None or loss_mask is None:
             return
         args = get_args()
         if self.counts is None or self.samples >= _complete(args):  # another evaluation begins
@@ -60,10 +71,10 @@ class ValidationTokens:
             self.counts = torch.zeros(
                 args.padded_vocab_size, dtype=torch.int64, device=labels.device
             )
-        self.samples += labels.shape[0]
-        flat = labels.flatten()
+        # Not the rows: packed documents of a micro-batch are one.
+        self.samples += labels.numel() * args.context_parallel_size // args.seq_length
         # Not bincount, which waits for the device to learn the largest label.
-        self.counts.scatter_add_(0, flat, torch.ones_like(flat))
+        self.counts.scatter_add_(0, labels.flatten(), loss_mask.flatten().long())
 
     def entropy(self) -> float | None:
         """Unigram entropy in nats per token over all ranks' tokens.
