@@ -103,7 +103,7 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    vocab_size: int,
+    vocab_size: int | None,
     stop: Collection[int] = (),
     sampling: Sampling = _GREEDY,
 ) -> Iterator[list[int | None]]:
@@ -113,7 +113,7 @@ def generate_tokens(
         model: Megatron's model in evaluation mode; not cut by pipeline or context parallelism.
         prompts: Token ids, at least one in each.
         max_new_tokens: Length of a continuation; it ends before at a stop token.
-        vocab_size: Tokens of the tokenizer; the logits may have more.
+        vocab_size: Tokens of the tokenizer; the logits may have more.  None for all of them.
         stop: Tokens that end a continuation.
         sampling: How the next token is chosen.
 

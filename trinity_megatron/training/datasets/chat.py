@@ -182,7 +182,9 @@ def pack_epochs(
         Conversations in the order in which they are read, int64; and for each sample where in that
         order it ends, int64 ``[num_samples]``.
     """
-    orders, ends, epoch, packed = [], [], 0, 0
+    orders: list[np.ndarray] = []
+    ends: list[int] = []
+    epoch = packed = 0
     while epoch == 0 or (num_samples is not None and len(ends) < num_samples):
         generator = np.random.RandomState([seed, epoch] if epoch else seed)
         order = generator.permutation(len(sizes))
@@ -205,7 +207,8 @@ def pack(sizes: np.ndarray, length: int) -> list[int]:
         For each box the number of items up to its end.
     """
     totals = np.cumsum(sizes, dtype=np.int64)
-    ends, before = [], 0
+    ends: list[int] = []
+    before = 0
     while not ends or ends[-1] < len(sizes):
         end = int(np.searchsorted(totals, before + length, side="right"))
         ends.append(end)
