@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from trinity_megatron.checkpoint.model_io import load_megatron_model
+from trinity_megatron.model.generation import generate_tokens
 
 SEQUENCES, LENGTH, PROMPTS, NEW_TOKENS = 16, 64, 5, 64
 
@@ -34,12 +35,10 @@ def main() -> None:
     positions = torch.arange(LENGTH).expand(SEQUENCES, -1)
     loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean().item()
     prompts = tokens[:PROMPTS, :20]
-    grown = prompts
-    for _ in range(NEW_TOKENS):
-        positions = torch.arange(grown.shape[1]).expand_as(grown)
-        logits = model(grown, positions, None)[:, -1, :vocab_size]
-        grown = torch.cat([grown, logits.argmax(-1, keepdim=True)], dim=1)
-    continuations = grown[:, prompts.shape[1] :]
+    steps = generate_tokens(
+        model, prompts.tolist(), max_new_tokens=NEW_TOKENS, vocab_size=vocab_size
+    )
+    continuations = torch.tensor(list(steps)).T
     torch.save(
         {"tokens": tokens, "loss": loss, "prompts": prompts, "continuations": continuations}, output
     )

@@ -4,6 +4,7 @@ Memory holds a few tensors at a time.  The conversion copies values and computes
 trip gives the same bytes; ``trinity-megatron export`` gives it an encoding that computes.
 """
 
+import argparse
 import logging
 import time
 from dataclasses import dataclass
@@ -111,6 +112,10 @@ def open_run(
     assets = find_assets(megatron)
     if tokenizer is None and assets is None:
         tokenizer = find_tokenizer(source.folder, source.args)
+    elif tokenizer is None and assets is not None:
+        own = find_tokenizer(source.folder, argparse.Namespace())
+        # The files of the assets are copied as they are.
+        tokenizer = None if own is None or own.name == assets.folder.name else own
     if tokenizer is not None:
         check_tokenizer(megatron, tokenizer)
     config.tokenizer_vocab_size = find_vocab_size(source.args, tokenizer)
@@ -130,8 +135,8 @@ def megatron_to_hf(
     Args:
         megatron: Value of ``--save``, or the folder of one iteration, saved under any layout.
         hf: Folder to create.
-        tokenizer: Folder of the tokenizer.  Defaults to the tokenizer of the Hugging Face
-            checkpoint that training started from, or else the tokenizer of the run.
+        tokenizer: Folder of the tokenizer.  Defaults to the tokenizer of the run, which is that of
+            the Hugging Face checkpoint that it started from unless it has another chat template.
         max_shard_size: Largest weight file, e.g. ``5GB``.  If the weights still have the names and
             shapes of the Hugging Face checkpoint that training started from, the files are split
             as there.

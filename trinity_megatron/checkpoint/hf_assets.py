@@ -16,6 +16,7 @@ from trinity_megatron.checkpoint.hf_weights import check_file_names, parse_heade
 from trinity_megatron.checkpoint.integrity.checks import check_stays_inside
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.given_tokenizer import get_special_token, is_tokenizer_file
+from trinity_megatron.data.tokenizer import TEMPLATE_NAME
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.hf_config import read_hf_config
 
@@ -138,7 +139,8 @@ def check_tokenizer(checkpoint: Path, tokenizer: Path, *, flag: str = "--tokeniz
 def keep_tokenizer(tokenizer: Path, save: Path) -> None:
     """Stamp a run with its tokenizer, and copy that beside the checkpoints, which may be moved.
 
-    Nothing is copied where the tokenizer came with the Hugging Face checkpoint of the run.
+    Nothing is copied where the tokenizer came with the Hugging Face checkpoint of the run, unless
+    that has another chat template, or none.
 
     Args:
         tokenizer: Folder with a ``tokenizer.json``.
@@ -151,7 +153,8 @@ def keep_tokenizer(tokenizer: Path, save: Path) -> None:
     for name in (ASSETS_NAME, _TOKENIZER_NAME):
         known = save / name / _TOKENIZER_FILE
         if known.is_file() and hash_file(known) == fingerprint:
-            return
+            if _has_template_of(known.parent, tokenizer):
+                return
     half = save / f"{_TOKENIZER_NAME}.incomplete"
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir()
@@ -160,6 +163,14 @@ def keep_tokenizer(tokenizer: Path, save: Path) -> None:
             shutil.copyfile(path, half / path.name)
     shutil.rmtree(save / _TOKENIZER_NAME, ignore_errors=True)  # damaged
     half.rename(save / _TOKENIZER_NAME)
+
+
+def _has_template_of(known: Path, tokenizer: Path) -> bool:
+    """Whether a copy has the chat template of a tokenizer that has one."""
+    wanted, found = (folder / TEMPLATE_NAME for folder in (tokenizer, known))
+    if not wanted.is_file():
+        return True
+    return found.is_file() and found.read_bytes() == wanted.read_bytes()
 
 
 def find_tokenizer(checkpoint: Path, args: argparse.Namespace) -> Path | None:
@@ -173,7 +184,8 @@ def find_tokenizer(checkpoint: Path, args: argparse.Namespace) -> Path | None:
         ValueError: It is not there any more.
     """
     for parent in (checkpoint, checkpoint.absolute().parent):
-        for folder in (parent / ASSETS_NAME, parent / _TOKENIZER_NAME):
+        # The run's own was copied because that of Hugging Face is another one.
+        for folder in (parent / _TOKENIZER_NAME, parent / ASSETS_NAME):
             if (folder / _TOKENIZER_FILE).is_file():
                 return folder
     named = getattr(args, "tokenizer_model", None)  # runs of earlier releases

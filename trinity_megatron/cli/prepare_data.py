@@ -57,15 +57,27 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="F",
         help="share of the documents held out for validation (%(default)s)",
     )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the rows are conversations (messages with role and content): encode them with the "
+        "chat template of --tokenizer; a training learns what the assistant says (docs/chat.md)",
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a Jinja file to use, and keep, instead of the template of --tokenizer; 'chatml' for "
+        "that of the tokenizers that this command trains",
+    )
     parser.set_defaults(command=run, takes_further_flags=False)
 
 
 def _add_reading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-key",
-        default="text",
         metavar="KEY",
-        help="field or column that holds the text; dots lead into objects: meta.body (%(default)s)",
+        help="field or column that holds the text; dots lead into objects: meta.body (text; with "
+        "--chat messages)",
     )
     parser.add_argument(
         "--split-on",
@@ -105,12 +117,15 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
             f"--vocab-size {args.vocab_size} does not go with --tokenizer {args.tokenizer}, which "
             "has its own vocabulary; leave out --vocab-size, or leave out --tokenizer to train one"
         )
+    _check_chat_flags(args)
     quiet_megatron()
-    from trinity_megatron.data.formats import ReadOptions
+    if args.chat:
+        return _run_chat(args)
+    from trinity_megatron.data.formats import TEXT_FIELD, ReadOptions
     from trinity_megatron.data.prepare import prepare_data
 
     options = ReadOptions(
-        text_key=args.text_key,
+        text_key=TEXT_FIELD if args.text_key is None else args.text_key,
         split_on=None if args.split_on is None else unescape("--split-on", args.split_on),
         skip_bad_rows=args.skip_bad_rows,
         plain_text=args.plain_text,
@@ -128,6 +143,46 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
         print(f"{args.out} {name}: {split.documents:,} documents, {split.tokens:,} tokens")
     _report_short_validation(manifest.validation.tokens)
+    return 0
+
+
+def _check_chat_flags(args: argparse.Namespace) -> None:
+    if not args.chat:
+        if args.chat_template is not None:
+            raise UserError("--chat-template is for conversations. Remedy: add --chat, or drop it.")
+        return
+    for name, value in (("split-on", args.split_on), ("plain-text", args.plain_text or None)):
+        if value is not None:
+            raise UserError(f"--{name} does not go with --chat. Remedy: drop --{name}.")
+    if args.tokenizer is None:
+        raise UserError(
+            "--chat needs the tokenizer that the model was trained with. Remedy: --tokenizer DIR "
+            "(the folder tokenizer of its --data, or beside its checkpoints)."
+        )
+
+
+def _run_chat(args: argparse.Namespace) -> int:
+    from trinity_megatron.data.chat.conversations import MESSAGES_FIELD
+    from trinity_megatron.data.chat.prepare import prepare_chat
+    from trinity_megatron.data.formats import ReadOptions
+
+    options = ReadOptions(
+        text_key=MESSAGES_FIELD if args.text_key is None else args.text_key,
+        skip_bad_rows=args.skip_bad_rows,
+    )
+    manifest = prepare_chat(
+        args.out,
+        args.source,
+        tokenizer=args.tokenizer,
+        template=args.chat_template,
+        validation_fraction=args.validation_fraction,
+        options=options,
+        max_left_out=args.max_left_out,
+    )
+    for name, split in (("train", manifest.train), ("validation", manifest.validation)):
+        print(f"{args.out} {name}: {split.documents:,} conversations, {split.tokens:,} tokens")
+    for entry in manifest.skipped:
+        print(f"left out: {entry.name}: {entry.reason}")
     return 0
 
 

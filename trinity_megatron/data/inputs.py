@@ -29,6 +29,8 @@ class DataInputs:
         skip_bad_rows: Number of bad rows that may be left out, if any.
         plain_text: True if JSON and CSV files are read as text.
         validation_tokens: Number of tokens to which the validation split was enlarged, if it was.
+        special_tokens: Version of the special tokens beside the end of text, if it was trained.
+        chat: SHA-256 of the chat template, if the documents are conversations.
     """
 
     vocab_size: int
@@ -44,6 +46,8 @@ class DataInputs:
     skip_bad_rows: int | None = None
     plain_text: bool | None = None
     validation_tokens: int | None = None
+    special_tokens: str | None = None
+    chat: str | None = None
 
     @property
     def values(self) -> dict[str, Any]:

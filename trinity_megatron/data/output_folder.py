@@ -85,7 +85,13 @@ def find_existing(out: Path, inputs: DataInputs) -> DataManifest | None:
         raise
     except (FileNotFoundError, ValueError):
         return None
-    if manifest.fingerprint not in (inputs.fingerprint, enlarged_inputs(inputs).fingerprint):
+    # Tokenizers of earlier releases have no tokens for chat; their folders stay as they are.
+    earlier = replace(inputs, special_tokens=None)
+    same = [
+        *(item.fingerprint for item in (inputs, earlier)),
+        *(enlarged_inputs(item).fingerprint for item in (inputs, earlier)),
+    ]
+    if manifest.fingerprint not in same:
         differences = "; ".join(manifest.inputs.differences(inputs))
         raise UserError(
             f"out {out} holds data made from other inputs: {differences}; pass another --out, or "

@@ -2,7 +2,7 @@
 
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trinity_megatron.data.corpus import (
@@ -31,6 +31,7 @@ from trinity_megatron.data.pre_tokenizer import PRE_TOKENIZER_VERSION
 from trinity_megatron.data.scan import Corpus, scan
 from trinity_megatron.data.split import MIN_SPLIT_TOKENS
 from trinity_megatron.data.tokenizer import (
+    CHATML_VERSION,
     END_OF_TEXT,
     check_vocab_size,
     get_eod_id,
@@ -85,7 +86,7 @@ def prepare_data(
         raise UserError(f"max_left_out {max_left_out} is not between 0 and 1; 0.1 is usual")
     out = Path(out).resolve()
     check_out(out)
-    given = None if tokenizer is None else _load_given(tokenizer, out)
+    given = None if tokenizer is None else load_given(tokenizer, out)
     files, skipped = find_files(sources, exclude=out, options=options)
     check_formats(skipped, files, max_left_out)
     inputs = _make_inputs(files, options, vocab_size, validation_fraction, given)
@@ -99,7 +100,9 @@ def prepare_data(
             return existing
         remove_half_written(out)
         corpus = scan(files, skipped, options, max_left_out)
-        return _build(out, inputs, corpus, given)
+        return build_folder(
+            out, inputs, corpus.files, lambda folder: _write(folder, inputs, corpus, given)
+        )
 
 
 def _make_inputs(
@@ -123,10 +126,16 @@ def _make_inputs(
         split_on=options.split_on,
         skip_bad_rows=options.skip_bad_rows or None,
         plain_text=options.plain_text or None,
+        special_tokens=CHATML_VERSION if given is None else None,
     )
 
 
-def _load_given(folder: Path, out: Path) -> GivenTokenizer:
+def load_given(folder: Path, out: Path) -> GivenTokenizer:
+    """Load a given tokenizer, which must not lie in the folder that is written.
+
+    Raises:
+        UserError: It does, or it cannot be used.
+    """
     folder = Path(folder).resolve()
     if folder.is_relative_to(out):
         raise UserError(
@@ -136,20 +145,47 @@ def _load_given(folder: Path, out: Path) -> GivenTokenizer:
     return load_tokenizer(folder)
 
 
-def _build(
-    out: Path, inputs: DataInputs, corpus: Corpus, given: GivenTokenizer | None
+def build_folder(
+    out: Path,
+    inputs: DataInputs,
+    files: Sequence[SourceFile],
+    write: Callable[[Path], DataManifest],
 ) -> DataManifest:
+    """Write a data folder beside its place, and rename it when it is complete.
+
+    Args:
+        out: Its final path, locked by the caller.
+        inputs: What it is prepared from.
+        files: The source files, which may not change meanwhile.
+        write: Writes everything but the manifest, and makes that.
+
+    Raises:
+        UserError: A source changed while it was read.
+    """
     building = out.with_name(f"{building_prefix(out)}{uuid.uuid4().hex}")
     building.mkdir()
     try:
-        manifest = _write(building, inputs, corpus, given)
-        for file in corpus.files:
+        manifest = write(building)
+        for file in files:
             if not is_unchanged(file):
                 raise UserError(f"source {file.path} changed while it was read; run again")
         save_manifest(manifest)
         return publish(building, out, inputs)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def sync_files(folder: Path) -> dict[str, int]:
+    """Wait until all files of a data folder are on disk.
+
+    Returns:
+        Their sizes in bytes, by relative name, for the manifest.
+    """
+    tokenizer_files = sorted(path.name for path in (folder / "tokenizer").iterdir())
+    names = [*DATA_FILES, *(f"tokenizer/{name}" for name in tokenizer_files)]
+    for name in names:
+        sync_file(folder / name)
+    return {name: (folder / name).stat().st_size for name in names}
 
 
 def _write(
@@ -166,10 +202,6 @@ def _write(
         save_tokenizer(written.tokenizer, folder / "tokenizer")
     else:
         copy_tokenizer(given, folder / "tokenizer")
-    tokenizer_files = sorted(path.name for path in (folder / "tokenizer").iterdir())
-    names = [*DATA_FILES, *(f"tokenizer/{name}" for name in tokenizer_files)]
-    for name in names:
-        sync_file(folder / name)
     return DataManifest(
         path=folder,
         inputs=enlarged_inputs(inputs) if written.is_enlarged else inputs,
@@ -178,5 +210,5 @@ def _write(
         train=written.train,
         validation=written.validation,
         skipped=corpus.left_out.entries(),
-        files={name: (folder / name).stat().st_size for name in names},
+        files=sync_files(folder),
     )

@@ -1,7 +1,7 @@
 """Rows of parquet, Arrow and Feather files: their text, found by the name of a column."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,58 @@ def read_arrow_stream(path: Path, key: str) -> Iterator[Row]:
     with _named_damage("Arrow"), pyarrow.memory_map(str(path)) as source:
         reader = pyarrow.ipc.open_stream(source)
         yield from _read_batches(reader, _find_column(reader.schema, key), key)
+
+
+def read_rows(kind: str, path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a file with several columns, without the fields that are null.
+
+    Args:
+        kind: ``parquet``, ``arrow_file`` or ``arrow_stream``.
+        path: The file.
+        columns: Names of columns; all but the first may be missing.
+
+    Raises:
+        MissingColumnError: If there is no column of the first name.
+        DamagedFileError: If the file cannot be read.
+    """
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    if kind == "parquet":
+        with _named_damage("parquet"), pyarrow.parquet.ParquetFile(path) as table:
+            names = _present(table.schema_arrow, columns)
+            yield from _rows_of(table.iter_batches(batch_size=_BATCH_ROWS, columns=names), names)
+        return
+    with _named_damage("Arrow"), pyarrow.memory_map(str(path)) as source:
+        if kind == "arrow_stream":
+            reader = pyarrow.ipc.open_stream(source)
+            yield from _rows_of(reader, _present(reader.schema, columns))
+            return
+        file = pyarrow.ipc.open_file(source)
+        batches = (file.get_batch(index) for index in range(file.num_record_batches))
+        yield from _rows_of(batches, _present(file.schema, columns))
+
+
+def _present(schema: Any, columns: Sequence[str]) -> list[str]:
+    if columns[0] not in schema.names:
+        raise MissingColumnError(
+            f"has no column {columns[0]!r}, only {shorten(schema.names) or 'none at all'}; name "
+            "the right one with --text-key"
+        )
+    return [name for name in columns if name in schema.names]
+
+
+def _rows_of(batches: Iterable[Any], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        for row in batch.select(names).to_pylist():
+            yield _without_nulls(row)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Structs of a column have the same fields in every row; those of other rows are null."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 @contextlib.contextmanager

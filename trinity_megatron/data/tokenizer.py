@@ -13,8 +13,13 @@ from trinity_megatron.data.pre_tokenizer import get_pre_tokenizer
 from trinity_megatron.errors import UserError
 
 TOKENIZER_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
+TEMPLATE_NAME = "chat_template.jinja"  # transformers' name
 END_OF_TEXT = "<|endoftext|>"
-MIN_VOCAB_SIZE = 256 + 1  # all bytes and the end-of-text token
+# Around each turn of a conversation.  Text has none; a model meets them when it learns to chat.
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML_VERSION = "chatml-1"
+SPECIAL_TOKENS = (END_OF_TEXT, *CHATML_TOKENS)
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)  # all bytes too
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -25,7 +30,7 @@ def check_vocab_size(vocab_size: int) -> None:
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
-            f"vocab_size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need "
+            f"vocab_size {vocab_size} is too small: 256 bytes and {', '.join(SPECIAL_TOKENS)} need "
             f"{MIN_VOCAB_SIZE}; pass --vocab-size {MIN_VOCAB_SIZE} or more"
         )
 
@@ -35,7 +40,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
     Args:
         texts: Documents.  Training is deterministic.
-        vocab_size: Number of tokens, including the end-of-text token (id 0) and the 256 bytes.
+        vocab_size: Number of tokens, including the end-of-text token (id 0), ChatML's (1 and 2) and
+            the 256 bytes.
 
     Raises:
         UserError: The vocabulary is too small, or the texts do not fill it.
@@ -47,7 +53,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -79,6 +85,12 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     }
     path = folder / CONFIG_NAME
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / TEMPLATE_NAME).write_text(chatml_template(), encoding="utf-8")
+
+
+def chatml_template() -> str:
+    """The chat template of tokenizers that are trained here: ChatML without tools."""
+    return Path(__file__).with_name("chatml.jinja").read_text(encoding="utf-8")
 
 
 def get_eod_id(tokenizer: Tokenizer, eos_token: str = END_OF_TEXT) -> int:

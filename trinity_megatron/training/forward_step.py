@@ -256,7 +256,7 @@ def forward_step(
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     batch = get_batch(data_iterator, vp_stage, training=model.training)
     timers("batch-generator").stop()
-    validation.observe(model, batch["labels"])
+    validation.observe(model, batch["labels"], batch["loss_mask"])
     output = model(
         batch["tokens"],
         batch["position_ids"],

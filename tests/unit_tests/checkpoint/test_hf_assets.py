@@ -89,6 +89,21 @@ def test_nothing_is_copied_beside_the_assets_of_hugging_face(
     assert find_tokenizer(tmp_path / "iter_0000001", of_run("gone")) == tmp_path / "tokenizer"
 
 
+def test_another_chat_template_goes_before_that_of_hugging_face(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    """A run that teaches to chat: the vocabulary is the same, the template is not."""
+    shutil.copytree(tokenizer, tmp_path / ASSETS_NAME)
+    (tmp_path / ASSETS_NAME / "chat_template.jinja").write_text("{{ 1 }}")
+    (tokenizer / "chat_template.jinja").write_text("{{ 2 }}")
+    keep_tokenizer(tokenizer, tmp_path)
+    found = find_tokenizer(tmp_path / "iter_0000001", of_run("gone"))
+    assert found is not None and (found / "chat_template.jinja").read_text() == "{{ 2 }}"
+    (tokenizer / "chat_template.jinja").write_text("{{ 3 }}")
+    keep_tokenizer(tokenizer, tmp_path)
+    assert (found / "chat_template.jinja").read_text() == "{{ 3 }}"
+
+
 def test_a_run_of_an_earlier_release(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

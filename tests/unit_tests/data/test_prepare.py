@@ -159,7 +159,7 @@ def test_validation_holds_sequences_of_the_longest_preset_where_the_corpus_is_la
     large = prepare(tmp_path / "large", make_rows(tmp_path / "l.jsonl", 1500))
     small = prepare(tmp_path / "small", make_rows(tmp_path / "s.jsonl", 300))
     enough = prepare(
-        tmp_path / "enough", tmp_path / "l.jsonl", validation_fraction=0.2, vocab_size=257
+        tmp_path / "enough", tmp_path / "l.jsonl", validation_fraction=0.2, vocab_size=259
     )
 
     assert WANTED_VALIDATION_TOKENS <= large.validation.tokens < 1.2 * WANTED_VALIDATION_TOKENS

@@ -106,6 +106,11 @@ def _open_corpus(mixture: Mixture, corpus: Corpus) -> IndexedCorpus:
     manifest, train, validation = None, corpus.path, corpus.validation
     if (corpus.path / MANIFEST_NAME).is_file():
         manifest = load_manifest(corpus.path)
+        if manifest.inputs.chat is not None:
+            raise UserError(
+                f"{key}.path {corpus.path} holds conversations, which a mixture would read as "
+                "text. Remedy: --data with that folder, in a run of its own."
+            )
         train, validation = manifest.train_prefix, validation or manifest.validation_prefix
     elif corpus.path.exists():
         raise UserError(

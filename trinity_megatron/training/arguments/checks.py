@@ -12,6 +12,7 @@ from trinity_megatron.errors import UserError
 from trinity_megatron.model.fp8 import check_fp8, fp8_defaults
 from trinity_megatron.optimizer.register import validate_muon_arguments
 from trinity_megatron.process.screen import tell_once
+from trinity_megatron.training.arguments.chat_checks import check_chat_sources, finish_chat
 from trinity_megatron.training.arguments.defaults import has_resiliency_package
 from trinity_megatron.training.arguments.fsdp_checks import check_fsdp
 from trinity_megatron.training.arguments.layout_checks import check_layout
@@ -42,6 +43,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     check_values(args)
     check_keep_last(args)
     extend_positions(args)
+    finish_chat(args, manifest)
     check_layout(args)
     check_on_damage(args)
     prepare_branch(args)
@@ -60,6 +62,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     check_mixture(args)
     if args.rank == 0:  # the others get it with the datasets
         args.data_identity = read_identity(args)
+        check_chat_sources(args)
     check_start(args, manifest)
     check_vocabulary(args, manifest)
     # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.

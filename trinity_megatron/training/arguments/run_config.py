@@ -75,6 +75,9 @@ class RunConfig:
     allow_data_change: bool = False
     """Resume with other training data than those of the checkpoint."""
 
+    refuse_long_conversations: bool = False
+    """End the run if a conversation is longer than --seq-length.  Default: cut it."""
+
     allow_upstream_changes: bool = False
     """Train although the installed Megatron-Core differs in what this package replaces."""
 

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from megatron.core import mpu
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from megatron.core.utils import unwrap_model
 from megatron.training import (
     get_args,
     get_tensorboard_writer,
@@ -22,6 +20,7 @@ from megatron.training import (
 from megatron.training.utils import is_last_rank
 
 from trinity_megatron.data.unigram import unigram_entropy
+from trinity_megatron.model.generation import generate_tokens
 from trinity_megatron.process.screen import tell
 from trinity_megatron.telemetry.tensorboard_log import RunLog
 from trinity_megatron.training.datasets.splits import split_sources
@@ -50,9 +49,20 @@ class ValidationTokens:
         self.counts: torch.Tensor | None = None
         self.samples = 0
 
-    def observe(self, model: torch.nn.Module, labels: torch.Tensor | None) -> None:
-        """Count the labels of a validation batch; ``[b, s / cp]`` on this rank."""
-        if model.training or labels is None:
+    def observe(
+        self,
+        model: torch.nn.Module,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+    ) -> None:
+        """Count the labels of a validation batch that have a loss.
+
+        Args:
+            model: Counts nothing while it trains.
+            labels: ``[b, s / cp]`` on this rank; None on a stage without.
+            loss_mask: fp32, same shape.
+        """
+        if model.training or labels is None or loss_mask is None:
             return
         args = get_args()
         if self.counts is None or self.samples >= _complete(args):  # another evaluation begins
@@ -60,10 +70,10 @@ class ValidationTokens:
             self.counts = torch.zeros(
                 args.padded_vocab_size, dtype=torch.int64, device=labels.device
             )
-        self.samples += labels.shape[0]
-        flat = labels.flatten()
+        # Not the rows: packed documents of a micro-batch are one.
+        self.samples += labels.numel() * args.context_parallel_size // args.seq_length
         # Not bincount, which waits for the device to learn the largest label.
-        self.counts.scatter_add_(0, flat, torch.ones_like(flat))
+        self.counts.scatter_add_(0, labels.flatten(), loss_mask.flatten().long())
 
     def entropy(self) -> float | None:
         """Unigram entropy in nats per token over all ranks' tokens.
@@ -236,7 +246,8 @@ def continue_text(model: list[torch.nn.Module]) -> Sequence[str] | None:
 def choose_prompt(args: argparse.Namespace) -> torch.Tensor | None:
     """The second half of the longest validation document, at most `PROMPT_TOKENS` of it.
 
-    Of a blend the document is one of its heaviest set.
+    Of a blend the document is one of its heaviest set.  Of conversations it is the first one, up to
+    its first answer.
 
     Args:
         args: Of the run.
@@ -255,28 +266,27 @@ def choose_prompt(args: argparse.Namespace) -> torch.Tensor | None:
     lengths = documents.sequence_lengths[first:last]
     if not lengths.size or not lengths.max():
         return None
+    if args.data_is_chat:
+        return torch.from_numpy(documents[0][-PROMPT_TOKENS:].astype("int64"))
     longest = documents[first + int(lengths.argmax())]
     start = len(longest) // 2
     return torch.from_numpy(longest[start : start + PROMPT_TOKENS].astype("int64"))
 
 
-@torch.no_grad()
 def _continue(
     model: list[torch.nn.Module], prompt: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The prompt, and the likeliest tokens after it."""
-    module = unwrap_model(model[0])
-    module.eval()
-    sequence = prompt.to(torch.cuda.current_device())
-    # One length for all steps and prompts: sequence parallelism wants a multiple of its size.
-    length = PROMPT_TOKENS + NEW_TOKENS
-    for position in range(len(prompt), len(prompt) + NEW_TOKENS):
-        padded = torch.nn.functional.pad(sequence, (0, length - len(sequence))).unsqueeze(0)
-        positions = torch.arange(length, device=padded.device).unsqueeze(0)
-        logits = gather_from_tensor_model_parallel_region(module(padded, positions, None))
-        likeliest = logits[0, position - 1, : get_args().tokenizer_vocab_size].argmax()
-        sequence = torch.cat([sequence, likeliest.view(1)])
-    return sequence[: len(prompt)], sequence[len(prompt) :]
+    args = get_args()
+    model[0].eval()
+    steps = generate_tokens(
+        model[0],
+        [prompt.tolist()],
+        max_new_tokens=NEW_TOKENS,
+        vocab_size=args.tokenizer_vocab_size,
+        stop={get_tokenizer().eod} if args.data_is_chat else (),
+    )
+    return prompt, torch.tensor([token for step in steps for token in step])
 
 
 def _describe(prompt: torch.Tensor, continuation: torch.Tensor) -> list[str]:

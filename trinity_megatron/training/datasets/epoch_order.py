@@ -29,6 +29,9 @@ class EpochOrderConfig(GPTDatasetConfig):
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Fingerprint of the content of each dataset, by its prefix."""
 
+    refuse_long_conversations: bool = False
+    """Whether conversations longer than a sequence are an error instead of being cut."""
+
 
 class EpochOrderGPTDataset(GPTDataset):
     """A GPT dataset that shuffles each epoch by itself.

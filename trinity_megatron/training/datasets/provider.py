@@ -18,6 +18,7 @@ from megatron.training.utils import (
 from trinity_megatron.data.mixture.corpora import MixtureData, read_mixture
 from trinity_megatron.errors import UserError
 from trinity_megatron.training.datasets.buffer_state import build_buffer_loader
+from trinity_megatron.training.datasets.chat import ChatDataset
 from trinity_megatron.training.datasets.data_identity import share_identity
 from trinity_megatron.training.datasets.epoch_order import (
     EpochOrderConfig,
@@ -38,6 +39,7 @@ def gpt_dataset_config_from_args(args: Any) -> EpochOrderConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return EpochOrderConfig(
         fingerprints=share_identity(args),
+        refuse_long_conversations=args.refuse_long_conversations,
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -118,14 +120,17 @@ def train_valid_test_datasets_provider(
     args = get_args()
     config = gpt_dataset_config_from_args(args)
     _leave_out(config, needed_splits(args))
-    if not config.mock and args.rank == 0 and not args.data_mixture:
+    is_read_as_text = not (config.mock or args.data_mixture or args.data_is_chat)
+    if is_read_as_text and args.rank == 0:
         check_unweighted(args, num_samples)
     num_samples = samples_to_build(args, num_samples)
     is_built = partial(_is_built_on_rank, vp_stage, args.dataloader_inter_document_masking)
     if (data := read_mixture(args.data)) is not None:
         with _named_index_errors(args):
             return _build_mixture(args, data, config, num_samples, is_built)
-    dataset_type = EpochOrderMockGPTDataset if args.mock_data else EpochOrderGPTDataset
+    dataset_type: Any = EpochOrderMockGPTDataset if args.mock_data else EpochOrderGPTDataset
+    if args.data_is_chat:
+        dataset_type = ChatDataset
     with _named_index_errors(args):
         made = BlendedMegatronDatasetBuilder(dataset_type, num_samples, is_built, config).build()
     if not args.skip_train:

@@ -166,6 +166,8 @@ def check_splits(args: argparse.Namespace) -> None:
             f"--eval-iters {args.eval_iters}, and there is no validation set. Remedy: --eval-iters "
             "0, or --valid-data-path (with --data-path: --split 99,1,0)."
         )
+    if args.data_is_chat:
+        return  # a sample is filled up with padding, and conversations are read again
     for name, sources, is_needed in zip(_NAMES, splits, needed_splits(args), strict=True):
         if is_needed:
             for source in sources:

@@ -156,15 +156,18 @@ def test_an_interrupt_names_the_way_to_the_report(
 def test_an_evaluation_that_ended_early_has_no_entropy(run_args: Any) -> None:
     """--exit-duration-in-mins: the loss that stands is of an earlier one, of other tokens."""
     model = torch.nn.Linear(1, 1).eval()
-    labels = torch.arange(16).repeat(4, 1)
+    labels = torch.arange(run_args.seq_length).remainder(16).repeat(4, 1)
+    loss_mask = (labels != 3).float()
     batches = run_args.eval_iters * run_args.eval_global_batch_size // 4
     validation = ValidationTokens()
     for _ in range(batches - 1):
-        validation.observe(model, labels)
+        validation.observe(model, labels, loss_mask)
     assert validation.entropy() is None
-    validation.observe(model, labels)
+    validation.observe(model, labels, loss_mask)
     assert validation.counts is not None
-    assert validation.counts.tolist() == [4 * batches] * 16
+    expected = [4 * batches * run_args.seq_length // 16] * 16
+    expected[3] = 0  # without loss
+    assert validation.counts.tolist() == expected
 
 
 @pytest.mark.parametrize(

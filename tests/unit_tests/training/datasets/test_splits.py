@@ -40,6 +40,7 @@ def arguments(**values: Any) -> Any:
     base: dict[str, Any] = dict.fromkeys([*names.split(), "test_data_path", "split"])
     base |= {"mock_data": False, "eval_iters": 8, "full_validation": False, "skip_train": False}
     base |= {"seq_length": 64, "eval_global_batch_size": 4, "global_batch_size": 4, "rank": 0}
+    base |= {"data_is_chat": False}
     return SimpleNamespace(**{**base, **values})
 
 

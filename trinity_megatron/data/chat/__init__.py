@@ -1,0 +1,1 @@
+"""Conversations: reading them, and encoding them with a tokenizer's chat template."""
