@@ -31,6 +31,7 @@ RUN_FLAGS = (
     "--on-damage",
     "--check-replicas",
     "--allow-data-change",
+    "--refuse-long-conversations",
     "--allow-upstream-changes",
     "--no-verify-checksums",
     "--muon-momentum-dtype",
