@@ -18,6 +18,7 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import normalize
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from trinity_megatron.data.text.text_corpus import TextCorpus
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.screen import tell
 from trinity_megatron.training.datasets.mixture_past import past_differences, past_remedy
@@ -70,6 +71,15 @@ def read_identity(args: argparse.Namespace) -> Identity | None:
     names = (_TRAIN, "validation", "test")
     blends = zip(names, per_split, strict=True)
     return {name: _read_blend(blend, known) for name, blend in blends if blend is not None}
+
+
+def add_text(identity: Identity | None, corpora: Sequence[TextCorpus] | None) -> Identity | None:
+    """An identity with the corpora of raw text that a run trains on; None: it has none."""
+    if corpora is None:
+        return identity
+    unknown = {"weight": None, "documents": None, "tokens": None}
+    found = [{"prefix": corpus.name, **unknown, "content": corpus.content} for corpus in corpora]
+    return {_TRAIN: found, **(identity or {})}
 
 
 def _read_blend(blend: Any, known: dict[str, Dataset]) -> list[Dataset]:
@@ -177,8 +187,9 @@ def check_data(saved: object, step: int | None, args: argparse.Namespace) -> Non
     passed = (
         f"the first {consumed} sequences of its order, as many as the run has read, are passed over"
     )
-    if (getattr(args, "data_mixture", None) or {}).get("order") == "rsdb":
-        passed = "the buffers begin with the first documents of each corpus"
+    mixture = getattr(args, "data_mixture", None) or {}
+    if mixture.get("order") == "rsdb" or mixture.get("is_text"):
+        passed = "the streams begin with the first documents of each corpus"
     if _begins_phase(step, args):
         tell(f"> a phase ends with step {step}; the next one reads its data from their start")
     elif what and not args.allow_data_change:

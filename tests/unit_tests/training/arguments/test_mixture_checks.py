@@ -87,6 +87,7 @@ def test_the_buffers_have_their_streams(folder: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_folder_is_no_mixture(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{}")
     for data in (None, str(folder)):
         args = make_args(folder, data=data)
         check_mixture(args)
