@@ -14,7 +14,7 @@ import numpy as np
 from trinity_megatron.data.given_tokenizer import load_tokenizer
 from trinity_megatron.data.text.parts import Parts
 from trinity_megatron.data.text.text_corpus import TextCorpus
-from trinity_megatron.data.tokenizer import encode_documents
+from trinity_megatron.data.tokenizer import get_eod_id
 
 
 class Schedule(Protocol):
@@ -37,13 +37,17 @@ class TextEncoder:
     def __init__(self, folder: Path) -> None:
         # Each worker has a core; threads of its own would only be in the way of the others.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self._given = load_tokenizer(folder)
+        given = load_tokenizer(folder)
+        self._tokenizer, self._eod_id = (
+            given.tokenizer,
+            get_eod_id(given.tokenizer, given.eos_token),
+        )
+        self._tokenizer.encode_special_tokens = True
 
     def encode(self, text: str) -> np.ndarray:
         """Tokens of a document and the end-of-text token, int32 ``[n]``."""
-        given = self._given
-        [tokens] = encode_documents(given.tokenizer, [text], eos_token=given.eos_token)
-        return np.array(tokens, dtype=np.int32)
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array([*encoding.ids, self._eod_id], dtype=np.int32)
 
 
 @dataclass(frozen=True)
