@@ -32,10 +32,10 @@ def make_encoder(tokenizer: Path) -> Encode:
     return encode
 
 
-def cut_lines(path: Path, size: int) -> list[list[str]]:
+def cut_lines(path: Path, size: int, least: int) -> list[list[str]]:
     """The texts of a file of JSON Lines by part: the lines that begin in each range of bytes."""
     content = path.read_bytes()
-    count = -(-len(content) // size)
+    count = max(least, -(-len(content) // size))
     bounds = [len(content) * part // count for part in range(count + 1)]
     parts: list[list[str]] = [[] for _ in range(count)]
     position = 0

@@ -64,12 +64,15 @@ class StoredAt:
         return os.stat_result((stat.S_IFREG | 0o444, 0, 0, 1, 0, 0, self.num_bytes, 0, 0, 0))
 
 
-def list_address(address: str, key: str) -> Iterator[StoredAt]:
+def list_address(address: str, key: str) -> Iterator[tuple[str, StoredAt]]:
     """All files below an address, or the file at it.
 
     Args:
         address: With its protocol.
         key: That names it, for errors.
+
+    Yields:
+        The place of a file below the address, empty for the file at it; and the file.
 
     Raises:
         UserError: The protocol is not known, nothing is there, or it cannot be listed.
@@ -92,4 +95,7 @@ def list_address(address: str, key: str) -> Iterator[StoredAt]:
         raise MissingInputError(f"{key} {address}: nothing is there. Remedy: name what is there")
     for name, details in sorted(found.items()):
         version = details.get("ETag") or details.get("etag") or details.get("md5Hash") or ""
-        yield StoredAt(system.unstrip_protocol(name), int(details.get("size") or 0), str(version))
+        stored = StoredAt(
+            system.unstrip_protocol(name), int(details.get("size") or 0), str(version)
+        )
+        yield name.removeprefix(root).strip("/"), stored

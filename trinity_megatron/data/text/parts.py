@@ -125,7 +125,8 @@ class Parts:
 
 def _count_parts(file: TextFile, size: int, corpus: TextCorpus, num_streams: int) -> int:
     found = file.source.format
-    wanted = -(-file.source.num_bytes // size)
+    needed = -(-num_streams // len(corpus.files))
+    wanted = max(needed, -(-file.source.num_bytes // size))
     if _has_ranges(file):
         return wanted
     if found.kind == "parquet":
@@ -133,7 +134,7 @@ def _count_parts(file: TextFile, size: int, corpus: TextCorpus, num_streams: int
     if found.kind == "text" and corpus.options.split_on is None:
         return 1
     # Each part is a reading of the whole file: only as many as the streams need.
-    return -(-num_streams // len(corpus.files))
+    return needed
 
 
 def _has_ranges(file: TextFile) -> bool:

@@ -119,8 +119,7 @@ def _find(
 
 
 def _files_at(root: StoredAt, key: str) -> Iterator[SourceFile]:
-    for stored in list_address(root.address, f"{key}.path"):
-        relative = stored.address.removeprefix(root.address).strip("/")
+    for relative, stored in list_address(root.address, f"{key}.path"):
         hidden = any(part.startswith((".", "__pycache__")) for part in relative.split("/"))
         if stored.num_bytes and not hidden:
             name = f"{root.name}/{relative}".rstrip("/")
@@ -135,9 +134,10 @@ def _check_left_out(
 ) -> None:
     """Refuse a corpus without text, and one of which much could be text and is not read."""
     if not kept:
+        first = f"{files[0].path} is {files[0].format.reason or 'empty'}"
         raise UserError(
-            f"{path} holds no text: {len(files)} files that are empty or not read. Remedy: name "
-            "JSON Lines, parquet or text files, or folders of them."
+            f"{path} holds no text: {len(files)} files that are empty or not read; the first, "
+            f"{first}. Remedy: name JSON Lines, parquet or text files, or folders of them."
         )
     unread = [file for file in files if file.format.could_be_text and file not in kept]
     lost = sum(file.num_bytes for file in unread)

@@ -67,7 +67,7 @@ def make_mixture(folder: Path, tokenizer: Path, order: str) -> TextMixture:
 
 def feeds(folder: Path, stream: int, shuffled: bool) -> dict[str, Iterator[str]]:
     parts = {
-        "web": cut_lines(folder / "web/a.jsonl", PART) + cut_lines(folder / "web/b.jsonl", PART),
+        "web": [part for n in "ab" for part in cut_lines(folder / f"web/{n}.jsonl", PART, 2)],
         "code": deal_rows(make_texts(150, 3000, 3), STREAMS),
     }
     assert len(parts["web"]) > 2 * STREAMS
