@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trinity_megatron.data.address import StoredAt, list_address
-from trinity_megatron.data.corpus import ReadOptions, Skipped, SourceFile, find_files
+from trinity_megatron.data.corpus import ReadOptions, Skipped, SourceFile, find_files, read_rows
+from trinity_megatron.data.rows import RowError
 from trinity_megatron.data.sources import naming, recognize_files
 from trinity_megatron.data.streams import StoredFile
 from trinity_megatron.data.tables import count_parquet_rows
@@ -99,7 +100,7 @@ def find_text(
         files, skipped, apply = _find(path, key, options)
         kept = [file for file in files if file.num_bytes and file.format.kind != "unread"]
         _check_left_out(path, files, kept, skipped)
-        found = tuple(apply(lambda file: _describe(file, options), kept))
+        found = tuple(apply(lambda file: _describe(file, options, skips_bad_rows), kept))
     except MissingInputError:
         raise
     except UserError as error:
@@ -151,8 +152,14 @@ def _check_left_out(
         )
 
 
-def _describe(file: SourceFile, options: ReadOptions) -> TextFile:
+def _describe(file: SourceFile, options: ReadOptions, skips_bad_rows: bool) -> TextFile:
     with naming(file.path):
+        if file.format.kind != "text":
+            where, _, text = next(read_rows(file, options, set()), ("", 0, ""))
+            if isinstance(text, RowError) and not skips_bad_rows:
+                raise UserError(
+                    f"{file.path}, {where}: {text}. Remedy: mend it, or text_key: NAME."
+                )
         is_table = file.format.kind == "parquet"
         rows = count_parquet_rows(file.path, options.text_key) if is_table else 0
         return TextFile(file, rows, fingerprint(file.path, file.num_bytes))

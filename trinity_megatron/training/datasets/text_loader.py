@@ -158,7 +158,13 @@ class TextLoader(StreamLoader):
             epoch = (made.stream + turn * self.num_streams) // len(parts)
             if epoch > self._epochs.setdefault(name, 0):
                 self._epochs[name] = epoch
-                tell_once(f"> {name}: epoch {epoch + 1} begins in the first of its streams")
+                tell_once(f"> {name}: its documents are read for the {_ordinal(epoch + 1)} time")
+
+
+def _ordinal(number: int) -> str:
+    """A number as a word: ``21st``."""
+    is_teen = number // 10 % 10 == 1
+    return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 def contents_of(mixture: TextMixture) -> dict[str, str]:

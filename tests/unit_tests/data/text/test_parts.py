@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,9 @@ EARLY: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "no gzip": ("a.jsonl.gz", b"\1\2\0\3", ("not a .gz file",)),
     "pictures": ("a.png", b"\x89PNG\0\0", ("holds no text",)),
     "archive": ("a.zip", b"PK\3\4" + ROWS, ("a.zip", "zip archive")),
+    "numbers": ("a.parquet", as_table([1, 2], 9), ("row 1", "int, not a string")),
+    "lists": ("a.parquet", as_table([["x"], ["y"]], 9), ("row 1", "list, not a string")),
+    "a first row": ("a.jsonl.gz", gzip.compress(b'{"text": 5}\n' + ROWS), ("line 1", "int")),
     "a pointer": ("a.jsonl", b"version https://git-lfs.github.com/spec/v1", ("git lfs pull",)),
 }
 
@@ -144,9 +148,7 @@ def test_what_is_named_before_a_run(tmp_path: Path, case: str) -> None:
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / name).write_bytes(content)
     with pytest.raises(UserError) as error:
-        corpus = find(tmp_path / "web")
-        # A field that lacks in rows is found at the first.
-        read_all(corpus, 1)
+        find(tmp_path / "web")
     for words in ("corpora.web", *expected):
         assert words in str(error.value)
 
@@ -166,7 +168,6 @@ LATE: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "half a pair": ("a.jsonl", ROWS + b'{"text": "\\ud800"}', ("line 4", "surrogate pair")),
     "not UTF-8": ("a.jsonl", ROWS + b'{"text": "\xff"}', ("line 4", "utf-8")),
     "NUL bytes": ("a.txt", b"text" * 20_000 + b"\0", ("NUL byte",)),
-    "numbers": ("a.parquet", as_table([1, 2], 9), ("row 1", "int, not a string")),
 }
 
 
@@ -200,7 +201,7 @@ def test_other_content_is_known(tmp_path: Path) -> None:
     (tmp_path / "web/moved.jsonl").rename(path)
     (tmp_path / "web").rename(tmp_path / "elsewhere")
     assert find(tmp_path / "elsewhere").content == known.content
-    assert find(tmp_path / "elsewhere", text_key="id").content != known.content
-    changed = tmp_path / "elsewhere/a.jsonl"
-    changed.write_bytes(b"x" + (MORE * 10)[1:])
-    assert find(tmp_path / "elsewhere", text_key="id").content != known.content
+    assert replace(known, options=ReadOptions(text_key="id")).content != known.content
+    changed = MORE * 10
+    (tmp_path / "elsewhere/a.jsonl").write_bytes(changed[:-4] + b"x" + changed[-3:])
+    assert find(tmp_path / "elsewhere").content != known.content
