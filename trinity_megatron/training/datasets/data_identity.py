@@ -7,6 +7,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from trinity_megatron.data.text.text_corpus import TextCorpus
 from trinity_megatron.errors import UserError
+from trinity_megatron.process.environment import count_cores
 from trinity_megatron.process.screen import tell
 from trinity_megatron.training.datasets.mixture_past import past_differences, past_remedy
 
@@ -86,9 +88,10 @@ def _read_blend(blend: Any, known: dict[str, Dataset]) -> list[Dataset]:
     prefixes, weights = blend
     # One dataset is read as it is, whatever its weight.
     shares = normalize(weights) if weights and len(weights) > 1 else [None] * len(prefixes)
-    for prefix in prefixes:
-        if prefix not in known:
-            known[prefix] = describe_dataset(prefix)
+    new = [prefix for prefix in dict.fromkeys(prefixes) if prefix not in known]
+    # Reading and hashing let other threads work.
+    with ThreadPoolExecutor(count_cores()) as pool:
+        known |= zip(new, pool.map(describe_dataset, new), strict=True)
     return [
         {"prefix": prefix, "weight": share, **known[prefix]}
         for prefix, share in zip(prefixes, shares, strict=True)
