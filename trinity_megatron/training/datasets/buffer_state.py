@@ -27,6 +27,7 @@ from trinity_megatron.training.datasets.stream_loader import (
 )
 from trinity_megatron.training.datasets.text_loader import TextLoader
 from trinity_megatron.training.datasets.texts import (
+    contents_of,
     is_other_text,
     make_text_mixture,
     share_texts,
@@ -59,7 +60,7 @@ def build_stream_loader(
     corpora = share_texts(args) if data.raw else []
     if not is_built():
         return None
-    contents = {corpus.name: corpus.content for corpus in corpora} if data.raw else None
+    contents = contents_of(corpora, data.mixture.order) if data.raw else None
     folder = None
     if args.consumed_train_samples:
         folder = Path(args.load) / iteration_name(args.iteration)
@@ -138,7 +139,7 @@ def read_head(
     Args:
         folder: Of the checkpoint.
         args: Of the run that resumes, with the checkpoint's counters.
-        contents: Fingerprint of each corpus of raw text, by name; None for indexed data.
+        contents: See :func:`contents_of`; None for indexed data.
 
     Raises:
         UserError: It is missing, damaged or of another sample of the run.

@@ -19,6 +19,7 @@ from trinity_megatron.training.datasets.stream_loader import (
     StreamLoader,
     samples_before,
 )
+from trinity_megatron.training.datasets.texts import contents_of
 
 # Samples that each worker makes ahead, so that a refill of a buffer stops nobody.
 _AHEAD = 4
@@ -114,7 +115,8 @@ class TextLoader(StreamLoader):
 
     def save_state(self) -> dict[str, Any]:
         """See :meth:`StreamLoader.save_state`; with the content of the corpora."""
-        return {**super().save_state(), "contents": contents_of(self.mixture)}
+        contents = contents_of(self.mixture.corpora, self.mixture.order)
+        return {**super().save_state(), "contents": contents}
 
     def _make(self, stream: int) -> dict[str, torch.Tensor]:
         if not self._iterators:
@@ -146,8 +148,15 @@ class TextLoader(StreamLoader):
         return {number: pack_documents(state) for number, state in self._state_of.items()}
 
     def _load(self, stream: int, state: Mapping[str, Any]) -> int:
-        self._state_of[stream] = unpack_documents(state)
-        return int(state["num_samples"])
+        found = unpack_documents(state)
+        positions = zip(found.get("names", ()), found.get("positions", ()), strict=True)
+        for name, position in positions:
+            if position and name not in self.mixture.names:
+                raise ValueError(f"the mixture does not name {name}, which it has read")
+        if len(found.get("heads", ())) > 2 * self.mixture.documents and "numbers" in found:
+            raise ValueError("its buffer holds more documents than rsdb.documents allows")
+        self._state_of[stream] = found
+        return int(found["num_samples"])
 
     def _say_epochs(self, made: MadeSample) -> None:
         """Say that a corpus begins again in the first of this rank's streams."""
@@ -165,11 +174,6 @@ def _ordinal(number: int) -> str:
     """A number as a word: ``21st``."""
     is_teen = number // 10 % 10 == 1
     return f"{number}{'th' if is_teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
-
-
-def contents_of(mixture: TextMixture) -> dict[str, str]:
-    """Fingerprint of each corpus, by name."""
-    return {corpus.name: corpus.content for corpus in mixture.corpora}
 
 
 def _as_it_is[Item](item: Item) -> Item:

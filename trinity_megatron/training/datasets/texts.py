@@ -53,11 +53,16 @@ def make_text_mixture(
     )
 
 
+def contents_of(corpora: Sequence[TextCorpus], order: str) -> dict[str, str]:
+    """What streams read of each corpus, by name: its fingerprint, and in which order."""
+    return {corpus.name: f"{order} {corpus.content}" for corpus in corpora}
+
+
 def is_other_text(before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> bool:
     """Whether streams cannot go on, for they have read another kind of data, or other text.
 
     Args:
-        before: Fingerprint of each corpus of raw text, by name; None for indexed data.
+        before: See :func:`contents_of`; None for indexed data.
         now: The same of the run that resumes.
     """
     if before is None or now is None:

@@ -29,7 +29,8 @@ from trinity_megatron.training.datasets.stream_loader import (  # noqa: E402
     PackedSamples,
     ReadingRank,
 )
-from trinity_megatron.training.datasets.text_loader import TextLoader, contents_of  # noqa: E402
+from trinity_megatron.training.datasets.text_loader import TextLoader  # noqa: E402
+from trinity_megatron.training.datasets.texts import contents_of  # noqa: E402
 
 SEQ_LENGTH, STREAMS, PAD = 32, 8, 10**6
 
@@ -115,7 +116,7 @@ def save(loaders: list[TextLoader], folder: Path) -> None:
 
 
 def resume(loaders: list[TextLoader], folder: Path, consumed: int) -> list[TextLoader]:
-    contents = contents_of(loaders[0].mixture)
+    contents = contents_of(loaders[0].mixture.corpora, "rsdb")
     args = Namespace(consumed_train_samples=consumed, allow_data_change=False)
     head = read_head(folder, args, contents)
     assert head is not None
@@ -211,5 +212,27 @@ def test_text_that_has_changed(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="web has changed since the checkpoint"):
         read(resume(changed, tmp_path / "state", 40), 8)
     args = Namespace(consumed_train_samples=40, allow_data_change=True)
-    assert read_head(tmp_path / "state", args, contents_of(changed[0].mixture)) is None
-    assert read_head(tmp_path / "state", args, contents_of(loaders[0].mixture)) is not None
+    corpora = loaders[0].mixture.corpora
+    for contents, goes_on in (
+        (contents_of(changed[0].mixture.corpora, "rsdb"), False),
+        (contents_of(corpora, "sequential"), False),
+        (None, False),
+        (contents_of(corpora, "rsdb"), True),
+    ):
+        head = read_head(tmp_path / "state", args, contents)
+        assert (head is not None) == goes_on
+
+
+def test_a_state_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
+    loaders = make_loaders(folder, 1, 1, 0)
+    read(loaders, 40)
+    save(loaders, tmp_path)
+    mixture = make_mixture(folder)
+    for given, words in (
+        ({"corpora": mixture.corpora[:1], "parts": ({0: 1},)}, "does not name code"),
+        ({"documents": 1}, "more documents than rsdb.documents"),
+    ):
+        other = replace(mixture, **given)  # type: ignore[arg-type]
+        loader = TextLoader(other, make_samples(), ReadingRank(0, 1, 1), 40, 0)
+        with pytest.raises(UserError, match=words):
+            resume([loader], tmp_path, 40)
