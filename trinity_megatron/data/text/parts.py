@@ -7,7 +7,6 @@ can only be read from its beginning, such as a compressed one.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import BinaryIO, NamedTuple, cast
@@ -34,8 +33,6 @@ _MIN_PART_BYTES = 2**16
 _PARTS_PER_STREAM = 8
 _CHUNK_BYTES = 2**20
 _NAMED_ROWS = 10  # that are left out
-
-logger = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -70,6 +67,7 @@ class Parts:
         of_file = [_count_parts(file, size, corpus, num_streams) for file in corpus.files]
         self._ends = np.cumsum(of_file)
         self._num_left_out = 0
+        self._notices: list[str] = []
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -105,6 +103,11 @@ class Parts:
             words = str(error) if isinstance(error, DamagedFileError) else error.strerror or error
             raise self._damage(file, f"cannot be read beyond {where} ({words})") from error
 
+    def take_notices(self) -> list[str]:
+        """What has been left out since the last call; the first rows only, each by its name."""
+        notices, self._notices = self._notices, []
+        return notices
+
     def _leave_out(self, file: TextFile, what: str) -> None:
         words = f"{self.corpus.key}: {file.source.path}, {what}"
         if not self.corpus.skips_bad_rows:
@@ -114,7 +117,7 @@ class Parts:
             )
         self._num_left_out += 1
         if self._num_left_out <= _NAMED_ROWS:
-            logger.warning("left out: %s", words)
+            self._notices.append(f"left out: {words}")
 
     def _damage(self, file: TextFile, what: str) -> UserError:
         return UserError(

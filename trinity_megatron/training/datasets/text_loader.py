@@ -12,7 +12,7 @@ from trinity_megatron.data.text.buffered_stream import make_stream
 from trinity_megatron.data.text.packed_state import pack_documents, unpack_documents
 from trinity_megatron.data.text.text_mixture import TextEncoder, TextMixture
 from trinity_megatron.errors import UserError
-from trinity_megatron.process.screen import tell_once
+from trinity_megatron.process.screen import tell, tell_once
 from trinity_megatron.training.datasets.stream_loader import (
     PackedSamples,
     ReadingRank,
@@ -35,11 +35,13 @@ class MadeSample:
         stream: Number of the stream.
         sample: As Megatron's datasets give it.
         state: Of the stream.
+        notices: What has been left out of the text.
     """
 
     stream: int
     sample: dict[str, torch.Tensor]
     state: State
+    notices: list[str]
 
 
 class TextSamples(torch.utils.data.IterableDataset):
@@ -78,7 +80,8 @@ class TextSamples(torch.utils.data.IterableDataset):
                 parts = [piece.tokens[: piece.length] for piece in pieces[:-1]]
                 parts.append(pieces[-1].tokens)
                 sample = self.samples.pack(parts, [piece.document for piece in pieces])
-                yield MadeSample(stream.number, sample, stream.state())
+                notices = [line for of in self.mixture.all_parts for line in of.take_notices()]
+                yield MadeSample(stream.number, sample, stream.state(), notices)
 
 
 class TextLoader(StreamLoader):
@@ -127,6 +130,8 @@ class TextLoader(StreamLoader):
         assert made.stream == stream, (made.stream, stream)
         self._state_of[stream] = made.state
         self._say_epochs(made)
+        for line in made.notices:
+            tell(f"> {line}")
         return made.sample
 
     def _start(self) -> None:
