@@ -129,7 +129,7 @@ def read_arrow_stream(path: StoredFile, key: str) -> Iterator[Row]:
         yield from _read_batches(reader, _find_column(reader.schema, key), key)
 
 
-def read_rows(kind: str, path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def read_rows(kind: str, path: StoredFile, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of a file with several columns, without the fields that are null.
 
     Args:
