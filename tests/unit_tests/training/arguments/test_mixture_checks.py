@@ -142,7 +142,7 @@ def raw(folder: Path) -> Path:
     (folder / "raw_web").mkdir()
     for path in (folder / "raw_web/a.jsonl", folder / "raw_code.jsonl"):
         path.write_text('{"text": "x"}\n')
-    save_tokenizer(train_tokenizer(["x yy x yy"], vocab_size=258), folder / "raw_tokenizer")
+    save_tokenizer(train_tokenizer(["x yy x yy"], vocab_size=260), folder / "raw_tokenizer")
     return folder
 
 
