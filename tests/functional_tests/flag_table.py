@@ -184,8 +184,9 @@ def _condition(text: str) -> str:
 def _part(text: str) -> str:
     if text.startswith("package:"):
         return f"the package `{text.removeprefix('package:')}`"
-    if text in ("data=None", "cuda"):
-        return "no `--data`" if text == "data=None" else "a GPU"
+    words = {"data=None": "no `--data`", "cuda": "a GPU", "raw_text": "raw text in `--data`"}
+    if text in words:
+        return words[text]
     name, equal, value = text.partition("=")
     name, more, _ = name.partition(">")
     names = {"fp8": "fp8_format", "nccl_ub": "use_nccl_ub"}

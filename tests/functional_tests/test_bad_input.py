@@ -1,5 +1,6 @@
 """What a user sees when the input is at fault: the field, the value and the remedy."""
 
+import gzip
 import shutil
 import subprocess
 import sys
@@ -195,6 +196,40 @@ def test_a_mixture_that_is_refused(
     for words in (str(path), *expected):
         assert words in str(error.value), str(error.value)
     assert "Remedy: " in str(error.value)
+
+
+GOOD_ROW = b'{"text": "x"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "flags", "expected"),
+    [
+        ("a.jsonl", GOOD_ROW, "", ("is raw text, and --tokenizer-model is no folder",)),
+        ("a.jsonl", GOOD_ROW, "--vocab-size 9", ("--vocab-size 9",)),
+        ("a.jsonl", b'{"body": "x"}\n', "{}", ("a.jsonl, line 1", "'text'", "text_key: NAME")),
+        ("a.jsonl.gz", gzip.compress(GOOD_ROW * 9)[:-9], "{}", ("a.jsonl.gz", "Truncated")),
+        ("a.parquet", b"PAR1" + bytes(99), "{}", ("a.parquet", "not a parquet file")),
+        ("a.jsonl", GOOD_ROW, "{} --data-path x", ("--data-path x",)),
+    ],
+)
+def test_raw_text_that_is_refused(
+    name: str,
+    content: bytes,
+    flags: str,
+    expected: tuple[str, ...],
+    parse: Parse,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "raw" / name
+    path.parent.mkdir()
+    path.write_bytes(content)
+    tokenizer = f"--tokenizer-model {data / 'tokenizer'}"
+    with pytest.raises(ValueError) as error:
+        parse(f"--preset tiny --eval-iters 0 --data {path.parent} {flags.format(tokenizer)}")
+    for words in expected:
+        assert words in str(error.value), str(error.value)
+    assert not (tmp_path / "out").exists() and "\n" not in str(error.value)
 
 
 def test_wrong_megatron() -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from trinity_megatron.errors import UserError
 
@@ -23,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "2 if the mixture cannot be met.  docs/mixtures.md describes the file.",
         allow_abbrev=False,
     )
-    show.add_argument("mixture", type=Path, metavar="MIX.yaml", help="file of --data")
+    show.add_argument("mixture", metavar="MIX.yaml", help="file of --data")
     show.add_argument(
         "--seq-length", type=int, default=4096, metavar="N", help="as of the run (%(default)s)"
     )
@@ -42,17 +41,20 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
     Raises:
         UserError: The file or a corpus is at fault, or the plan cannot be met.
     """
-    from trinity_megatron.data.mixture.corpora import open_mixture
-    from trinity_megatron.data.mixture.mixture_file import load_mixture
+    from trinity_megatron.data.mixture.corpora import find_texts, read_mixture
     from trinity_megatron.data.mixture.plan import make_plan
     from trinity_megatron.data.mixture.plan_table import format_plan
     from trinity_megatron.data.mixture.quantities import parse_tokens
 
     if args.seq_length < 1:
         raise UserError(f"--seq-length {args.seq_length} is below 1. Remedy: that of the run.")
-    mixture = load_mixture(args.mixture)
+    data = read_mixture(args.mixture)
+    if data is None:
+        raise UserError(
+            f"--data {args.mixture} is no file of a mixture, and no raw text. Remedy: MIX.yaml."
+        )
     try:
-        tokens = parse_tokens(args.until) if args.until else mixture.end
+        tokens = parse_tokens(args.until) if args.until else data.mixture.end
     except ValueError as error:
         raise UserError(f"--until: {error}. Remedy: --until 17T.") from error
     if tokens is None:
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
             "the run consumes."
         )
     samples = -(-tokens // args.seq_length)
-    data = open_mixture(mixture)
+    for corpus in find_texts(data):
+        print(f"{corpus.name}: {len(corpus.files)} files of text, {corpus.num_bytes:,} bytes")
     print(format_plan(make_plan(data, seq_length=args.seq_length, seed=args.seed, samples=samples)))
     return 0

@@ -1,9 +1,10 @@
 """The documents of a corpus: their text, in an order that does not depend on the machine."""
 
 import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import cast
 
 from trinity_megatron.data import rows, tables
 from trinity_megatron.data.formats import ReadOptions
@@ -15,7 +16,7 @@ from trinity_megatron.data.sources import (
     find_files,
     naming,
 )
-from trinity_megatron.data.streams import open_stream, read_whole, split_stream
+from trinity_megatron.data.streams import StoredFile, open_stream, read_whole, split_stream
 from trinity_megatron.errors import UserError
 
 __all__ = [
@@ -40,7 +41,7 @@ class Document:
     text: str
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: StoredFile) -> str:
     """SHA-256 of a file's bytes, as hexadecimal digits.
 
     Raises:
@@ -48,7 +49,7 @@ def hash_file(path: Path) -> str:
     """
     try:
         with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+            return hashlib.file_digest(cast(io.BufferedReader, stream), "sha256").hexdigest()
     except OSError as error:
         raise UserError(describe_unreadable(path, error)) from error
 
@@ -138,7 +139,7 @@ def _read_file(
     elif file.format.kind == "text" and options.split_on is None:
         yield _read_text(file)
     else:
-        for where, number, text in _read_rows(file, options, split_files):
+        for where, number, text in read_rows(file, options, split_files):
             name = f"{file.name}:{number}"
             if isinstance(text, str):
                 yield Document(name, text)
@@ -146,7 +147,19 @@ def _read_file(
                 yield _BadRow(name, where, str(text))
 
 
-def _read_rows(file: SourceFile, options: ReadOptions, split_files: set[str]) -> Iterator[rows.Row]:
+def read_rows(file: SourceFile, options: ReadOptions, split_files: set[str]) -> Iterator[rows.Row]:
+    """Read the rows of a file, or the pieces of a text file that is split.
+
+    Args:
+        file: Of rows, or of text with ``options.split_on``.
+        options: How documents are found.
+        split_files: Gets the name of a text file in which the separator occurs.
+
+    Raises:
+        DamagedFileError: The file is damaged.
+        MissingColumnError: A table lacks the column of the text.
+        OSError: It cannot be read.
+    """
     key, found = options.text_key, file.format
     if found.kind == "parquet":
         yield from tables.read_parquet(file.path, key)

@@ -2,12 +2,12 @@
 
 import codecs
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from trinity_megatron.data import rows, tables
 from trinity_megatron.data.streams import (
     DamagedFileError,
+    StoredFile,
     find_compressions,
     find_encoding,
     open_stream,
@@ -102,7 +102,7 @@ class Format:
     is_as_before: bool = True
 
 
-def recognize(path: Path, options: ReadOptions) -> Format:
+def recognize(path: StoredFile, options: ReadOptions) -> Format:
     """Decide what a file holds by its first bytes, and for JSON and CSV by its first row.
 
     Raises:
@@ -127,7 +127,7 @@ def recognize(path: Path, options: ReadOptions) -> Format:
     return Format(kind, layers, encoding, is_as_before=same, **details)
 
 
-def find_suffix(path: Path) -> str:
+def find_suffix(path: StoredFile) -> str:
     """The suffix of what is inside of the compression, in lower case."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in _COMPRESSION_SUFFIXES:
@@ -139,7 +139,7 @@ def find_suffix(path: Path) -> str:
 class _Head:
     """A file and the first bytes inside of its compressions."""
 
-    path: Path
+    path: StoredFile
     layers: tuple[str, ...]
     content: bytes
     encoding: str | None

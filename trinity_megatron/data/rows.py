@@ -126,11 +126,15 @@ def read_json_lines(stream: BinaryIO, key: str) -> Iterator[Row]:
     for number, line in enumerate(read_lines(stream), start=1):
         if not line.strip():
             continue
-        try:
-            text = get_text(json.loads(line.decode("utf-8")), key)
-        except (ValueError, RecursionError) as error:
-            text = RowError(f"not a JSON row in UTF-8 ({error})")
-        yield f"line {number}", number, text
+        yield f"line {number}", number, parse_json_line(line, key)
+
+
+def parse_json_line(line: bytes, key: str) -> str | RowError:
+    """The text of one line of JSON, empty for a null; or why it has none."""
+    try:
+        return get_text(json.loads(line.decode("utf-8")), key)
+    except (ValueError, RecursionError) as error:
+        return RowError(f"not a JSON row in UTF-8 ({error})")
 
 
 def read_json_values(stream: BinaryIO, key: str) -> Iterator[Row]:

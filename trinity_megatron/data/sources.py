@@ -4,14 +4,15 @@ import contextlib
 import os
 import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from trinity_megatron.data import tables
 from trinity_megatron.data.formats import Format, ReadOptions, recognize
 from trinity_megatron.data.saved_datasets import find_not_data
-from trinity_megatron.data.streams import DamagedFileError
+from trinity_megatron.data.streams import DamagedFileError, StoredFile
 from trinity_megatron.errors import UserError
 
 # Left out of the standard library: what is not part of it, its tests, which not every Python ships,
@@ -38,7 +39,7 @@ class SourceFile:
     """
 
     name: str
-    path: Path
+    path: StoredFile
     is_explicit: bool
     num_bytes: int
     modified_ns: int
@@ -104,10 +105,32 @@ def find_files(
             f"source {_listed(sources)} holds no readable file ({len(skipped)} left out); "
             "name text, source code, JSON, CSV, parquet or Arrow files, or folders of them"
         )
-    files = [_recognized(file, options) for file in files]
-    files = _settle_odd_files(files)
-    _check_options(files, options)
-    return sorted(files, key=lambda file: (file.name, file.path)), skipped
+    return recognize_files(files, options), skipped
+
+
+def recognize_files(
+    files: Sequence[SourceFile],
+    options: ReadOptions,
+    apply: Callable[..., Iterable[SourceFile]] = map,
+) -> list[SourceFile]:
+    """Decide what each file of a corpus holds.
+
+    Args:
+        files: As they were found.
+        options: How documents are found in files.
+        apply: As the built-in ``map``: that of several threads where a look takes long.
+
+    Returns:
+        The files sorted by name.
+
+    Raises:
+        UserError: A file that was named itself is neither text nor rows, or most of the files are
+            JSON or CSV without the key of the text.
+    """
+    found = list(apply(partial(_recognized, options=options), files))
+    found = _settle_odd_files(found)
+    _check_options(found, options)
+    return sorted(found, key=lambda file: (file.name, str(file.path)))
 
 
 def _standard_library() -> list[SourceFile]:
@@ -195,7 +218,7 @@ def _source_file(name: str, path: Path, *, is_explicit: bool) -> SourceFile:
 def _check_distinct(files: Sequence[SourceFile]) -> None:
     seen: set[str] = set()
     for file in files:
-        path = os.path.abspath(file.path)
+        path = os.path.abspath(str(file.path))
         if path in seen:
             raise UserError(
                 f"source: {file.path} is named twice, itself or through a folder that holds it; "
@@ -266,7 +289,7 @@ def _unread(found: Format) -> Format:
     )
 
 
-def describe_not_text(path: Path, reason: str) -> str:
+def describe_not_text(path: StoredFile, reason: str) -> str:
     """The error of a file that was named itself and is not text."""
     return (
         f"source {path} is not UTF-8 text ({reason}); unpack it or convert it to UTF-8, or leave "
@@ -275,7 +298,7 @@ def describe_not_text(path: Path, reason: str) -> str:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: StoredFile) -> Iterator[None]:
     """Name the file in what is wrong with it."""
     try:
         yield
@@ -287,7 +310,7 @@ def naming(path: Path) -> Iterator[None]:
         raise UserError(describe_unreadable(path, error)) from error
 
 
-def describe_unreadable(path: Path, error: OSError) -> str:
+def describe_unreadable(path: StoredFile, error: OSError) -> str:
     """The error of a file that the system does not let us read."""
     if "too much memory" in str(error):  # zstd --long
         error = OSError(f"{error}: a window over 128 MiB, compress it again without --long")

@@ -4,9 +4,8 @@ import codecs
 import io
 import lzma
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, BinaryIO, Literal, Protocol, cast
 
 # One document or row must fit in memory several times over while it is encoded.
 MAX_DOCUMENT_BYTES = 2**30
@@ -29,6 +28,28 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+
+class StoredFile(Protocol):
+    """A file that can be read: a ``Path``, or one of another file system."""
+
+    @property
+    def name(self) -> str:
+        """Its last component."""
+
+    @property
+    def suffix(self) -> str:
+        """The last suffix."""
+
+    @property
+    def suffixes(self) -> Sequence[str]:
+        """All suffixes."""
+
+    def open(self, mode: Literal["rb"]) -> IO[bytes]:
+        """Open it for reading."""
+
+    def stat(self) -> Any:
+        """Size and modification time, as ``os.stat``."""
 
 
 class DamagedFileError(OSError):
@@ -58,7 +79,7 @@ class _IteratorStream(io.RawIOBase):
         super().close()
 
 
-def find_compressions(path: Path, num_bytes: int) -> tuple[tuple[str, ...], bytes]:
+def find_compressions(path: StoredFile, num_bytes: int) -> tuple[tuple[str, ...], bytes]:
     """The compressions around a file's content, outermost first, and the content's first bytes.
 
     Raises:
@@ -87,7 +108,9 @@ def find_encoding(head: bytes) -> str | None:
     return None
 
 
-def open_stream(path: Path, layers: tuple[str, ...] = (), encoding: str | None = None) -> BinaryIO:
+def open_stream(
+    path: StoredFile, layers: tuple[str, ...] = (), encoding: str | None = None
+) -> BinaryIO:
     """Open a file for reading forwards.
 
     Every member or frame of a compressed file is read; one that ends early raises.
@@ -100,7 +123,7 @@ def open_stream(path: Path, layers: tuple[str, ...] = (), encoding: str | None =
     Raises:
         OSError: If the file cannot be read, here or while reading.
     """
-    stream: BinaryIO = path.open("rb")
+    stream = cast(BinaryIO, path.open("rb"))
     for layer in layers:
         stream = _decompress(stream, layer)
     if encoding == "utf-8-sig":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trinity_megatron.data.rows import Row, RowError, check_text, shorten
-from trinity_megatron.data.streams import DamagedFileError
+from trinity_megatron.data.streams import DamagedFileError, StoredFile
 
 ARROW_FILE_MAGIC = b"ARROW1\0\0"
 ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
@@ -19,28 +19,81 @@ class MissingColumnError(ValueError):
     """A table without the column that should hold the text."""
 
 
-def read_parquet(path: Path, key: str) -> Iterator[Row]:
+def count_parquet_rows(path: StoredFile, key: str) -> int:
+    """Number of rows of a parquet file, from its footer.
+
+    Raises:
+        MissingColumnError: If there is no such column.
+        DamagedFileError: If the footer cannot be read.
+    """
+    with _opened_parquet(path) as table:
+        _find_column(table.schema_arrow, key)
+        return table.metadata.num_rows
+
+
+def read_parquet(
+    path: StoredFile, key: str, first: int = 0, end: int | None = None
+) -> Iterator[Row]:
     """The rows of a parquet file, a few pages of one column in memory at a time.
+
+    Args:
+        path: The file.
+        key: Name of the column.
+        first: Row at which to begin, counted from 0.
+        end: Row before which to end; None for that of the file.
 
     Raises:
         MissingColumnError: If there is no such column.
         DamagedFileError: If the file cannot be read.
     """
+    with _opened_parquet(path) as table:
+        column = _find_column(table.schema_arrow, key)
+        begin, groups = _find_groups(table, first, end)
+        batches = table.iter_batches(
+            batch_size=_BATCH_ROWS, columns=[".".join(column)], row_groups=groups
+        )
+        rows = _read_batches(_cut(batches, first - begin, end and end - begin), column, key, first)
+        yield from rows
+
+
+@contextlib.contextmanager
+def _opened_parquet(path: StoredFile) -> Iterator[Any]:
     import pyarrow.parquet  # here, for it takes longer than all the rest
 
-    with _named_damage("parquet"):
+    with _named_damage("parquet"), path.open("rb") as stream:
         # The defaults keep whole row groups in memory, and do not look at checksums.
-        table = pyarrow.parquet.ParquetFile(
-            path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True
+        yield pyarrow.parquet.ParquetFile(
+            stream, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True
         )
-        with table:
-            column = _find_column(table.schema_arrow, key)
-            name = ".".join(column)
-            batches = table.iter_batches(batch_size=_BATCH_ROWS, columns=[name])
-            yield from _read_batches(batches, column, key)
 
 
-def read_arrow_file(path: Path, key: str) -> Iterator[Row]:
+def _find_groups(table: Any, first: int, end: int | None) -> tuple[int, list[int]]:
+    """The first row of the row groups that hold some rows, and these groups."""
+    position, begin = 0, 0
+    groups: list[int] = []
+    for group in range(table.num_row_groups):
+        after = position + table.metadata.row_group(group).num_rows
+        if after > first and (end is None or position < end):
+            begin = begin if groups else position
+            groups.append(group)
+        position = after
+    return begin, groups
+
+
+def _cut(batches: Any, first: int, end: int | None) -> Iterator[Any]:
+    """The rows from ``first`` to before ``end`` of some batches."""
+    position = 0
+    for batch in batches:
+        start, position = position, position + batch.num_rows
+        if position > first:
+            skipped = max(0, first - start)
+            length = None if end is None else min(end, position) - start - skipped
+            yield batch.slice(skipped, length)
+        if end is not None and position >= end:
+            return
+
+
+def read_arrow_file(path: StoredFile, key: str) -> Iterator[Row]:
     """The rows of an Arrow file (Feather version 2).
 
     Raises:
@@ -49,6 +102,7 @@ def read_arrow_file(path: Path, key: str) -> Iterator[Row]:
     """
     import pyarrow.ipc
 
+    _check_is_local(path)
     with _named_damage("Arrow"), pyarrow.memory_map(str(path)) as source:
         reader = pyarrow.ipc.open_file(source)
         column = _find_column(reader.schema, key)
@@ -56,7 +110,7 @@ def read_arrow_file(path: Path, key: str) -> Iterator[Row]:
         yield from _read_batches(batches, column, key)
 
 
-def read_arrow_stream(path: Path, key: str) -> Iterator[Row]:
+def read_arrow_stream(path: StoredFile, key: str) -> Iterator[Row]:
     """The rows of an Arrow stream, as `datasets` writes it.
 
     Raises:
@@ -65,6 +119,7 @@ def read_arrow_stream(path: Path, key: str) -> Iterator[Row]:
     """
     import pyarrow.ipc
 
+    _check_is_local(path)
     with path.open("rb") as stream:
         stream.seek(-min(len(_END_OF_STREAM), path.stat().st_size), 2)
         if stream.read() != _END_OF_STREAM:
@@ -74,7 +129,7 @@ def read_arrow_stream(path: Path, key: str) -> Iterator[Row]:
         yield from _read_batches(reader, _find_column(reader.schema, key), key)
 
 
-def read_rows(kind: str, path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def read_rows(kind: str, path: StoredFile, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of a file with several columns, without the fields that are null.
 
     Args:
@@ -137,6 +192,11 @@ def _named_damage(kind: str) -> Iterator[None]:
         raise DamagedFileError(f"not a {kind} file that can be read: {reason}") from error
 
 
+def _check_is_local(path: StoredFile) -> None:
+    if not isinstance(path, Path):
+        raise DamagedFileError("an Arrow file, which is read on a file system, not at an address")
+
+
 def _find_column(schema: Any, key: str) -> list[str]:
     """The names that lead to a column: that of a field, or of fields inside of structs."""
     path = _find_path(list(schema), key)
@@ -175,10 +235,9 @@ def _is_struct(field: Any) -> bool:
     return pyarrow.types.is_struct(field.type)
 
 
-def _read_batches(batches: Any, path: list[str], key: str) -> Iterator[Row]:
+def _read_batches(batches: Any, path: list[str], key: str, number: int = 0) -> Iterator[Row]:
     from pyarrow import compute
 
-    number = 0
     for batch in batches:
         column = batch.column(path[0])
         for name in path[1:]:

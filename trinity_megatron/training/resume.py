@@ -387,7 +387,8 @@ def get_tokenizer_folder(args: argparse.Namespace) -> Path | None:
     Args:
         args: Of the run.
     """
-    if getattr(args, "data", None) and not is_mixture(args.data):
+    is_mixed = getattr(args, "data_mixture", None)  # raw text, too
+    if getattr(args, "data", None) and not is_mixed and not is_mixture(args.data):
         return Path(args.data) / "tokenizer"
     named = getattr(args, "tokenizer_model", None)
     is_of_hf = getattr(args, "tokenizer_type", None) in (None, "HuggingFaceTokenizer")

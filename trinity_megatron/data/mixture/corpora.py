@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
-from trinity_megatron.data.corpus import hash_file
+from trinity_megatron.data.address import StoredAt, is_address
+from trinity_megatron.data.corpus import ReadOptions, hash_file
 from trinity_megatron.data.manifest import MANIFEST_NAME, DataManifest, load_manifest
-from trinity_megatron.data.mixture.definition import Corpus, Mixture, is_mixture
+from trinity_megatron.data.mixture.definition import (
+    TEXT_ORDERS,
+    Corpus,
+    Mixture,
+    Phase,
+    is_mixture,
+)
 from trinity_megatron.data.mixture.mixture_file import load_mixture
+from trinity_megatron.data.output_folder import DATA_FILES
+from trinity_megatron.data.text.text_corpus import TextCorpus, find_text
 from trinity_megatron.errors import MissingInputError, UserError
 
+# The corpus of raw text that --data names itself.
+_TEXT = "text"
 # Source: megatron.core.datasets.indexed_dataset, _IndexWriter and DType.
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -41,34 +53,83 @@ class IndexedCorpus:
 
 
 @dataclass(frozen=True)
+class RawCorpus:
+    """A corpus of raw text, whose files are not looked at yet.
+
+    Attributes:
+        corpus: What the file of the mixture says of it.
+        validation: Prefix of its validation data, if any.
+    """
+
+    corpus: Corpus
+    validation: Path | None
+
+
+@dataclass(frozen=True)
 class MixtureData:
-    """A mixture and its corpora.
+    """A mixture and its corpora: all indexed, or all raw text.
 
     Attributes:
         mixture: The file.
         corpora: By name, in the order of the file.
-        tokenizer: Folder of the tokenizer that made all of them.
+        tokenizer: Folder of the tokenizer that made all of them, or that encodes them; None where
+            ``--tokenizer-model`` must name it.
         manifest: Of a prepared folder among them, which knows that tokenizer; None without one.
     """
 
     mixture: Mixture
-    corpora: Mapping[str, IndexedCorpus]
-    tokenizer: Path
+    corpora: Mapping[str, IndexedCorpus | RawCorpus]
+    tokenizer: Path | None
     manifest: DataManifest | None
 
     @property
-    def validated(self) -> dict[str, IndexedCorpus]:
+    def indexed(self) -> dict[str, IndexedCorpus]:
+        """The corpora in Megatron's format."""
+        return {n: item for n, item in self.corpora.items() if isinstance(item, IndexedCorpus)}
+
+    @property
+    def raw(self) -> dict[str, RawCorpus]:
+        """The corpora of raw text."""
+        return {n: item for n, item in self.corpora.items() if isinstance(item, RawCorpus)}
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether virtual streams read the training data, with a loader of their own."""
+        return bool(self.raw) or self.mixture.order == "rsdb"
+
+    @property
+    def validated(self) -> dict[str, IndexedCorpus | RawCorpus]:
         """The corpora that have validation data."""
         return {name: item for name, item in self.corpora.items() if item.validation is not None}
 
 
 def read_mixture(path: str | Path | None) -> MixtureData | None:
-    """The mixture that ``--data`` names; None for a folder and without.
+    """The mixture that ``--data`` names; None for a prepared folder and without.
+
+    Raw text is a mixture of one corpus, called ``text``.
 
     Raises:
         UserError: The file or a corpus cannot be read.
     """
-    return open_mixture(load_mixture(path)) if path is not None and is_mixture(path) else None
+    if path is None:
+        return None
+    if is_mixture(path):
+        return open_mixture(load_mixture(path))
+    if not _is_text(path):
+        return None
+    place = StoredAt(str(path).rstrip("/")) if is_address(path) else Path(path)
+    corpora = {_TEXT: Corpus(_TEXT, place)}
+    return open_mixture(Mixture(place, corpora, (Phase(None, {_TEXT: Fraction(1)}),), "rsdb"))
+
+
+def _is_text(path: str | Path) -> bool:
+    """Whether ``--data`` names raw text, and no folder of ``prepare-data``, also a broken one."""
+    if is_address(path) or Path(path).is_file():
+        return True
+    if not Path(path).is_dir():
+        return False
+    names = {entry.name for entry in Path(path).iterdir() if not entry.name.startswith(".")}
+    return bool(names) and not names & {MANIFEST_NAME, *DATA_FILES}
 
 
 def open_mixture(mixture: Mixture) -> MixtureData:
@@ -82,7 +143,13 @@ def open_mixture(mixture: Mixture) -> MixtureData:
             names the file, the key and the remedy.
     """
     corpora = {name: _open_corpus(mixture, corpus) for name, corpus in mixture.corpora.items()}
-    prepared = [item for item in corpora.values() if item.manifest is not None]
+    raw = [name for name, item in corpora.items() if isinstance(item, RawCorpus)]
+    if raw:
+        _check_raw(mixture, raw)
+        if mixture.tokenizer is None:
+            return MixtureData(mixture, corpora, None, None)
+    indexed = [item for item in corpora.values() if isinstance(item, IndexedCorpus)]
+    prepared = [item for item in indexed if item.manifest is not None]
     manifest = prepared[0].manifest if prepared else None
     _check_tokenizers(mixture, prepared)
     tokenizer = mixture.tokenizer
@@ -101,8 +168,32 @@ def open_mixture(mixture: Mixture) -> MixtureData:
     return MixtureData(mixture, corpora, tokenizer, manifest)
 
 
-def _open_corpus(mixture: Mixture, corpus: Corpus) -> IndexedCorpus:
+def _check_raw(mixture: Mixture, raw: list[str]) -> None:
+    """Refuse what a mixture of raw text cannot be."""
+    key = f"--data {mixture.file}"
+    others = [name for name in mixture.corpora if name not in raw]
+    if others:
+        raise UserError(
+            f"{key}: corpora.{raw[0]} is raw text, and corpora.{others[0]} is not. Remedy: all "
+            "corpora prepared (trinity-megatron prepare-data), or all raw text."
+        )
+    if mixture.order not in TEXT_ORDERS:
+        raise UserError(
+            f"{key}: order is {mixture.order}, which raw text cannot be read in: it has no index. "
+            f"Remedy: order: {' or order: '.join(TEXT_ORDERS)}."
+        )
+    for corpus in mixture.corpora.values():
+        if corpus.max_epochs is not None:
+            raise UserError(
+                f"{key}: corpora.{corpus.name}.max_epochs is {corpus.max_epochs}, and the tokens "
+                "of raw text are not known beforehand. Remedy: drop it, or prepare-data."
+            )
+
+
+def _open_corpus(mixture: Mixture, corpus: Corpus) -> IndexedCorpus | RawCorpus:
     key = f"--data {mixture.file}: corpora.{corpus.name}"
+    if isinstance(corpus.path, StoredAt):
+        return _open_text(corpus, key)
     manifest, train, validation = None, corpus.path, corpus.validation
     if (corpus.path / MANIFEST_NAME).is_file():
         manifest = load_manifest(corpus.path)
@@ -113,10 +204,11 @@ def _open_corpus(mixture: Mixture, corpus: Corpus) -> IndexedCorpus:
             )
         train, validation = manifest.train_prefix, validation or manifest.validation_prefix
     elif corpus.path.exists():
+        return _open_text(corpus, key)
+    elif corpus.options != ReadOptions() or corpus.skips_bad_rows:
         raise UserError(
-            f"{key}.path {corpus.path} is neither a folder that prepare-data made nor the prefix "
-            f"of a .bin and .idx. Remedy: for text, trinity-megatron prepare-data --source "
-            f"{corpus.path} --out DIR, and DIR here."
+            f"{key}.path {corpus.path} is no raw text, and text_key, split_on or skip_bad_rows is "
+            "given. Remedy: drop these, or the path of the text."
         )
     documents, tokens = read_size(train, f"{key}.path")
     if not tokens:
@@ -124,6 +216,37 @@ def _open_corpus(mixture: Mixture, corpus: Corpus) -> IndexedCorpus:
     if validation is not None and not read_size(validation, f"{key}.validation")[1]:
         validation = None
     return IndexedCorpus(corpus, train, validation, documents, tokens, manifest)
+
+
+def _open_text(corpus: Corpus, key: str) -> RawCorpus:
+    validation, path = corpus.validation, corpus.path
+    if isinstance(path, Path) and path.is_dir() and any(path.glob("*.idx")):
+        prefix = next(path.glob("*.idx")).with_suffix("")
+        raise UserError(
+            f"{key}.path {path} holds an index of token ids and is no folder of prepare-data. "
+            f"Remedy: the path of a .bin and .idx without that ending, such as {prefix}."
+        )
+    if validation is not None and not read_size(validation, f"{key}.validation")[1]:
+        validation = None
+    return RawCorpus(corpus, validation)
+
+
+def find_texts(data: MixtureData) -> list[TextCorpus]:
+    """Look at the files of all corpora of raw text.
+
+    Raises:
+        UserError: One cannot be read; names the file and the remedy.
+    """
+    return [
+        find_text(
+            item.corpus.path,
+            name=name,
+            key=f"--data {data.mixture.file}: corpora.{name}",
+            options=item.corpus.options,
+            skips_bad_rows=item.corpus.skips_bad_rows,
+        )
+        for name, item in data.raw.items()
+    ]
 
 
 def read_size(prefix: Path, key: str) -> tuple[int, int]:
@@ -156,7 +279,7 @@ def read_size(prefix: Path, key: str) -> tuple[int, int]:
     return sequences, token_bytes // _BYTES_OF_TOKEN[code]
 
 
-def _check_tokenizers(mixture: Mixture, prepared: list[IndexedCorpus]) -> None:
+def _check_tokenizers(mixture: Mixture, prepared: Sequence[IndexedCorpus]) -> None:
     """All folders were made with one tokenizer."""
     known: dict[str, str] = {}
     if mixture.tokenizer is not None and (mixture.tokenizer / "tokenizer.json").is_file():

@@ -18,8 +18,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from trinity_megatron.data.address import StoredAt
+from trinity_megatron.data.formats import ReadOptions
+
 SUFFIXES = (".yaml", ".yml")
 ORDERS = ("shuffled", "sequential", "rsdb")
+TEXT_ORDERS = ("rsdb", "sequential")
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,21 @@ class Corpus:
 
     Attributes:
         name: Its name in the file.
-        path: Folder that ``prepare-data`` made, or the prefix of a ``.bin`` and ``.idx``.
+        path: Folder that ``prepare-data`` made, the prefix of a ``.bin`` and ``.idx``, or raw text.
         validation: Prefix of its validation data; None for those of the folder, if any.
         language: For the plan, and the losses by language.
         max_epochs: A plan that reads it more often is refused.
+        options: How documents are found in raw text.
+        skips_bad_rows: Whether rows of raw text that hold no text are left out.
     """
 
     name: str
-    path: Path
+    path: Path | StoredAt
     validation: Path | None = None
     language: str | None = None
     max_epochs: float | None = None
+    options: ReadOptions = ReadOptions()
+    skips_bad_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Mixture:
     """What a file of a mixture says.
 
     Attributes:
-        file: The file.
+        file: The file; the text itself where ``--data`` names that.
         corpora: By name, in the order of the file.
         phases: In the order in which they are read; all but the last have an end.
         order: One of ``ORDERS``.
@@ -82,7 +90,7 @@ class Mixture:
         buffer: Settings of the order ``rsdb``.
     """
 
-    file: Path
+    file: Path | StoredAt
     corpora: Mapping[str, Corpus]
     phases: tuple[Phase, ...]
     order: str = "shuffled"

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from trinity_megatron.data.address import StoredAt, is_address
+from trinity_megatron.data.formats import ReadOptions
 from trinity_megatron.data.mixture.definition import (
     ORDERS,
     BufferSettings,
@@ -24,6 +26,8 @@ from trinity_megatron.errors import MissingInputError, UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _MAX_CORPORA = 4096
+# Of a corpus of raw text.
+_TEXT_KEYS = ("text_key", "split_on", "skip_bad_rows")
 
 
 def load_mixture(path: str | Path) -> Mixture:
@@ -48,7 +52,7 @@ def load_mixture(path: str | Path) -> Mixture:
     return _Reader(path).read(content)
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class _UniqueKeys(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Refuses a key that is given twice, of which YAML takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -107,10 +111,16 @@ class _Reader:
         return value
 
     def path(self, key: str, value: Any) -> Path:
+        path = self.place(key, value)
+        if isinstance(path, StoredAt):
+            raise self.refuse(key, f"is the address {value}", "a copy on a file system")
+        return path
+
+    def place(self, key: str, value: Any) -> Path | StoredAt:
         if not isinstance(value, str) or not value or "\0" in value:
             raise self.refuse(key, f"is {value!r}, no path", "a path, in quotes")
-        if "://" in value:
-            raise self.refuse(key, f"is the address {value}", "a copy on a file system")
+        if is_address(value):
+            return StoredAt(value.rstrip("/"))
         return self.file.parent / Path(value).expanduser()
 
     def corpora(self, value: Any) -> dict[str, Corpus]:
@@ -123,9 +133,10 @@ class _Reader:
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise self.refuse("corpora", f"has the name {name!r}", "letters, digits, - _ . +")
             found[name] = self.corpus(name, entry)
-        paths: dict[Path, str] = {}
+        paths: dict[str, str] = {}
         for corpus in found.values():
-            other = paths.setdefault(corpus.path.resolve(), corpus.name)
+            path = corpus.path if isinstance(corpus.path, StoredAt) else corpus.path.resolve()
+            other = paths.setdefault(str(path), corpus.name)
             if other != corpus.name:
                 raise self.refuse(
                     f"corpora.{corpus.name}.path",
@@ -136,7 +147,7 @@ class _Reader:
 
     def corpus(self, name: str, value: Any) -> Corpus:
         key = f"corpora.{name}"
-        known = ("path", "validation", "language", "max_epochs")
+        known = ("path", "validation", "language", "max_epochs", *_TEXT_KEYS)
         values = self.mapping(key, value, known, ("path",))
         language, epochs = values.get("language"), values.get("max_epochs")
         if language is not None and (
@@ -149,11 +160,26 @@ class _Reader:
         given = values.get("validation")
         return Corpus(
             name=name,
-            path=self.path(f"{key}.path", values["path"]),
+            path=self.place(f"{key}.path", values["path"]),
             validation=None if given is None else self.path(f"{key}.validation", given),
             language=language,
             max_epochs=epochs,
+            options=self.options(key, values),
+            skips_bad_rows=self.skips_bad_rows(key, values),
         )
+
+    def options(self, key: str, values: Mapping[str, Any]) -> ReadOptions:
+        given = {name: values[name] for name in ("text_key", "split_on") if name in values}
+        for name, value in given.items():
+            if not isinstance(value, str) or not value:
+                raise self.refuse(f"{key}.{name}", f"is {value!r}", "a text, in quotes")
+        return ReadOptions(**given)
+
+    def skips_bad_rows(self, key: str, values: Mapping[str, Any]) -> bool:
+        value = values.get("skip_bad_rows", False)
+        if not isinstance(value, bool):
+            raise self.refuse(f"{key}.skip_bad_rows", f"is {value!r}", "true or false")
+        return value
 
     def phases(self, value: Any, corpora: Mapping[str, Corpus]) -> tuple[Phase, ...]:
         if value is None and len(corpora) == 1:

@@ -20,7 +20,7 @@ class CorpusPlan:
         name: Of the corpus.
         language: Its language, if the file says it.
         by_phase: Tokens in each phase.
-        held: Tokens that the corpus has.
+        held: Tokens that the corpus has; None for raw text.
         epochs_begin: Consumed tokens of the run where its second, third, ... epoch begins; the
             first ten of them.
     """
@@ -28,7 +28,7 @@ class CorpusPlan:
     name: str
     language: str | None
     by_phase: tuple[int, ...]
-    held: int
+    held: int | None
     epochs_begin: tuple[int, ...]
 
     @property
@@ -37,9 +37,9 @@ class CorpusPlan:
         return sum(self.by_phase)
 
     @property
-    def epochs(self) -> float:
-        """How often the corpus is read."""
-        return self.tokens / self.held
+    def epochs(self) -> float | None:
+        """How often the corpus is read; None for raw text."""
+        return None if self.held is None else self.tokens / self.held
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,14 @@ def make_plan(data: MixtureData, *, seq_length: int, seed: int, samples: int) ->
             int(after[number] - before[number]) * seq_length
             for before, after in zip(counts, counts[1:], strict=False)
         )
-        begin = _epochs_begin(schedule, number, item, seq_length, samples)
-        plan = CorpusPlan(item.corpus.name, item.corpus.language, by_phase, item.tokens, begin)
-        _check_corpus(mixture, item, plan, seq_length)
+        held: int | None = None
+        begin: tuple[int, ...] = ()
+        if isinstance(item, IndexedCorpus):
+            held = item.tokens
+            begin = _epochs_begin(schedule, number, item, seq_length, samples)
+        plan = CorpusPlan(item.corpus.name, item.corpus.language, by_phase, held, begin)
+        if isinstance(item, IndexedCorpus):
+            _check_corpus(mixture, item, plan, seq_length)
         plans.append(plan)
     return Plan(mixture.phases[: len(starts)], tuple(plans), samples * seq_length)
 
@@ -177,7 +182,7 @@ def _check_corpus(mixture: Mixture, item: IndexedCorpus, plan: CorpusPlan, seq_l
             "token after it. Remedy: more data, or a shorter --seq-length."
         )
     limit = item.corpus.max_epochs
-    if limit is not None and plan.epochs > limit:
+    if limit is not None and plan.epochs is not None and plan.epochs > limit:
         needed = ", ".join(
             f"{format_tokens(tokens)} in phase {number + 1}"
             for number, tokens in enumerate(plan.by_phase)

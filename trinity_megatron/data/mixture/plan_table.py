@@ -19,8 +19,8 @@ def format_plan(plan: Plan) -> str:
             *(format_tokens(tokens) for tokens in item.by_phase),
             format_tokens(item.tokens),
             f"{item.tokens / plan.tokens:.1%}",
-            format_tokens(item.held),
-            f"{item.epochs:.2f}",
+            "-" if item.held is None else format_tokens(item.held),
+            "-" if item.epochs is None else f"{item.epochs:.2f}",
         ]
         for item in plan.corpora
     ]

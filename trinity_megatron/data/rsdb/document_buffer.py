@@ -15,6 +15,8 @@ import numpy as np
 
 from trinity_megatron.data.rsdb.feed import Documents
 
+# Tokens of a document that are counted when it is chosen for the first time.
+UNKNOWN = -1
 _BITS_AHEAD = 1024  # a multiple of the four numbers that Philox makes at a time
 
 State = dict[str, np.ndarray | int]
@@ -47,10 +49,19 @@ class DocumentBuffer:
         documents: Documents down to which the buffer empties before it is filled up to twice of it.
         seed: Of the run.
         stream: Number of the virtual stream, whose choices are its own.
+        measure: Counts the tokens of the document at a place, where they are ``UNKNOWN``.
     """
 
-    def __init__(self, documents: int, *, seed: int, stream: int) -> None:
+    def __init__(
+        self,
+        documents: int,
+        *,
+        seed: int,
+        stream: int,
+        measure: Callable[[int], int] | None = None,
+    ) -> None:
         self.documents = documents
+        self._measure = measure
         capacity = 2 * documents
         self._key = (seed % 2**64, stream)
         # The first ``num_active`` are not finished.
@@ -81,6 +92,8 @@ class DocumentBuffer:
                     break
             place = self._choose()
             start, length = int(self.heads[place]), int(self.lengths[place])
+            if length == UNKNOWN:
+                length = self._count(place)
             taken = min(num_tokens, length - start)
             end = start + taken
             pieces.append(
@@ -102,13 +115,19 @@ class DocumentBuffer:
             new = take(room)
             if not len(new.lengths):
                 return
-            keep = new.lengths > 0
+            keep = new.lengths != 0
             end = self.num_active + int(keep.sum())
             place = slice(self.num_active, end)
             self.corpora[place], self.numbers[place] = new.corpora[keep], new.documents[keep]
             self.lengths[place], self.heads[place] = new.lengths[keep], 0
             room -= end - self.num_active
             self.num_active = end
+
+    def _count(self, place: int) -> int:
+        assert self._measure is not None
+        length = self._measure(place)
+        self.lengths[place] = length
+        return length
 
     def _choose(self) -> int:
         """A place of an active document, all alike (to 2^-64 of their number)."""
@@ -146,13 +165,15 @@ class DocumentBuffer:
 
         Args:
             state: Of a buffer of the same size, seed and stream.
-            lengths: Tokens of its documents, int64 ``[num_active]``.
+            lengths: Tokens of its documents, int64 ``[num_active]``; ``UNKNOWN`` where they
+                are to be counted.
 
         Raises:
             ValueError: It has more documents than this buffer, or heads beyond their ends.
         """
         heads = np.asarray(state["heads"])
-        if len(heads) > len(self.lengths) or (heads >= lengths).any() or (heads < 0).any():
+        known = np.where(lengths == UNKNOWN, heads + 1, lengths)
+        if len(heads) > len(self.lengths) or (heads >= known).any() or (heads < 0).any():
             raise ValueError("the state of the buffer does not fit the documents")
         self.num_active, self.num_choices = len(heads), int(state["num_choices"])
         active = slice(self.num_active)

@@ -7,6 +7,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -28,6 +29,16 @@ class Documents:
     corpora: np.ndarray
     documents: np.ndarray
     lengths: np.ndarray
+
+
+class DocumentOrder(Protocol):
+    """The documents of a corpus in the order in which a stream takes them."""
+
+    name: str
+
+    def get(self, number: int) -> tuple[int, int]:
+        """Number in the corpus, and tokens, of a document of this stream."""
+        ...
 
 
 class CorpusOrder:
@@ -70,7 +81,7 @@ class CorpusOrder:
         documents = np.empty_like(within)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            key = _key(self._seed, self.name, int(epoch))
+            key = epoch_key(self._seed, self.name, int(epoch))
             documents[chosen] = permute(within[chosen], len(self.lengths), key)
         return documents
 
@@ -86,7 +97,7 @@ class DocumentFeed:
         parts: Weights in each phase, by number of the corpus: whole numbers.
     """
 
-    def __init__(self, orders: Sequence[CorpusOrder], parts: Sequence[Mapping[int, int]]) -> None:
+    def __init__(self, orders: Sequence[DocumentOrder], parts: Sequence[Mapping[int, int]]) -> None:
         self._orders = orders
         self._parts = parts
         self.phase = 0
@@ -127,6 +138,7 @@ class DocumentFeed:
         return Documents(table[:, 0].astype(np.int32), table[:, 1], table[:, 2])
 
 
-def _key(seed: int, name: str, epoch: int) -> int:
+def epoch_key(seed: int, name: str, epoch: int) -> int:
+    """Chooses the permutation of an epoch of a corpus, 64 bits."""
     digest = hashlib.sha256(f"{seed}\0{name}\0{epoch}".encode())
     return int.from_bytes(digest.digest()[:8], "little")

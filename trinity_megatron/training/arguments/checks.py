@@ -23,7 +23,7 @@ from trinity_megatron.training.arguments.value_ranges import check_keep_last, ch
 from trinity_megatron.training.arguments.vocabulary import check_vocabulary
 from trinity_megatron.training.branch import prepare_branch
 from trinity_megatron.training.damage import check_on_damage
-from trinity_megatron.training.datasets.data_identity import read_identity
+from trinity_megatron.training.datasets.data_identity import add_text, read_identity
 from trinity_megatron.training.resume import check_start, resumed_samples
 
 
@@ -61,7 +61,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
         validate_muon_arguments(args)
     check_mixture(args)
     if args.rank == 0:  # the others get it with the datasets
-        args.data_identity = read_identity(args)
+        args.data_identity = add_text(read_identity(args), args.text_corpora)
         check_chat_sources(args)
     check_start(args, manifest)
     check_vocabulary(args, manifest)

@@ -90,11 +90,12 @@ def _data_arguments(data: str) -> dict[str, Any]:
     """What ``prepare-data`` wrote to the folder, or the file of a mixture names."""
     if mixture := read_mixture(data):
         valid = [str(item.validation) for item in mixture.validated.values()]
+        tokenizer = {} if mixture.tokenizer is None else {"tokenizer_model": str(mixture.tokenizer)}
         return {
-            "train_data_path": [str(item.train) for item in mixture.corpora.values()],
+            "train_data_path": [str(item.train) for item in mixture.indexed.values()] or None,
             "valid_data_path": valid or None,
             "tokenizer_type": "HuggingFaceTokenizer",
-            "tokenizer_model": str(mixture.tokenizer),
+            **tokenizer,
         }
     return {
         "train_data_path": [os.path.join(data, "train")],

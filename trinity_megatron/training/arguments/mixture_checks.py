@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
-from trinity_megatron.data.mixture.corpora import MixtureData, read_mixture
+from trinity_megatron.data.given_tokenizer import load_tokenizer
+from trinity_megatron.data.mixture.corpora import MixtureData, find_texts, read_mixture
 from trinity_megatron.data.mixture.plan import describe_epochs, make_plan
 from trinity_megatron.errors import UserError
-from trinity_megatron.process.screen import tell_once
+from trinity_megatron.process.screen import tell, tell_once
 from trinity_megatron.training.arguments.schedule import BatchSizes
 from trinity_megatron.training.datasets.mixture_past import describe_mixture
 from trinity_megatron.training.datasets.splits import is_evaluating
@@ -24,16 +26,21 @@ def check_mixture(args: argparse.Namespace) -> None:
         UserError: Names the file, the key and the remedy.
     """
     args.data_mixture = None
+    args.text_corpora = None
     data = read_mixture(args.data)
     if data is None:
         return
     _check_flags(args, data)
+    if data.raw:
+        _check_text(args, data)
     args.data_mixture = describe_mixture(data, args.seq_length)
     _check_validation(args, data)
     if args.skip_train:
         return
-    if data.mixture.order == "rsdb":
-        _finish_buffer(args, data)
+    if data.has_streams:
+        _finish_streams(args, data)
+    if data.mixture.order == "rsdb" and not data.raw:
+        _say_large_buffers(args, data)
     samples = args.train_samples or BatchSizes.of(args).samples_after(args.train_iters or 0)
     plan = make_plan(data, seq_length=args.seq_length, seed=args.seed, samples=samples)
     for line in describe_epochs(plan):
@@ -43,7 +50,7 @@ def check_mixture(args: argparse.Namespace) -> None:
 def _check_flags(args: argparse.Namespace, data: MixtureData) -> None:
     """The mixture is all of the data."""
     expected = {
-        "train_data_path": [str(item.train) for item in data.corpora.values()],
+        "train_data_path": [str(item.train) for item in data.indexed.values()] or None,
         "valid_data_path": [str(item.validation) for item in data.validated.values()] or None,
     }
     names = ("data_path", "data_args_path", "per_split_data_args_path", "test_data_path")
@@ -61,8 +68,30 @@ def _check_flags(args: argparse.Namespace, data: MixtureData) -> None:
         )
 
 
-def _finish_buffer(args: argparse.Namespace, data: MixtureData) -> None:
-    """Let Megatron take the loader of the buffers, and save its state in each checkpoint."""
+def _check_text(args: argparse.Namespace, data: MixtureData) -> None:
+    """Find the tokenizer of raw text, and on rank 0 its files; the others get them later.
+
+    Raises:
+        UserError: The tokenizer is missing, or a corpus cannot be read.
+    """
+    folder = Path(args.tokenizer_model or "")
+    if not args.tokenizer_model or not folder.is_dir():
+        given = f" {args.tokenizer_model}" if args.tokenizer_model else ""
+        raise UserError(
+            f"--data {args.data} is raw text, and --tokenizer-model{given} is no folder. Remedy: "
+            "tokenizer: FOLDER in the file of the mixture, or --tokenizer-model FOLDER, of a "
+            "Hugging Face tokenizer."
+        )
+    if args.rank != 0:
+        return
+    load_tokenizer(folder)
+    args.text_corpora = find_texts(data)
+    for corpus in args.text_corpora:
+        tell(f"> {corpus.name}: {len(corpus.files)} files of text, {corpus.num_bytes:,} bytes")
+
+
+def _finish_streams(args: argparse.Namespace, data: MixtureData) -> None:
+    """Let Megatron take the loader of the streams, and save its state in each checkpoint."""
     for flag, value in (
         ("--non-persistent-ckpt-type", args.non_persistent_ckpt_type),
         ("--num-layers-per-virtual-pipeline-stage", args.num_layers_per_virtual_pipeline_stage),
@@ -73,17 +102,25 @@ def _finish_buffer(args: argparse.Namespace, data: MixtureData) -> None:
     ):
         if value is not None:
             raise UserError(
-                f"{flag} {value} with order: rsdb of --data {args.data}, whose loader is saved in "
-                "the checkpoints of --save, one for each rank. Remedy: drop the flag, or order: "
-                "shuffled."
+                f"{flag} {value} with {_words(data)} of --data {args.data}, whose loader is saved "
+                "in the checkpoints of --save, one for each rank. Remedy: drop the flag, or "
+                "prepared data in order: shuffled."
             )
     args.dataloader_type = "external"
     args.dataloader_save = args.save  # Megatron looks for it, and has no flag
     sizes = [batch for _, batch in BatchSizes.of(args).entries]
     buffer = args.data_mixture["buffer"]
     buffer["streams"] = buffer["streams"] or math.gcd(*sizes)
+
+
+def _words(data: MixtureData) -> str:
+    return "raw text" if data.raw else "order: rsdb"
+
+
+def _say_large_buffers(args: argparse.Namespace, data: MixtureData) -> None:
+    buffer = args.data_mixture["buffer"]
     capacity = 2 * buffer["documents"] * buffer["streams"]
-    held = sum(item.documents for item in data.corpora.values())
+    held = sum(item.documents for item in data.indexed.values())
     if capacity > held:
         tell_once(
             f"> order: rsdb: the buffers hold {capacity:,} documents and the corpora have "

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trinity_megatron.cpu_host.cuda_stand_ins import is_cpu_host
+from trinity_megatron.data.mixture.corpora import read_mixture
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.architecture import flag_of
 from trinity_megatron.process.screen import tell_once
@@ -137,6 +138,9 @@ def _is_met(condition: str, args: argparse.Namespace) -> bool:
     """Whether a condition of the table holds."""
     if condition == "cuda":
         return not is_cpu_host()
+    if condition == "raw_text":
+        data = read_mixture(args.data)
+        return data is not None and data.tokenizer is None
     kind, _, package = condition.partition(":")
     if package:
         return importlib.util.find_spec(package) is not None

@@ -1,10 +1,10 @@
-"""The loader of ``order: rsdb`` from the arguments, and its state beside a checkpoint."""
+"""The loader of virtual streams from the arguments, and its state beside a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,33 @@ from trinity_megatron.data.mixture.corpora import MixtureData
 from trinity_megatron.data.rsdb.virtual_stream import BufferedMixture
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.screen import tell_once
-from trinity_megatron.training.datasets.buffer_loader import (
-    BufferedSamples,
-    BufferLoader,
-    ReadingRank,
-)
+from trinity_megatron.training.datasets.buffer_loader import BufferedSamples, BufferLoader
 from trinity_megatron.training.datasets.epoch_order import EpochOrderConfig
+from trinity_megatron.training.datasets.mixture_past import numbered_parts
+from trinity_megatron.training.datasets.stream_loader import (
+    PackedSamples,
+    ReadingRank,
+    StreamLoader,
+)
+from trinity_megatron.training.datasets.text_loader import TextLoader
+from trinity_megatron.training.datasets.texts import (
+    contents_of,
+    is_other_text,
+    make_text_mixture,
+    share_texts,
+)
 
 # Megatron's name, see maybe_save_dataloader_state; the folder has the pipeline's rank in it.
 _FILES = "mp_rank_00*/train_dataloader_dprank*.pt"
 
 
-def build_buffer_loader(
+def build_stream_loader(
     args: argparse.Namespace,
     data: MixtureData,
     config: EpochOrderConfig,
     is_built: Callable[[], bool],
-) -> BufferLoader | None:
-    """The loader of this rank, at the sample that the run has come to.
+) -> StreamLoader | None:
+    """The loader of this rank, at the sample that the run has come to; call it on all ranks.
 
     Args:
         args: Of the run, with the checkpoint's counters and ``data_mixture``.
@@ -48,28 +57,43 @@ def build_buffer_loader(
     Raises:
         UserError: The state is missing, damaged or does not fit; names the file and the remedy.
     """
+    corpora = share_texts(args) if data.raw else []
     if not is_built():
         return None
+    contents = contents_of(corpora, data.mixture.order) if data.raw else None
     folder = None
     if args.consumed_train_samples:
         folder = Path(args.load) / iteration_name(args.iteration)
-    state = folder and read_head(folder, args)
+    state = folder and read_head(folder, args, contents)
     if state:
         args.data_mixture["buffer"]["streams"] = state["num_streams"]
     rank = ReadingRank(
         mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size(), args.micro_batch_size
     )
-    check_streams(args.data_mixture["buffer"]["streams"], rank.micro_batch * rank.size, data)
-    datasets = [
-        GPTDataset.build_low_level_dataset(str(item.train), config)
-        for item in data.corpora.values()
-    ]
-    mixture = _make_mixture(args.data_mixture, datasets, args)
-    samples = BufferedSamples(datasets, config)
-    loader = BufferLoader(mixture, samples, rank, args.consumed_train_samples)
+    check_streams(args.data_mixture["buffer"]["streams"], rank.at_a_time, data)
+    loader: StreamLoader
+    if data.raw:
+        mixture = make_text_mixture(args, data, corpora)
+        workers = args.num_workers
+        samples = PackedSamples(config)
+        loader = TextLoader(mixture, samples, rank, args.consumed_train_samples, workers)
+    else:
+        loader = _make_buffer_loader(args, data, config, rank)
     if folder and state:
         load_state(loader, folder, state)
     return loader
+
+
+def _make_buffer_loader(
+    args: argparse.Namespace, data: MixtureData, config: EpochOrderConfig, rank: ReadingRank
+) -> BufferLoader:
+    datasets = [
+        GPTDataset.build_low_level_dataset(str(item.train), config)
+        for item in data.indexed.values()
+    ]
+    mixture = _make_mixture(args.data_mixture, datasets, args)
+    samples = BufferedSamples(datasets, config)
+    return BufferLoader(mixture, samples, rank, args.consumed_train_samples)
 
 
 def check_streams(num_streams: int, at_a_time: int, data: MixtureData) -> None:
@@ -85,7 +109,7 @@ def check_streams(num_streams: int, at_a_time: int, data: MixtureData) -> None:
     """
     if num_streams % at_a_time:
         raise UserError(
-            f"--data {data.mixture.file}: order rsdb has {num_streams} virtual streams, and all "
+            f"--data {data.mixture.file}: there are {num_streams} virtual streams, and all "
             f"ranks together read {at_a_time} sequences at a time (micro-batch by data-parallel "
             f"ranks), which does not divide them. Remedy: a smaller --micro-batch-size, or fewer "
             "ranks; for a new run rsdb: {streams: N}, a multiple of that."
@@ -95,18 +119,11 @@ def check_streams(num_streams: int, at_a_time: int, data: MixtureData) -> None:
 def _make_mixture(
     described: dict[str, Any], datasets: list[Any], args: argparse.Namespace
 ) -> BufferedMixture:
-    names = described["corpora"]
     return BufferedMixture(
-        names=names,
+        names=described["corpora"],
         lengths=[dataset.sequence_lengths for dataset in datasets],
         starts=[phase["start"] for phase in described["phases"]],
-        parts=[
-            {
-                names.index(name): part
-                for name, part in zip(phase["names"], phase["parts"], strict=True)
-            }
-            for phase in described["phases"]
-        ],
+        parts=numbered_parts(described),
         documents=described["buffer"]["documents"],
         num_streams=described["buffer"]["streams"],
         seed=args.seed,
@@ -114,12 +131,15 @@ def _make_mixture(
     )
 
 
-def read_head(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
+def read_head(
+    folder: Path, args: argparse.Namespace, contents: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
     """The state of one rank, which says how the streams lie on all; None for a new order.
 
     Args:
         folder: Of the checkpoint.
         args: Of the run that resumes, with the checkpoint's counters.
+        contents: See :func:`contents_of`; None for indexed data.
 
     Raises:
         UserError: It is missing, damaged or of another sample of the run.
@@ -127,11 +147,11 @@ def read_head(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
     files = sorted(folder.glob(_FILES))
     if not files:
         if args.allow_data_change:
-            tell_once(f"> {folder} has no state of the buffers: they begin with new documents")
+            tell_once(f"> {folder} has no state of the streams: they begin with new documents")
             return None
         raise UserError(
-            f"{folder} has no state of order: rsdb (train_dataloader_dprank*.pt). Remedy: another "
-            "--ckpt-step, or --allow-data-change to begin with empty buffers."
+            f"{folder} has no state of the streams (train_dataloader_dprank*.pt). Remedy: another "
+            "--ckpt-step, or --allow-data-change to begin with the first documents."
         )
     state = _read(files[0])
     if state["consumed"] != args.consumed_train_samples:
@@ -139,10 +159,13 @@ def read_head(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
             f"{files[0]} is of {state['consumed']} consumed samples, and the checkpoint of "
             f"{args.consumed_train_samples}. Remedy: another --ckpt-step."
         )
+    if args.allow_data_change and is_other_text(state.get("contents"), contents):
+        tell_once(f"> {folder} has read other text: the streams begin with the first documents")
+        return None
     return state
 
 
-def load_state(loader: BufferLoader, folder: Path, head: dict[str, Any]) -> None:
+def load_state(loader: StreamLoader, folder: Path, head: dict[str, Any]) -> None:
     """Read the files of the ranks that had this rank's streams.
 
     Args:
@@ -156,7 +179,7 @@ def load_state(loader: BufferLoader, folder: Path, head: dict[str, Any]) -> None
     states: dict[int, Any] = {}
     at_a_time = head["micro_batch"] * head["size"]
     paths = {int(path.stem.rpartition("dprank")[2]): path for path in folder.glob(_FILES)}
-    for number in loader.streams:
+    for number in loader.numbers:
         if number in states:
             continue
         owner = (number - head["consumed"]) % at_a_time // head["micro_batch"]
@@ -170,8 +193,8 @@ def load_state(loader: BufferLoader, folder: Path, head: dict[str, Any]) -> None
         loader.load_streams(states)
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"{folder}: the state of order: rsdb does not fit --data: {error}. Remedy: the corpora "
-            "and the rsdb settings of that run, or another --out."
+            f"{folder}: the state of the streams does not fit --data: {error}. Remedy: the "
+            "corpora and the rsdb settings of that run, or another --out."
         ) from error
 
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import normalize
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from trinity_megatron.data.text.text_corpus import TextCorpus
 from trinity_megatron.errors import UserError
+from trinity_megatron.process.environment import count_cores
 from trinity_megatron.process.screen import tell
 from trinity_megatron.training.datasets.mixture_past import past_differences, past_remedy
 
@@ -72,13 +75,23 @@ def read_identity(args: argparse.Namespace) -> Identity | None:
     return {name: _read_blend(blend, known) for name, blend in blends if blend is not None}
 
 
+def add_text(identity: Identity | None, corpora: Sequence[TextCorpus] | None) -> Identity | None:
+    """An identity with the corpora of raw text that a run trains on; None: it has none."""
+    if corpora is None:
+        return identity
+    unknown = {"weight": None, "documents": None, "tokens": None}
+    found = [{"prefix": corpus.name, **unknown, "content": corpus.content} for corpus in corpora]
+    return {_TRAIN: found, **(identity or {})}
+
+
 def _read_blend(blend: Any, known: dict[str, Dataset]) -> list[Dataset]:
     prefixes, weights = blend
     # One dataset is read as it is, whatever its weight.
     shares = normalize(weights) if weights and len(weights) > 1 else [None] * len(prefixes)
-    for prefix in prefixes:
-        if prefix not in known:
-            known[prefix] = describe_dataset(prefix)
+    new = [prefix for prefix in dict.fromkeys(prefixes) if prefix not in known]
+    # Reading and hashing let other threads work.
+    with ThreadPoolExecutor(count_cores()) as pool:
+        known |= zip(new, pool.map(describe_dataset, new), strict=True)
     return [
         {"prefix": prefix, "weight": share, **known[prefix]}
         for prefix, share in zip(prefixes, shares, strict=True)
@@ -177,8 +190,9 @@ def check_data(saved: object, step: int | None, args: argparse.Namespace) -> Non
     passed = (
         f"the first {consumed} sequences of its order, as many as the run has read, are passed over"
     )
-    if (getattr(args, "data_mixture", None) or {}).get("order") == "rsdb":
-        passed = "the buffers begin with the first documents of each corpus"
+    mixture = getattr(args, "data_mixture", None) or {}
+    if mixture.get("order") == "rsdb" or mixture.get("is_text"):
+        passed = "the streams begin with the first documents of each corpus"
     if _begins_phase(step, args):
         tell(f"> a phase ends with step {step}; the next one reads its data from their start")
     elif what and not args.allow_data_change:

@@ -95,7 +95,7 @@ def build_training_set(
     counts = schedule.count(num_samples)
     datasets = [
         _build(kind, config, Split.train, item.train, int(count), is_built) if count else None
-        for item, count in zip(data.corpora.values(), counts, strict=True)
+        for item, count in zip(data.indexed.values(), counts, strict=True)
     ]
     return MixtureDataset(schedule, datasets, num_samples) if is_built() else None
 

@@ -25,7 +25,8 @@ def describe_mixture(data: MixtureData, seq_length: int) -> Described:
         seq_length: Tokens of a sample.
 
     Returns:
-        ``order``; ``buffer``, the settings of ``order: rsdb``; ``corpora``, the names in the order
+        ``order``; ``is_text``, whether the corpora are raw text; ``buffer``, the settings of
+        ``order: rsdb``; ``corpora``, the names in the order
         of ``data_identity``; ``languages``, theirs or None; ``validated``, the names of those with
         validation data; ``phases``, each with ``start`` (its first sample), ``names`` and ``parts``
         (whole numbers in the ratio of the weights).
@@ -33,6 +34,7 @@ def describe_mixture(data: MixtureData, seq_length: int) -> Described:
     phases = data.mixture.phases
     return {
         "order": data.mixture.order,
+        "is_text": bool(data.raw),
         "buffer": vars(data.mixture.buffer).copy(),
         "corpora": list(data.corpora),
         "languages": [item.corpus.language for item in data.corpora.values()],
@@ -46,6 +48,15 @@ def describe_mixture(data: MixtureData, seq_length: int) -> Described:
             for start, phase in zip(phase_starts(phases, seq_length), phases, strict=True)
         ],
     }
+
+
+def numbered_parts(described: Described) -> list[dict[int, int]]:
+    """Weights in each phase, by number of the corpus: whole numbers."""
+    numbers = {name: number for number, name in enumerate(described["corpora"])}
+    return [
+        {numbers[name]: part for name, part in zip(phase["names"], phase["parts"], strict=True)}
+        for phase in described["phases"]
+    ]
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,10 @@ def past_differences(saved: object, args: argparse.Namespace) -> list[str]:
     orders = [(item or {}).get("order", "shuffled") for item in descriptions]
     if orders[0] != orders[1]:
         return [f"order {orders[0]} -> {orders[1]}"]
+    are_text = [bool((item or {}).get("is_text")) for item in descriptions]
+    if are_text[0] != are_text[1]:
+        words = [("prepared data", "raw text")[is_text] for is_text in are_text]
+        return [f"{words[0]} -> {words[1]}"]
     identities = getattr(saved, "data_identity", None) or {}, args.data_identity
     before = read_past(identities[0], descriptions[0], consumed)
     now = read_past(identities[1], descriptions[1], consumed)

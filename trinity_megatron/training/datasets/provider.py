@@ -17,7 +17,7 @@ from megatron.training.utils import (
 
 from trinity_megatron.data.mixture.corpora import MixtureData, read_mixture
 from trinity_megatron.errors import UserError
-from trinity_megatron.training.datasets.buffer_state import build_buffer_loader
+from trinity_megatron.training.datasets.buffer_state import build_stream_loader
 from trinity_megatron.training.datasets.chat import ChatDataset
 from trinity_megatron.training.datasets.data_identity import share_identity
 from trinity_megatron.training.datasets.epoch_order import (
@@ -150,12 +150,12 @@ def _build_mixture(
     valid: Any = None
     if is_evaluated:
         valid = build_validation_set(data, config, num_samples[1], is_built)
-    if data.mixture.order != "rsdb":
+    if not data.has_streams:
         if is_trained:
             train = build_training_set(data, config, num_samples[0], is_built)
         return train, valid, None
     if is_trained:
-        train = build_buffer_loader(args, data, config, is_built)
+        train = build_stream_loader(args, data, config, is_built)
     return train, None if valid is None else _iterate(valid, args), None
 
 

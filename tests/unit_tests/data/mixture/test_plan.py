@@ -131,7 +131,7 @@ def damage(folder: Path, name: str) -> None:
         ("code.bin", ("corpora.code.path", "code.bin", "cannot be read")),
         ("code_valid.idx", ("corpora.code.validation", "no whole index")),
         ("web.bin", ("corpora.web.path", "has no tokens")),
-        ("text", ("corpora.web.path", "prepare-data --source")),
+        ("text", ("corpora.web is raw text", "prepare-data")),
         ("tokenizer", ("tokenizer", "no tokenizer.json")),
     ],
 )

@@ -9,11 +9,17 @@ import pytest
 
 from tests.unit_tests.indexed_data import write_dataset
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
+from trinity_megatron.data.mixture.corpora import read_mixture
+from trinity_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 from trinity_megatron.errors import UserError
 
 enter_host()
 
 from trinity_megatron.training.arguments.mixture_checks import check_mixture  # noqa: E402
+from trinity_megatron.training.datasets.data_identity import (  # noqa: E402
+    add_text,
+    check_data,
+)
 
 TEXT = """
 corpora:
@@ -87,6 +93,7 @@ def test_the_buffers_have_their_streams(folder: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_folder_is_no_mixture(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{}")
     for data in (None, str(folder)):
         args = make_args(folder, data=data)
         check_mixture(args)
@@ -119,3 +126,100 @@ def test_what_a_run_cannot_follow(
 
 def test_without_validation(folder: Path) -> None:
     check_mixture(make_args(folder, BARE, eval_iters=0))
+
+
+RAW = """
+corpora:
+  web:  {path: raw_web}
+  code: {path: raw_code.jsonl, language: python}
+phases: [{until: 2K, weights: {web: 0.7, code: 0.3}}, {weights: {web: 1}}]
+order: rsdb
+"""
+
+
+@pytest.fixture
+def raw(folder: Path) -> Path:
+    (folder / "raw_web").mkdir()
+    for path in (folder / "raw_web/a.jsonl", folder / "raw_code.jsonl"):
+        path.write_text('{"text": "x"}\n')
+    save_tokenizer(train_tokenizer(["x yy x yy"], vocab_size=260), folder / "raw_tokenizer")
+    return folder
+
+
+def make_raw_args(folder: Path, text: str = RAW, **given: Any) -> Namespace:
+    values = {"train_data_path": None, "eval_iters": 0, "rank": 0, "data_identity": None}
+    values |= {"tokenizer_model": str(folder / "raw_tokenizer")}
+    return make_args(folder, text, **{**values, **given})
+
+
+@pytest.mark.parametrize("order", ["rsdb", "sequential"])
+def test_raw_text_has_a_loader_of_its_own(
+    raw: Path, capsys: pytest.CaptureFixture[str], order: str
+) -> None:
+    args = make_raw_args(raw, RAW.replace("rsdb", order))
+    check_mixture(args)
+    assert (args.dataloader_type, args.dataloader_save) == ("external", args.save)
+    assert args.data_mixture["is_text"] and args.data_mixture["order"] == order
+    assert [corpus.name for corpus in args.text_corpora] == ["web", "code"]
+    assert "> web: 1 files of text, 14 bytes" in capsys.readouterr().out
+    identity = add_text(None, args.text_corpora)
+    assert identity is not None
+    assert [item["prefix"] for item in identity["train"]] == ["web", "code"]
+    assert json.loads(json.dumps([args.data_mixture, identity])) == [args.data_mixture, identity]
+    others = make_raw_args(raw, rank=1)
+    check_mixture(others)
+    assert others.text_corpora is None  # rank 0 alone looks at the files
+
+
+def test_a_resume_with_other_text_is_refused(raw: Path) -> None:
+    saved = make_raw_args(raw)
+    check_mixture(saved)
+    saved.data_identity = add_text(None, saved.text_corpora)
+    saved.consumed_train_samples = 40
+    for name, content, phase in (("raw_web/a.jsonl", "y", "phase 1"), ("raw_web/a.jsonl", "x", "")):
+        (raw / name).write_text(f'{{"text": "{content}"}}\n')
+        args = make_raw_args(raw, allow_data_change=False, load="x")
+        check_mixture(args)
+        args.data_identity = add_text(None, args.text_corpora)
+        if not phase:
+            check_data(saved, 1, args)
+            continue
+        with pytest.raises(UserError, match=f"{phase}: the content of its corpora"):
+            check_data(saved, 1, args)
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "expected"),
+    [
+        (RAW.replace("rsdb", "shuffled"), {}, ("order is shuffled", "order: sequential")),
+        (RAW.replace("order: rsdb", ""), {}, ("order is shuffled",)),
+        (RAW.replace("raw_code.jsonl", "code"), {}, ("web is raw text, and corpora.code is not",)),
+        (RAW.replace("python", "python, max_epochs: 2"), {}, ("corpora.code.max_epochs is 2",)),
+        (RAW, {"tokenizer_model": None}, ("--tokenizer-model is no folder",)),
+        (RAW, {"tokenizer_model": "none"}, ("--tokenizer-model none is no folder",)),
+        (RAW, {"eval_iters": 1}, ("no corpus", "validation data")),
+        (RAW, {"non_persistent_ckpt_type": "global"}, ("global with raw text",)),
+        (RAW.replace("raw_web", "raw_web, text_key: body"), {}, ("a.jsonl", "body")),
+        (RAW.replace("raw_web", "nothing"), {}, ("corpora.web.path", "nothing.idx")),
+        (TEXT.replace("path: web", "path: web, text_key: x"), {}, ("web is no raw text",)),
+        (RAW.replace("raw_web", "."), {}, ("holds an index of token ids", "a .bin and .idx")),
+    ],
+)
+def test_raw_text_that_is_refused(
+    raw: Path, text: str, given: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    with pytest.raises((UserError, FileNotFoundError)) as error:
+        check_mixture(make_raw_args(raw, text, **given))
+    for words in (*expected, "Remedy: "):
+        assert words in str(error.value), str(error.value)
+
+
+def test_data_can_be_the_text_itself(raw: Path) -> None:
+    args = make_raw_args(raw, data=str(raw / "raw_web"))
+    check_mixture(args)
+    assert args.data_mixture["order"] == "rsdb" and args.data_mixture["corpora"] == ["text"]
+    for name in ("empty", "half"):
+        (raw / name).mkdir()
+    (raw / "half/train.bin").write_text("x")
+    for name in ("empty", "half", "none"):  # what prepare-data has not finished, or no one has
+        assert read_mixture(raw / name) is None

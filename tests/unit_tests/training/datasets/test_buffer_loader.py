@@ -175,5 +175,5 @@ def test_a_state_that_does_not_fit_is_refused(
     path.unlink()
     with pytest.raises(UserError, match="lacks the state of data-parallel rank 1"):
         resume([make_loader(datasets, 0, 1, 1, 40)], tmp_path, 40)
-    with pytest.raises(UserError, match="has no state of order: rsdb"):
+    with pytest.raises(UserError, match="has no state of the streams"):
         resume([], tmp_path / "none", 40)

@@ -1,0 +1,121 @@
+"""The model of a mixture of raw text reads the oracle's list, however the run is stopped."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.functional_tests.launch import Job, Logs, train
+from tests.functional_tests.test_mixture import SEED, SEQ_LENGTH, read_rows, train_until
+from tests.reference.text_order import Buffer, cut_lines, deal_rows, documents_of, make_encoder
+from trinity_megatron.data.manifest import load_manifest
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+STREAMS, DOCUMENTS, PHASE, STEPS = 8, 4, 30, 12
+SAMPLES = 4 * 4 + 8 * 8  # 4 steps of 4 and 8 of 8
+TEXT = """
+corpora:
+  web:  {{path: web}}
+  code: {{path: code, text_key: meta.body}}
+phases:
+  - {{until: {0}, weights: {{web: 0.7, code: 0.3}}}}
+  - {{weights: {{code: 3, web: 1}}}}
+tokenizer: {1}
+order: rsdb
+rsdb: {{documents: {2}, streams: {3}}}
+"""
+FLAGS = (
+    "--lr-decay-style constant --lr-warmup-fraction 0 --eval-iters 0 --save-interval 2 "
+    f"--step-batch-size-schedule 0:4,1K:8 --micro-batch-size 2 --train-iters {STEPS}"
+)
+
+
+def make_texts(count: int, first: int) -> list[str]:
+    """Lines of this package's own source, cut into documents of some."""
+    lines = (Path(__file__).parents[1] / "conftest.py").read_text().splitlines()
+    lines += Path(__file__).read_text().splitlines()
+    return [
+        "\n".join([f"document {n}", *(lines[(7 * n + k) % len(lines)] for k in range(n % 17))])
+        for n in range(first, first + count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of lines, of which one is cut into parts, and compressed ones."""
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("web", "code"):
+        (folder / name).mkdir()
+    for name, first in (("a", 0), ("b", 1000)):
+        rows = [json.dumps({"text": text}) for text in make_texts(400, first)]
+        (folder / f"web/{name}.jsonl").write_text("\n".join(rows))
+    rows = [json.dumps({"meta": {"body": text}}) for text in make_texts(150, 2000)]
+    (folder / "code/c.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    tokenizer = load_manifest(data).tokenizer_path
+    text = TEXT.format(PHASE * SEQ_LENGTH, tokenizer, DOCUMENTS, STREAMS)
+    (folder / "mix.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(data: Path, folder: Path) -> np.ndarray:
+    """The tokens of the run by an oracle, ``[samples, seq_length]``."""
+    web = [cut_lines(folder / f"web/{name}.jsonl", 2**16, STREAMS // 2) for name in "ab"]
+    parts = {"web": web[0] + web[1], "code": deal_rows(make_texts(150, 2000), STREAMS)}
+    encode = make_encoder(load_manifest(data).tokenizer_path)
+    streams = [
+        Buffer(
+            {
+                name: documents_of(
+                    name, of, seed=SEED, stream=stream, streams=STREAMS, shuffled=True
+                )
+                for name, of in parts.items()
+            },
+            [{"web": 7, "code": 3}, {"code": 3, "web": 1}],
+            lambda sample: int(sample >= PHASE),
+            encode,
+            documents=DOCUMENTS,
+            seed=SEED,
+            stream=stream,
+            streams=STREAMS,
+        )
+        for stream in range(STREAMS)
+    ]
+    return np.array([streams[n % STREAMS].sequence(SEQ_LENGTH) for n in range(SAMPLES)])
+
+
+def job(folder: Path, name: str, more: str) -> Job:
+    probe = {"tokens": str(folder / f"{name}.tokens")}
+    flags = f"{FLAGS} --data {folder / 'mix.yaml'} {more}"
+    return Job(name, flags, folder / "checkpoints", probe)
+
+
+@pytest.fixture(scope="module")
+def logs(data: Path, folder: Path) -> Logs:
+    """A run of one rank and three workers that is killed, and what goes on from its checkpoint."""
+    killed = job(folder, "killed", "--num-workers 3")
+    train_until(data, folder, killed, 1, 8, folder / "killed.tokens")
+    resumed = "--ckpt-step 6 --save-interval 100 --num-workers"
+    two = [job(folder, f"on_two_{n}", f"{resumed} {n}") for n in (0, 1, 3)]
+    return train(data, folder, [(2, two)])
+
+
+def test_a_killed_run_goes_on(logs: Logs, folder: Path, expected: np.ndarray) -> None:
+    assert logs
+    before = read_rows(folder / "killed.tokens", 1, 2)
+    assert sorted(before)[:7] == list(range(1, 8))
+    read = np.concatenate([before[step] for step in range(1, 8)])
+    np.testing.assert_array_equal(read, expected[: len(read)])
+    for workers in (0, 1, 3):
+        steps = read_rows(folder / f"on_two_{workers}.tokens", 2, 2)
+        assert sorted(steps) == list(range(7, STEPS + 1))
+        tokens = np.concatenate([steps[step] for step in sorted(steps)])
+        np.testing.assert_array_equal(tokens, expected[-len(tokens) :])
+
+
+def test_workers_change_no_loss(logs: Logs) -> None:
+    losses = [logs[f"on_two_{workers}"].scalars("lm loss") for workers in (0, 1, 3)]
+    assert losses[0] == losses[1] == losses[2] and len(losses[0]) >= 6

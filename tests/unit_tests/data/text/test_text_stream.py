@@ -1,0 +1,146 @@
+"""The samples of raw text are those of an oracle, also after a stop."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.reference.text_order import (
+    Buffer,
+    Encode,
+    cut_lines,
+    deal_rows,
+    documents_of,
+    make_encoder,
+    pack,
+)
+from tests.unit_tests.data.text.conftest import make_texts, write_lines
+from trinity_megatron.data.corpus import Document, ReadOptions, find_files, read_documents
+from trinity_megatron.data.mixture.schedule import MixtureSchedule
+from trinity_megatron.data.text.buffered_stream import make_stream
+from trinity_megatron.data.text.packed_state import pack_documents, unpack_documents
+from trinity_megatron.data.text.text_corpus import find_text
+from trinity_megatron.data.text.text_mixture import TextEncoder, TextMixture
+from trinity_megatron.data.text.text_stream import TextStream
+
+SEQ_LENGTH, STREAMS, SEED, DOCUMENTS, PHASE = 64, 4, 5, 6, 120
+PART = 2**16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    write_lines(folder / "web/a.jsonl", make_texts(400, 900, 1))
+    write_lines(folder / "web/b.jsonl", make_texts(300, 900, 2))
+    write_lines(folder / "code/c.jsonl.gz", make_texts(150, 3000, 3))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encode(tokenizer: Path) -> Encode:
+    return make_encoder(tokenizer)
+
+
+def make_mixture(folder: Path, tokenizer: Path, order: str) -> TextMixture:
+    corpora = [
+        find_text(folder / name, name=name, key=f"corpora.{name}", options=ReadOptions())
+        for name in ("web", "code")
+    ]
+    parts = ({0: 2, 1: 1}, {1: 1})
+    phases = [(0, {0: Fraction(2, 3), 1: Fraction(1, 3)}), (PHASE, {1: Fraction(1)})]
+    return TextMixture(
+        corpora=corpora,
+        starts=(0, PHASE),
+        parts=parts,
+        order=order,
+        documents=DOCUMENTS,
+        num_streams=STREAMS,
+        seed=SEED,
+        seq_length=SEQ_LENGTH,
+        tokenizer=tokenizer,
+        schedule=MixtureSchedule(phases, num_corpora=2, seed=SEED),
+    )
+
+
+def feeds(folder: Path, stream: int, shuffled: bool) -> dict[str, Iterator[str]]:
+    parts = {
+        "web": [part for n in "ab" for part in cut_lines(folder / f"web/{n}.jsonl", PART, 2)],
+        "code": deal_rows(make_texts(150, 3000, 3), STREAMS),
+    }
+    assert len(parts["web"]) > 2 * STREAMS
+    return {
+        name: documents_of(
+            name, of_corpus, seed=SEED, stream=stream, streams=STREAMS, shuffled=shuffled
+        )
+        for name, of_corpus in parts.items()
+    }
+
+
+def tokens_of(stream: TextStream) -> list[int]:
+    pieces = stream.next()
+    made = [token for piece in pieces for token in piece.tokens[: piece.length].tolist()]
+    assert len(made) == SEQ_LENGTH
+    return made
+
+
+@pytest.mark.parametrize("stream", [0, 3])
+def test_the_buffer_is_the_oracle_s(
+    folder: Path, tokenizer: Path, encode: Encode, stream: int
+) -> None:
+    mixture = make_mixture(folder, tokenizer, "rsdb")
+    oracle = Buffer(
+        feeds(folder, stream, True),
+        [{"web": 2, "code": 1}, {"code": 1}],
+        lambda sample: int(sample >= PHASE),
+        encode,
+        documents=DOCUMENTS,
+        seed=SEED,
+        stream=stream,
+        streams=STREAMS,
+    )
+    encoder = TextEncoder(tokenizer)
+    made = make_stream(mixture, stream, encoder)
+    for turn in range(400):
+        assert tokens_of(made) == oracle.sequence(SEQ_LENGTH), turn
+        if turn % 37 == 5 or turn in (29, 30, 31):  # around the new phase
+            state = unpack_documents(pack_documents(made.state()))
+            made = make_stream(mixture, stream, encoder)
+            made.load(state)
+
+
+def test_the_sequential_order_is_the_oracle_s(
+    folder: Path, tokenizer: Path, encode: Encode
+) -> None:
+    mixture = make_mixture(folder, tokenizer, "sequential")
+    encoder = TextEncoder(tokenizer)
+    assert mixture.schedule is not None
+    for stream in range(STREAMS):
+        packed = {name: pack(of, encode) for name, of in feeds(folder, stream, False).items()}
+        made = make_stream(mixture, stream, encoder)
+        for turn in range(60):
+            corpus = int(mixture.schedule.locate(np.array([stream + turn * STREAMS]))[0][0])
+            expected = list(islice(packed[mixture.names[corpus]], SEQ_LENGTH))
+            assert tokens_of(made) == expected
+            if turn % 13 == 5:
+                state = made.state()
+                made = make_stream(mixture, stream, encoder)
+                made.load(state)
+
+
+def test_an_epoch_has_the_documents_that_prepare_data_reads(folder: Path, tokenizer: Path) -> None:
+    mixture = make_mixture(folder, tokenizer, "rsdb")
+    for corpus, name in enumerate(mixture.names):
+        files, _ = find_files([folder / name])
+        expected = [entry.text for entry in read_documents(files) if isinstance(entry, Document)]
+        found = []
+        for stream in range(STREAMS):
+            reader = make_stream(mixture, stream, TextEncoder(tokenizer)).readers[corpus]
+            while True:
+                number, text = reader.next()
+                if reader.epoch_of(number):
+                    break
+                found.append(text)
+        assert sorted(found) == sorted(expected) and len(set(expected)) == len(expected)
