@@ -68,7 +68,10 @@ def _watch(process: Any, rank: int) -> None:
     if process.exitcode == 0 or PersistentAsyncCaller._persistent_queue is not requests:
         return
     _put_error(rank, process.exitcode)
-    answers.put(-1)  # any number: the save is over
+    try:
+        answers.put(-1)  # any number: the save is over
+    except RuntimeError:  # this process ends too, and starts no thread any more
+        return
     # Until the caller is closed: a later save, and the end of the run, wait for the process too.
     while PersistentAsyncCaller._persistent_queue is requests:
         for queue in (copies, requests):
