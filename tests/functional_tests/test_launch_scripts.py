@@ -204,7 +204,8 @@ REFUSED = {
         "'0:12288 4.9T:16383' --train-iters 9000", ["16383", "multiples of 512"],
     ),
     "CP with documents of several sequences": (
-        "b300", 2048, "--context-parallel-size 2 --micro-batch-size 2",
+        "b300", 2048,
+        "--context-parallel-size 2 --micro-batch-size 2 --dataloader-inter-document-masking",
         ["--context-parallel-size 2", "--dataloader-inter-document-masking"],
     ),
     "a world that is no multiple of a replica": (
