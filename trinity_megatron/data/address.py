@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -57,7 +58,8 @@ class StoredAt:
         Raises:
             OSError: It cannot be opened.
         """
-        return cast(IO[bytes], fsspec.open(self.address, mode).open())
+        # Files of remote systems have a readline() without a size.
+        return io.BufferedReader(cast(Any, fsspec.open(self.address, mode).open()))
 
     def stat(self) -> os.stat_result:
         """Its size."""

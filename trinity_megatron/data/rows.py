@@ -239,7 +239,9 @@ def read_csv(stream: BinaryIO, key: str, delimiter: str) -> Iterator[Row]:
         DamagedFileError: If a quote is not closed or not followed by a delimiter: where the next
             row begins is then not known.
     """
-    previous = csv.field_size_limit(MAX_DOCUMENT_BYTES)  # 131072 characters are no document
+    # 131072 characters are no document. The limit is that of all readers, which take turns: it
+    # is not restored.
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
     try:
         reader = csv.reader(decoded_lines(stream), delimiter=delimiter, strict=True)
         header = next(fields for fields in reader if fields)
@@ -255,8 +257,6 @@ def read_csv(stream: BinaryIO, key: str, delimiter: str) -> Iterator[Row]:
             yield f"line {reader.line_num}", reader.line_num, text
     except csv.Error as error:
         raise DamagedFileError(f"not CSV up to line {reader.line_num}: {error}") from error
-    finally:
-        csv.field_size_limit(previous)
 
 
 def find_delimiter(stream: BinaryIO, key: str, delimiters: str) -> tuple[str | None, list[str]]:
