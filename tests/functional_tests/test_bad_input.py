@@ -67,7 +67,6 @@ def parse(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         ("--use-checkpoint-args", 1, ("--use-checkpoint-args", "--preset DIR")),
         ("--reset-attention-mask", 1, ("--dataloader-inter-document-masking",)),
         ("--train-itres 3", 1, ("--train-itres", "did you mean --train-iters")),
-        ("--seq-length 8192", 1, ("max_position_embeddings (512)", "8192")),
         ("--save-interval 0", 1, ("--save-interval 0", "at least 1")),
         ("--expert-model-parallel-size 2", 1, ("--expert-model-parallel-size 2", "1 ranks")),
         ("--bf16 --fp16", 1, ("--fp16", "--bf16")),

@@ -57,6 +57,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     folder = tmp_path_factory.mktemp("layouts")
     hf, megatron = folder / "hf", folder / "megatron"
     make_checkpoint(hf, vocab_size=518)
+    shutil.copytree(data / "tokenizer", hf, dirs_exist_ok=True)
     hf_to_megatron(hf, megatron)
     make_checkpoint(folder / "odd_hf", vocab_size=517)
     hf_to_megatron(folder / "odd_hf", folder / "odd_megatron")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.functional_tests.launch import SMALL, environment
+from tests.unit_tests.parallel_state import one_rank_world
 from trinity_megatron.checkpoint.convert import megatron_to_hf
 from trinity_megatron.data.prepare import prepare_data
 from trinity_megatron.evaluation.generate import generate
@@ -54,7 +55,8 @@ def test_a_run_that_moves(data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     shutil.rmtree(here / "data")
     monkeypatch.chdir(there)
     checkpoints = Path("run/checkpoints")
-    assert generate(checkpoints, "import ", max_new_tokens=2)
+    with one_rank_world(tmp_path / "store"):
+        assert generate(checkpoints, "import ", max_new_tokens=2)
     megatron_to_hf(checkpoints, Path("hf"))
     made = (there / "hf" / "tokenizer.json").read_bytes()
     assert made == (data / "tokenizer" / "tokenizer.json").read_bytes()

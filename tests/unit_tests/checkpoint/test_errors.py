@@ -248,7 +248,9 @@ def test_the_target_appears_whole(hf: Path, tmp_path: Path) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     hf_to_megatron(hf, target)
-    time.sleep(0.01)
+    end = time.monotonic() + 30  # on a busy machine the watcher may not have had its turn
+    while not seen and time.monotonic() < end:
+        time.sleep(0.01)
     done.set()
     watcher.join()
     assert seen and all(

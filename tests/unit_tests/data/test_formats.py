@@ -338,7 +338,6 @@ def test_fields_of_csv_are_as_long_as_they_are(tmp_path):
 
     assert texts == [text, 'quoted "words", more']
     assert list(left_out.values()) == ["empty"]
-    assert csv.field_size_limit() == 131072
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def _check_chatml_tokens(tokenizer: Any, folder: Path) -> None:
     if missing := [token for token in CHATML_TOKENS if token not in known]:
         raise UserError(
             f"--chat-template {CHATML}: the tokenizer {folder} has no special token "
-            f"{' and no '.join(missing)}; those that prepare-data trains have them since 0.4. "
+            f"{' and no '.join(missing)}; those that prepare-data trains now have them. "
             "Remedy: --chat-template FILE with a template of the tokens that it has."
         )
 

@@ -161,7 +161,9 @@ def test_packed_losses_equal_those_of_each_conversation_alone(
     assert len(data) == 2
     batch = default_collate([data[0], data[1]])
     rows = {"cu_seqlens": batch["cu_seqlens"].clone(), "cu_seqlens_padded": None}
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", SimpleNamespace(seq_length=LENGTH))
+    monkeypatch.setattr(
+        global_vars, "_GLOBAL_ARGS", SimpleNamespace(seq_length=LENGTH, context_parallel_size=1)
+    )
     packed = forward_step._flatten_documents(dict.fromkeys(forward_step.BATCH_KEYS) | batch, rows)
     with torch.no_grad(), rope_on_device():
         losses = model(
