@@ -17,7 +17,7 @@ from trinity_megatron.training.arguments.defaults import has_resiliency_package
 from trinity_megatron.training.arguments.fsdp_checks import check_fsdp
 from trinity_megatron.training.arguments.layout_checks import check_layout
 from trinity_megatron.training.arguments.mixture_checks import check_mixture
-from trinity_megatron.training.arguments.schedule import fit_schedule
+from trinity_megatron.training.arguments.schedule import fit_schedule, merge_equal_rates
 from trinity_megatron.training.arguments.unsupported import refuse_host
 from trinity_megatron.training.arguments.value_ranges import check_keep_last, check_values
 from trinity_megatron.training.arguments.vocabulary import check_vocabulary
@@ -47,6 +47,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     check_layout(args)
     check_on_damage(args)
     prepare_branch(args)
+    merge_equal_rates(args)
     fit_schedule(args, resumed_samples(args))
     if not is_cpu_host():
         finish_fp8(args)

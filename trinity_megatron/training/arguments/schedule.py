@@ -77,6 +77,17 @@ class BatchSizes:
         return [start for start, _ in self.entries[1:]] + [None]
 
 
+def merge_equal_rates(args: argparse.Namespace) -> None:
+    """Take two equal learning rates of AdamW as one.
+
+    Megatron tells parameter groups apart by their rates when it loads them: two groups with the
+    same rates would end a resume.
+    """
+    same_end = args.decoupled_min_lr in (None, args.min_lr)
+    if args.optimizer != "muon" and args.decoupled_lr == args.lr and same_end:
+        args.decoupled_lr = args.decoupled_min_lr = None
+
+
 def fit_schedule(args: argparse.Namespace, consumed: int = 0) -> None:
     """Fit the preset's batch, warm-up and decay to the length and the ranks of this run.
 

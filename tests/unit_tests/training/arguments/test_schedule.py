@@ -13,7 +13,11 @@ from megatron.core.num_microbatches_calculator import (  # noqa: E402
     StepBatchsizeNumMicroBatchesCalculator,
 )
 
-from trinity_megatron.training.arguments.schedule import BatchSizes, fit_schedule  # noqa: E402
+from trinity_megatron.training.arguments.schedule import (  # noqa: E402
+    BatchSizes,
+    fit_schedule,
+    merge_equal_rates,
+)
 
 
 def make_args(**given: Any) -> Namespace:
@@ -165,3 +169,23 @@ def test_a_schedule_that_cannot_be(schedule: str, message: str) -> None:
     args = make_args(step_batch_size_schedule=schedule, train_iters=10, world_size=2)
     with pytest.raises(ValueError, match=f"--step-batch-size-schedule '.*{message}.*Remedy: "):
         fit_schedule(args)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_one"),
+    [
+        ({}, True),
+        ({"decoupled_min_lr": 1e-4}, True),
+        ({"decoupled_min_lr": 2e-4}, False),
+        ({"decoupled_lr": 2e-3}, False),
+        ({"optimizer": "muon"}, False),
+    ],
+)
+def test_two_equal_rates_are_one(given: dict[str, Any], is_one: bool) -> None:
+    """Megatron ends a resume with two parameter groups of the same rates."""
+    values = {"optimizer": "adam", "lr": 1e-3, "min_lr": 1e-4, "decoupled_lr": 1e-3}
+    args = Namespace(**{**values, "decoupled_min_lr": None, **given})
+    before = dict(vars(args))
+    merge_equal_rates(args)
+    merged = {**before, "decoupled_lr": None, "decoupled_min_lr": None}
+    assert vars(args) == (merged if is_one else before)
