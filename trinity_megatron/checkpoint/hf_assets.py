@@ -16,7 +16,7 @@ from trinity_megatron.checkpoint.hf_weights import check_file_names, parse_heade
 from trinity_megatron.checkpoint.integrity.checks import check_stays_inside
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.given_tokenizer import get_special_token, is_tokenizer_file
-from trinity_megatron.data.tokenizer import TEMPLATE_NAME
+from trinity_megatron.data.tokenizer import CONFIG_NAME, TEMPLATE_NAME
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.hf_config import read_hf_config
 
@@ -140,7 +140,7 @@ def keep_tokenizer(tokenizer: Path, save: Path) -> None:
     """Stamp a run with its tokenizer, and copy that beside the checkpoints, which may be moved.
 
     Nothing is copied where the tokenizer came with the Hugging Face checkpoint of the run, unless
-    that has another chat template, or none.
+    that has another chat template, or none, or ends texts with another token.
 
     Args:
         tokenizer: Folder with a ``tokenizer.json``.
@@ -153,7 +153,7 @@ def keep_tokenizer(tokenizer: Path, save: Path) -> None:
     for name in (ASSETS_NAME, _TOKENIZER_NAME):
         known = save / name / _TOKENIZER_FILE
         if known.is_file() and hash_file(known) == fingerprint:
-            if _has_template_of(known.parent, tokenizer):
+            if _has_template_of(known.parent, tokenizer) and _ends_as(known.parent, tokenizer):
                 return
     half = save / f"{_TOKENIZER_NAME}.incomplete"
     shutil.rmtree(half, ignore_errors=True)
@@ -171,6 +171,16 @@ def _has_template_of(known: Path, tokenizer: Path) -> bool:
     if not wanted.is_file():
         return True
     return found.is_file() and found.read_bytes() == wanted.read_bytes()
+
+
+def _ends_as(known: Path, tokenizer: Path) -> bool:
+    """Whether texts end with the same token, which a tokenizer of conversations changes."""
+    ends = []
+    for folder in (known, tokenizer):
+        file = folder / CONFIG_NAME
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        ends.append(get_special_token(config, "eos"))
+    return ends[0] == ends[1]
 
 
 def find_tokenizer(checkpoint: Path, args: argparse.Namespace) -> Path | None:

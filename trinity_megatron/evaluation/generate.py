@@ -5,6 +5,7 @@ the loop is that of the end of a training (:mod:`trinity_megatron.model.generati
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,10 @@ class Generator:
         """What is new in each text; ``told`` follows.  Half a character waits for its end."""
         new = []
         for row, tokens in enumerate(made):
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            # Cleaning up would change what has been told.
+            text = self.tokenizer.decode(
+                tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
             if not is_end:
                 text = text.rstrip(_CUT_CHARACTER)
             new.append(text[len(told[row]) :])
@@ -143,15 +147,17 @@ class Chat:
             text: What the user says.
 
         Raises:
-            RowError: The template refuses the conversation.
+            RowError: The template refuses the conversation, or the text has a special token.
         """
-        self.messages.append({"role": "user", "content": text})
-        prompt = self._template.prompt(Conversation(self.messages))
+        said = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._template.prompt(Conversation(said))
+        self.messages = said  # a refused text is not a part of the conversation
         pieces: list[str] = []
+        number = len(said) // 2
         for new in self._generator.stream(
             [prompt],
             max_new_tokens=self._max_new_tokens,
-            sampling=self._sampling,
+            sampling=replace(self._sampling, seed=self._sampling.seed + number),
             stop={self._template.end_of_turn},
         ):
             pieces += new

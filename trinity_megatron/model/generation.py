@@ -50,6 +50,24 @@ class Sampling:
 _GREEDY = Sampling()
 
 
+def plan_reading(transformer_impl: str, multiple: int) -> tuple[int | None, bool]:
+    """How a model reads a sequence.
+
+    Behind the first tokens Megatron masks nothing when it has a cache.  Our attention knows the
+    positions all the same; Transformer Engine's would look at tokens behind the one that is read.
+
+    Args:
+        transformer_impl: ``local`` or ``transformer_engine``.
+        multiple: Tokens are read in multiples of it.
+
+    Returns:
+        The most tokens to read at once, None for all; and whether there is a cache.
+    """
+    if transformer_impl == "transformer_engine":
+        return None, multiple == 1
+    return _CHUNK, True
+
+
 class CachedModel:
     """A model with the keys and values of the tokens that it has read.
 
@@ -64,6 +82,7 @@ class CachedModel:
         config = self.module.config
         # Sequence parallelism cuts what is read into equal parts, so a few tokens are read again.
         self._multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        self._chunk, self._is_cached = plan_reading(config.transformer_impl, self._multiple)
         size = -(-max_length // self._multiple) * self._multiple
         self._context = StaticInferenceContext(batch_size, size)
         self._tokens = torch.zeros(batch_size, size, dtype=torch.int64)
@@ -81,8 +100,11 @@ class CachedModel:
         """
         end = start + tokens.shape[1]
         self._tokens[:, start:end] = tokens
-        for first in range(start, end, _CHUNK):
-            logits = self._read_chunk(first, min(first + _CHUNK, end))
+        if not self._is_cached:
+            return self._read_chunk(0, end)
+        step = self._chunk or end - start
+        for first in range(start, end, step):
+            logits = self._read_chunk(first, min(first + step, end))
         return logits
 
     def _read_chunk(self, start: int, end: int) -> torch.Tensor:
@@ -93,7 +115,8 @@ class CachedModel:
         tokens = self._tokens[:, begin : begin + length].to(device)
         positions = torch.arange(begin, begin + length, device=device).expand_as(tokens)
         self._context.sequence_len_offset = begin
-        logits = self.module(tokens, positions, None, inference_context=self._context)
+        context = self._context if self._is_cached else None
+        logits = self.module(tokens, positions, None, inference_context=context)
         last = logits[:, end - 1 - begin]
         return gather_from_tensor_model_parallel_region(last).float()
 
@@ -161,7 +184,9 @@ def draw(
     """
     if not sampling.temperature:
         return logits.argmax(dim=-1)
-    probs, order = (logits / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    # In float64 and below 0, where the smallest temperature gives no infinity but below.
+    below = logits.double() - logits.amax(dim=-1, keepdim=True)
+    probs, order = (below / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     before = probs.cumsum(dim=-1) - probs
     probs = probs.masked_fill(before >= sampling.top_p, 0.0)  # never the likeliest
     sums = probs.cumsum(dim=-1, dtype=torch.float64)

@@ -104,6 +104,18 @@ def test_another_chat_template_goes_before_that_of_hugging_face(
     assert (found / "chat_template.jinja").read_text() == "{{ 3 }}"
 
 
+def test_another_end_of_text_goes_before_that_of_hugging_face(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    """Conversations end with the token that ends a turn."""
+    shutil.copytree(tokenizer, tmp_path / ASSETS_NAME)
+    (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    keep_tokenizer(tokenizer, tmp_path)
+    found = find_tokenizer(tmp_path / "iter_0000001", of_run("gone"))
+    assert found == tmp_path / "tokenizer"
+    assert "im_end" in (found / "tokenizer_config.json").read_text()
+
+
 def test_a_run_of_an_earlier_release(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,13 @@ import torch
 
 from tests.unit_tests.model.test_model import perturb
 from trinity_megatron.errors import UserError
-from trinity_megatron.model.generation import CachedModel, Sampling, draw, generate_tokens
+from trinity_megatron.model.generation import (
+    CachedModel,
+    Sampling,
+    draw,
+    generate_tokens,
+    plan_reading,
+)
 
 NEW = 12
 
@@ -120,3 +126,18 @@ def test_frequencies_follow_temperature_and_top_p() -> None:
 def test_values_out_of_range_are_refused(given: dict) -> None:
     with pytest.raises(UserError, match="Remedy: "):
         Sampling(**given)
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-300, 5e-324])
+def test_the_smallest_temperature_takes_the_likeliest(temperature: float) -> None:
+    generators = [torch.Generator().manual_seed(row) for row in range(8)]
+    logits = torch.tensor([1.0, 20.0, 3.0]).expand(8, -1)
+    assert draw(logits, Sampling(temperature), generators).tolist() == [1] * 8
+
+
+def test_transformer_engine_reads_nothing_behind_other_tokens() -> None:
+    """There Megatron masks nothing once the cache holds tokens."""
+    chunk, is_cached = plan_reading("local", 2)
+    assert chunk is not None and is_cached
+    assert plan_reading("transformer_engine", 1) == (None, True)
+    assert plan_reading("transformer_engine", 2) == (None, False)

@@ -248,8 +248,12 @@ class _ConversationWriter:
 def _set_template(folder: Path, chat: ChatTemplate) -> None:
     """Keep the template with the tokenizer, which ends a generation at the end of a turn."""
     (folder / TEMPLATE_NAME).write_text(chat.source, encoding="utf-8")
-    path = folder / CONFIG_NAME
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("chat_template", None)  # of earlier transformers
-    config["eos_token"] = chat.end_text
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # The second file is of earlier transformers, and takes precedence where it is there.
+    for name in (CONFIG_NAME, "special_tokens_map.json"):
+        path = folder / name
+        if path.is_file():
+            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            config.pop("chat_template", None)  # of earlier transformers, too
+            config["eos_token"] = chat.end_text
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            path.write_text(text, encoding="utf-8")

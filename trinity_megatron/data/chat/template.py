@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trinity_megatron.data.rows import RowError
+from trinity_megatron.data.rows import RowError, check_text
 from trinity_megatron.data.tokenizer import CHATML_TOKENS, TEMPLATE_NAME, chatml_template
 from trinity_megatron.errors import UserError
 
@@ -17,6 +17,8 @@ CHATML = "chatml"
 # transformers looks for the same.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "Probe of a turn"
+# What a turn of the assistant may consist of beside its content.
+_OF_ASSISTANT = frozenset({"tool_calls", "function_call"})
 _GENERATION_REMEDY = (
     "mark what the assistant says with {% generation %} and {% endgeneration %} in a copy of the "
     "template, and name that with --chat-template"
@@ -91,8 +93,11 @@ class ChatTemplate:
         """Tokens of a conversation that the assistant is to go on with.
 
         Raises:
-            RowError: The template refuses it.
+            RowError: The template refuses it, or a message that is not the assistant's contains a
+                special token.
         """
+        said = [message for message in conversation.messages if message["role"] != "assistant"]
+        self._check_texts(said, conversation.tools)
         text = self._render(conversation.messages, conversation.tools, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
@@ -103,8 +108,9 @@ class ChatTemplate:
             RowError: The template refuses it, or does not show which part is the assistant's, or
                 a message contains a special token.
         """
-        self._check_control_tokens(conversation)
+        self._check_texts(conversation.messages, conversation.tools)
         self._check_tools(conversation)
+        self._check_fields(conversation)
         encoded = (
             self._encode_by_marks(conversation)
             if self._has_generation
@@ -167,13 +173,30 @@ class ChatTemplate:
         end = closing + len(self.end_text)
         return len(text) if closing < 0 or text[end:].strip() else end
 
-    def _check_control_tokens(self, conversation: Conversation) -> None:
-        """Refuse texts with special tokens, which would be encoded as such."""
-        for number, message in enumerate(conversation.messages, start=1):
-            for text in _texts(message):
+    def _check_texts(self, messages: Sequence[Message], tools: Any) -> None:
+        """Refuse texts that are not Unicode, or have special tokens, which would be encoded so."""
+        places = [(f"message {number}", message) for number, message in enumerate(messages, 1)]
+        for place, value in [*places, ("tools", tools)]:
+            for text in _texts(value):
+                if isinstance(error := check_text(text, place), RowError):
+                    raise error
                 token = next((token for token in self._special.values() if token in text), None)
                 if token is not None:
-                    raise RowError(f"message {number} contains the special token {token}")
+                    raise RowError(f"{place} contains the special token {token}")
+
+    def _check_fields(self, conversation: Conversation) -> None:
+        """Refuse what the assistant says or does in a field that the template leaves out."""
+        messages, tools = list(conversation.messages), conversation.tools
+        for index, message in enumerate(messages):
+            for name in _OF_ASSISTANT.intersection(message):
+                whole = self._render(messages, tools)
+                less = {key: value for key, value in message.items() if key != name}
+                others = [*messages[:index], less, *messages[index + 1 :]]
+                if message[name] and self._render(others, tools) == whole:
+                    raise RowError(
+                        f"message {index + 1} has {name}, which the chat template of {self.name} "
+                        "leaves out; name one that writes it with --chat-template, or remove it"
+                    )
 
     def _check_tools(self, conversation: Conversation) -> None:
         messages, tools = conversation.messages, conversation.tools
