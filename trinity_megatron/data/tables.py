@@ -120,10 +120,7 @@ def read_arrow_stream(path: StoredFile, key: str) -> Iterator[Row]:
     import pyarrow.ipc
 
     _check_is_local(path)
-    with path.open("rb") as stream:
-        stream.seek(-min(len(_END_OF_STREAM), path.stat().st_size), 2)
-        if stream.read() != _END_OF_STREAM:
-            raise DamagedFileError("an Arrow stream without its end: it is cut off")
+    _check_end_of_stream(path)
     with _named_damage("Arrow"), pyarrow.memory_map(str(path)) as source:
         reader = pyarrow.ipc.open_stream(source)
         yield from _read_batches(reader, _find_column(reader.schema, key), key)
@@ -145,10 +142,12 @@ def read_rows(kind: str, path: StoredFile, columns: Sequence[str]) -> Iterator[d
     import pyarrow.parquet
 
     if kind == "parquet":
-        with _named_damage("parquet"), pyarrow.parquet.ParquetFile(path) as table:
+        with _opened_parquet(path) as table:
             names = _present(table.schema_arrow, columns)
             yield from _rows_of(table.iter_batches(batch_size=_BATCH_ROWS, columns=names), names)
         return
+    if kind == "arrow_stream":
+        _check_end_of_stream(path)
     with _named_damage("Arrow"), pyarrow.memory_map(str(path)) as source:
         if kind == "arrow_stream":
             reader = pyarrow.ipc.open_stream(source)
@@ -157,6 +156,14 @@ def read_rows(kind: str, path: StoredFile, columns: Sequence[str]) -> Iterator[d
         file = pyarrow.ipc.open_file(source)
         batches = (file.get_batch(index) for index in range(file.num_record_batches))
         yield from _rows_of(batches, _present(file.schema, columns))
+
+
+def _check_end_of_stream(path: StoredFile) -> None:
+    """A stream that is cut between two batches reads like a whole one."""
+    with path.open("rb") as stream:
+        stream.seek(-min(len(_END_OF_STREAM), path.stat().st_size), 2)
+        if stream.read() != _END_OF_STREAM:
+            raise DamagedFileError("an Arrow stream without its end: it is cut off")
 
 
 def _present(schema: Any, columns: Sequence[str]) -> list[str]:

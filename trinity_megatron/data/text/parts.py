@@ -33,6 +33,8 @@ _MIN_PART_BYTES = 2**16
 _PARTS_PER_STREAM = 8
 _CHUNK_BYTES = 2**20
 _NAMED_ROWS = 10  # that are left out
+# Beyond so many, no larger share of the rows may be left out.
+_FEW_ROWS, _MAX_LEFT_OUT = 100, 0.1
 
 
 class Row(NamedTuple):
@@ -66,7 +68,7 @@ class Parts:
         size = min(max(share, _MIN_PART_BYTES), _MAX_PART_BYTES)
         of_file = [_count_parts(file, size, corpus, num_streams) for file in corpus.files]
         self._ends = np.cumsum(of_file)
-        self._num_left_out = 0
+        self._num_read = self._num_left_out = 0
         self._notices: list[str] = []
 
     def __len__(self) -> int:
@@ -94,6 +96,7 @@ class Parts:
         try:
             for row, where, text in _read(file, number, count, self.corpus, is_wanted):
                 if isinstance(text, str):
+                    self._num_read += 1
                     yield Row(row, text)
                 else:
                     self._leave_out(file, f"{where}: {text}")
@@ -118,12 +121,26 @@ class Parts:
         self._num_left_out += 1
         if self._num_left_out <= _NAMED_ROWS:
             self._notices.append(f"left out: {words}")
+        elif _is_round(self._num_left_out):
+            self._notices.append(f"left out: {self._num_left_out:,} rows so far; {words}")
+        share = self._num_left_out / (self._num_left_out + self._num_read)
+        if self._num_left_out > _FEW_ROWS and share > _MAX_LEFT_OUT:
+            raise UserError(
+                f"{words}; {self._num_left_out} of {self._num_left_out + self._num_read} rows hold "
+                f"no text, more than {_MAX_LEFT_OUT:.0%}. Remedy: text_key with the name of their "
+                "field, or mend the file."
+            )
 
     def _damage(self, file: TextFile, what: str) -> UserError:
         return UserError(
             f"{self.corpus.key}: {file.source.path} {what}. Remedy: put the whole file there, or "
             "take it out of the corpus (with --allow-data-change where the run has begun)."
         )
+
+
+def _is_round(number: int) -> bool:
+    """Whether it is a power of ten."""
+    return set(str(number)[1:]) <= {"0"} and str(number)[0] == "1"
 
 
 def _count_parts(file: TextFile, size: int, corpus: TextCorpus, num_streams: int) -> int:

@@ -100,6 +100,7 @@ def find_text(
         files, skipped, apply = _find(path, key, options)
         kept = [file for file in files if file.num_bytes and file.format.kind != "unread"]
         _check_left_out(path, files, kept, skipped)
+        _check_separator(kept, options)
         found = tuple(apply(lambda file: _describe(file, options, skips_bad_rows), kept))
     except MissingInputError:
         raise
@@ -142,14 +143,39 @@ def _check_left_out(
         )
     unread = [file for file in files if file.format.could_be_text and file not in kept]
     lost = sum(file.num_bytes for file in unread)
-    lost += sum(entry.num_bytes for entry in skipped if entry.could_be_text)
     share = lost / (lost + sum(file.num_bytes for file in kept))
-    if share > _MAX_LEFT_OUT and unread:
+    if share > _MAX_LEFT_OUT:
         raise UserError(
             f"{len(unread)} files, {share:.0%} of the bytes, would be left out; the first, "
             f"{unread[0].path}, is {unread[0].format.reason}. Remedy: convert them to JSON Lines, "
             "parquet or text in UTF-8, or move them away."
         )
+    # Their size is not known.
+    unopened = [entry for entry in skipped if entry.could_be_text]
+    share = len(unopened) / (len(unopened) + len(kept))
+    if share > _MAX_LEFT_OUT:
+        raise UserError(
+            f"{len(unopened)} files, {share:.0%} of them, would be left out; the first, "
+            f"{unopened[0].name}: {unopened[0].reason}. Remedy: let this user read them, or move "
+            "them away."
+        )
+
+
+def _check_separator(files: Sequence[SourceFile], options: ReadOptions) -> None:
+    """Refuse a separator that occurs in no text: each whole file would be a document."""
+    texts = [file for file in files if file.format.kind == "text"]
+    if options.split_on is None or not texts:
+        return
+    separated: set[str] = set()
+    for file in texts:
+        with naming(file.path):
+            for _ in read_rows(file, options, separated):
+                if separated:
+                    return
+    raise UserError(
+        f"split_on {options.split_on!r} occurs in no text file; the first is {texts[0].path}. "
+        "Remedy: correct split_on, or leave it out."
+    )
 
 
 def _describe(file: SourceFile, options: ReadOptions, skips_bad_rows: bool) -> TextFile:

@@ -149,6 +149,8 @@ class SequentialTextStream(TextStream):
         for corpus, head in zip(self._numbers(state), state["heads"], strict=True):
             if not head:
                 continue
+            if corpus < 0:  # a first document, whose position is 0
+                raise ValueError("it has a document of a corpus that the mixture does not name")
             expected = self.readers[corpus].position
             number, tokens = self._read(int(corpus))
             if number != expected or head >= len(tokens):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from trinity_megatron.data.text.buffered_stream import make_stream
@@ -154,11 +155,15 @@ class TextLoader(StreamLoader):
 
     def _load(self, stream: int, state: Mapping[str, Any]) -> int:
         found = unpack_documents(state)
-        positions = zip(found.get("names", ()), found.get("positions", ()), strict=True)
-        for name, position in positions:
-            if position and name not in self.mixture.names:
+        names, heads = found.get("names", ()), found.get("heads", ())
+        # Sequential streams have a head for each corpus, buffered ones for each document.
+        is_begun = np.array(found.get("positions", ()), dtype=bool)
+        if len(heads) and "numbers" not in found:
+            is_begun |= np.array(heads, dtype=bool)
+        for name, begun in zip(names, is_begun, strict=True):
+            if begun and name not in self.mixture.names:
                 raise ValueError(f"the mixture does not name {name}, which it has read")
-        if len(found.get("heads", ())) > 2 * self.mixture.documents and "numbers" in found:
+        if len(heads) > 2 * self.mixture.documents and "numbers" in found:
             raise ValueError("its buffer holds more documents than rsdb.documents allows")
         self._state_of[stream] = found
         return int(found["num_samples"])

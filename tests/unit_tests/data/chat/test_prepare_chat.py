@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.ipc
 import pytest
 
 from tests.unit_tests.data.chat.chat_cases import WITH_GENERATION, make_conversations
@@ -183,3 +185,16 @@ def test_special_tokens_do_not_touch_folders_of_earlier_releases(tmp_path: Path)
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(values))
     kept = find_existing(tmp_path / "out", made.inputs)
     assert kept is not None and kept.inputs.special_tokens is None
+
+
+def test_an_arrow_stream_that_is_cut_between_two_batches(saved: Path, tmp_path: Path) -> None:
+    rows = [row for row in ROWS if "tools" not in row and "tool_calls" not in json.dumps(row)]
+    table = pyarrow.Table.from_pylist(rows)
+    path = tmp_path / "a.arrow"
+    with pyarrow.ipc.new_stream(str(path), table.schema) as stream:
+        for batch in table.to_batches(max_chunksize=4):
+            stream.write_batch(batch)
+            size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"a.arrow.*an Arrow stream without its end"):
+        prepare_chat(tmp_path / "out", [path], tokenizer=saved)

@@ -205,3 +205,32 @@ def test_other_content_is_known(tmp_path: Path) -> None:
     changed = MORE * 10
     (tmp_path / "elsewhere/a.jsonl").write_bytes(changed[:-4] + b"x" + changed[-3:])
     assert find(tmp_path / "elsewhere").content != known.content
+
+
+def test_few_rows_may_be_left_out(tmp_path: Path) -> None:
+    """The first row has the field, and most others have another one."""
+    (tmp_path / "a.jsonl").write_bytes(ROWS + b'{"content": "x"}\n' * 999)
+    corpus = find_text(tmp_path, name="web", key="k", options=ReadOptions(), skips_bad_rows=True)
+    parts = Parts(corpus, 1)
+    with pytest.raises(UserError, match="101 of 103 rows hold no text, more than 10%. Remedy: te"):
+        for part in range(len(parts)):
+            list(parts.read(part, everything))
+    notices = parts.take_notices()
+    assert len(notices) == 11 and "100 rows so far" in notices[-1]
+
+
+def test_a_separator_that_occurs_nowhere(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("one<end>two")
+    with pytest.raises(UserError, match=r"'<emd>' occurs in no text file; the first is .*a.txt"):
+        find(tmp_path, split_on="<emd>")
+    assert len(find(tmp_path, split_on="<end>").files) == 2
+
+
+def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    """As in a cache of downloads that was emptied."""
+    (tmp_path / "a.jsonl").write_bytes(ROWS)
+    for number in range(9):
+        (tmp_path / f"b{number}.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="9 files, 90% of them, would be left out; the first, "):
+        find(tmp_path)

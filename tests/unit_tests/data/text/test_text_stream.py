@@ -130,6 +130,18 @@ def test_the_sequential_order_is_the_oracle_s(
                 made.load(state)
 
 
+def test_a_corpus_whose_first_document_is_open_is_still_named(
+    folder: Path, tokenizer: Path
+) -> None:
+    mixture = make_mixture(folder, tokenizer, "sequential")
+    encoder = TextEncoder(tokenizer)
+    state = make_stream(mixture, 0, encoder).state()
+    state["heads"][0] = 7  # of the document at position 0
+    state["names"] = ["another", "code"]
+    with pytest.raises(ValueError, match="a corpus that the mixture does not name"):
+        make_stream(mixture, 0, encoder).load(state)
+
+
 def test_an_epoch_has_the_documents_that_prepare_data_reads(folder: Path, tokenizer: Path) -> None:
     mixture = make_mixture(folder, tokenizer, "rsdb")
     for corpus, name in enumerate(mixture.names):
