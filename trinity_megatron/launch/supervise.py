@@ -6,6 +6,7 @@ not used: they come at once, after any exit code, and cannot tell whether the ru
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -89,6 +90,7 @@ class _Supervisor:
         self._ended = threading.Event()
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._failures: list[Ending] = []
+        self._most_saved = 0
 
     def run(self) -> int:
         for signum in _FORWARDED:
@@ -127,7 +129,9 @@ class _Supervisor:
         )
         if self._received is not None:  # between two starts
             self._child.terminate()
-        copying = threading.Thread(target=self._copy_errors, args=(self._child.stderr,))
+        copying = threading.Thread(
+            target=self._copy_errors, args=(self._child.stderr,), daemon=True
+        )
         copying.start()
         code = self._child.wait()
         copying.join(timeout=5)  # a process that outlives the run may hold its error output
@@ -136,8 +140,9 @@ class _Supervisor:
 
     def _copy_errors(self, source: Any) -> None:
         for line in source:
-            sys.stderr.buffer.write(line)
-            sys.stderr.buffer.flush()
+            with contextlib.suppress(OSError, ValueError):  # else nobody would empty the pipe
+                sys.stderr.buffer.write(line)
+                sys.stderr.buffer.flush()
             self._lines.append(line.decode(errors="replace").rstrip())
 
     def _forward(self, signum: int, frame: Any) -> None:
@@ -157,7 +162,8 @@ class _Supervisor:
             return "what it says has to be mended first"
         if code == 128 + signal.SIGINT:
             return "it was interrupted"
-        if self._failures and ending.saved != self._failures[-1].saved:
+        if ending.saved > self._most_saved:  # going back to an earlier one is no progress
+            self._most_saved = ending.saved
             self._failures.clear()
         self._failures.append(ending)
         in_a_row = 0
@@ -176,7 +182,8 @@ class _Supervisor:
 
     def _log(self, message: str) -> None:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}"
-        print(f"supervise: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"supervise: {line}", file=sys.stderr, flush=True)
         if not self._out.is_dir():  # a new run that was refused: nothing is left of it
             return
         try:

@@ -80,6 +80,9 @@ def find_damage(folder: Path, rank: int = 0, ranks: int = 0) -> str | None:
 
     Returns:
         The message; None if nothing is.
+
+    Raises:
+        OSError: This machine cannot read the folder, which says nothing about the checkpoint.
     """
     if not (folder / ".metadata").is_file():
         return f"{folder / '.metadata'} is missing. Remedy: copy the whole checkpoint."
@@ -90,9 +93,23 @@ def find_damage(folder: Path, rank: int = 0, ranks: int = 0) -> str | None:
             others = sorted(folder.glob("mp_rank_*/*.pt"))
             for path in others[rank::ranks]:
                 check_named_file(path)
-    except (ValueError, OSError) as error:
+    except (ValueError, FileNotFoundError) as error:
         return str(error)
     return None
+
+
+def _find_on_rank(folder: Path, rank: int, ranks: int) -> tuple[str | None, str | None]:
+    """What is wrong with a checkpoint, and what is wrong with this rank's view of it.
+
+    A file that rank 0 has and another rank does not see is no damage: its disk is not mounted.
+    """
+    try:
+        message = find_damage(folder, rank, ranks)
+    except OSError as error:
+        return None, f"rank {rank} cannot read {folder} ({error.strerror or error})"
+    if message is not None and rank and not (folder / ".metadata").is_file():
+        return None, f"rank {rank} does not see {folder / '.metadata'}"
+    return message, None
 
 
 def set_aside(folder: Path, step: int, message: str) -> None:
@@ -173,12 +190,16 @@ def leave_damage_behind(folder: Path, *, has_schedule: bool = False) -> None:
 
     Raises:
         UserError: None is left.
+        OSError: A rank cannot read what the others can; nothing is renamed.
         SystemExit: The run has to start anew because its batch size may be another one.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     has_gone_back = False
     while (step := _from_first(lambda: latest_step(folder))) is not None:
-        message = agree(find_damage(folder / iteration_name(step), rank, ranks), lambda: "")
+        found, unseen = _find_on_rank(folder / iteration_name(step), rank, ranks)
+        message, unseen = agree(found, lambda: ""), agree(unseen, lambda: "")
+        if unseen is not None:
+            raise OSError(f"--on-damage previous: {unseen}. Nothing was set aside.")
         if message is None:
             break
         refusal = _from_first(partial(_refusal, folder, step, message))

@@ -45,10 +45,11 @@ def check_start(args: argparse.Namespace, manifest: DataManifest | None) -> None
     Raises:
         UserError: Names the flag, the checkpoint and the remedy.
     """
+    is_dry = getattr(args, "is_dry", False)  # changes nothing
     own = args.save and Path(args.save).resolve()
     named = {"--load": args.load, "--pretrained-checkpoint": args.pretrained_checkpoint}
     folders = {flag: Path(name) for flag, name in named.items() if name and "://" not in name}
-    if "--load" in folders and folders["--load"].resolve() == own and args.rank == 0:
+    if "--load" in folders and folders["--load"].resolve() == own and args.rank == 0 and not is_dry:
         mend_tracker(folders["--load"])
         if args.on_damage == "previous":
             set_unreadable_aside(folders["--load"])

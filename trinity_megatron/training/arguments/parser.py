@@ -76,7 +76,9 @@ def parse_trinity_args(
     args = parse_args(extra_args_provider=add_args)
     refuse_flags(args, parsers[0])
     manifest = _read_manifest(args.data)
+    args.is_dry = is_dry
     check_args(args, manifest)
+    del args.is_dry  # no argument of the run
     if on_checked:
         on_checked(args)
     listing = contextlib.redirect_stdout(io.StringIO()) if is_dry else _argument_dump(args)

@@ -170,17 +170,25 @@ def choose_old(
     kept = [number for number, _ in zip(complete, range(keep), strict=False)]
     if len(kept) < keep:
         return []
-    for_ever = {int(latest), *first_of_periods(past, period_of)}
+
+    def whole(number: int) -> bool:
+        return _is_complete(folder / iteration_name(number))
+
+    for_ever = {int(latest), *first_of_periods(past, period_of, whole)}
     for_ever |= {number for number in past if interval and number % interval == 0}
     return [number for number in past if number < kept[-1] and number not in for_ever]
 
 
-def first_of_periods(numbers: Iterable[int], period_of: Callable[[int], int]) -> set[int]:
-    """The first iteration of each period from 1 on."""
+def first_of_periods(
+    numbers: Iterable[int],
+    period_of: Callable[[int], int],
+    is_complete: Callable[[int], bool] = lambda number: True,
+) -> set[int]:
+    """The first complete iteration of each period from 1 on."""
     found: set[int] = set()
     period = 0
     for number in sorted(numbers):
-        if period_of(number) > period:
+        if period_of(number) > period and is_complete(number):
             found.add(number)
             period = period_of(number)
     return found
