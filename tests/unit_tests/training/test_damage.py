@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo  # noqa: E402
 
 from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads  # noqa: E402
 from trinity_megatron.errors import UserError  # noqa: E402
+from trinity_megatron.training import damage  # noqa: E402
 from trinity_megatron.training.damage import (  # noqa: E402
     check_on_damage,
     find_damage,
@@ -186,3 +187,21 @@ def test_what_does_not_go_together(changes: dict[str, object], message: str) -> 
     with pytest.raises(UserError, match=f"--on-damage previous .*{message}.* Remedy"):
         check_on_damage(Namespace(**good | changes))
     check_on_damage(Namespace(**good | changes | {"on_damage": "fail"}))
+
+
+def test_a_disk_that_one_rank_does_not_see_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not mounted there, or cannot be read: the checkpoint is not renamed for that."""
+    assert damage._find_on_rank(tmp_path, 0, 2)[0] is not None
+    message, unseen = damage._find_on_rank(tmp_path, 1, 2)
+    assert message is None and unseen is not None and unseen.startswith("rank 1 does not see")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / ".metadata").write_bytes(b"")
+    monkeypatch.setattr(damage, "TorchDistReader", refuse)
+    for rank in (0, 1):
+        message, unseen = damage._find_on_rank(tmp_path, rank, 2)
+        assert message is None and unseen is not None and "Permission denied" in unseen

@@ -16,6 +16,7 @@ enter_host()
 from megatron.training import checkpointing, training  # noqa: E402
 
 from trinity_megatron.training.arguments.value_ranges import check_keep_last  # noqa: E402
+from trinity_megatron.training.callbacks import retention  # noqa: E402
 from trinity_megatron.training.callbacks.callback import callbacks_in_training_loop  # noqa: E402
 from trinity_megatron.training.callbacks.retention import (  # noqa: E402
     choose_old,
@@ -197,3 +198,11 @@ def test_refused(given: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Remedy: ") as error:
         check_keep_last(run(tmp_path, **given))
     assert words in str(error.value)
+
+
+def test_the_first_complete_one_of_a_period_stays() -> None:
+    """A save that was cut off is not what is kept of its period."""
+    found = retention.first_of_periods(
+        [400, 487, 500, 600, 900], lambda number: number // 450, lambda number: number != 487
+    )
+    assert found == {500, 900}
