@@ -167,9 +167,15 @@ def test_signal_that_would_not_save_is_refused(
 
 def test_two_runs_do_not_write_one_folder(data: Path, tmp_path: Path) -> None:
     (tmp_path / "arguments.txt").write_text("of the first run")
+    # As the first run is writing them: a tracker file that is not there yet would be made.
+    half, tracker = tmp_path / "checkpoints" / "iter_0000002", "latest_checkpointed_iteration.txt"
+    half.mkdir(parents=True)
+    (half.parent / tracker).write_text("2")
     with FileLock(tmp_path / ".lock"):  # as the first run holds it
-        second = start(data, tmp_path, 1, "--train-iters", "3")
+        flags = ("--train-iters", "3", "--on-damage", "previous")
+        second = start(data, tmp_path, 1, *flags)
         output = second.communicate(timeout=PATIENCE)[0].decode()
     assert second.returncode == 2, output
     assert f"error: --out {tmp_path} is being written by another run. Remedy: " in output
     assert (tmp_path / "arguments.txt").read_text() == "of the first run"
+    assert half.exists() and (half.parent / tracker).read_text() == "2"

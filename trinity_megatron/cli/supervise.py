@@ -69,17 +69,48 @@ def make_command(given: Sequence[str]) -> tuple[list[str], str]:
         UserError: There is no command, or no ``--out``.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--out", "--on-damage", "--load"):
+    for name in ("--out", "--load", "--ckpt-step", "--on-damage", "--non-persistent-ckpt-type"):
         parser.add_argument(name)
+    parser.add_argument("--ckpt-format", default="torch_dist")
+    for name in ("--finetune", "--no-verify-checksums"):
+        parser.add_argument(name, action="store_true")
     found, _ = parser.parse_known_args(list(given))
     if not given or not found.out:
         raise UserError(
             "supervise needs a command with the folder of its run. Remedy: trinity-megatron "
             "supervise -- train --data D --out O."
         )
+    _refuse_same_start(found)
     if given[0] != "train":
         return list(given), found.out
     command = [sys.executable, "-m", "trinity_megatron.cli", *given]
-    if not found.on_damage and not found.load:
+    if not found.on_damage and (flag := _needs_fail(found)):
+        print(f"supervise: with {flag} a damaged checkpoint ends the run", file=sys.stderr)
+    elif not found.on_damage:
         command += ["--on-damage", "previous"]
     return command, found.out
+
+
+def _needs_fail(found: argparse.Namespace) -> str | None:
+    """The flag that ``--on-damage previous`` is refused with; see `training/damage.py`."""
+    if found.non_persistent_ckpt_type:
+        return f"--non-persistent-ckpt-type {found.non_persistent_ckpt_type}"
+    if found.ckpt_format != "torch_dist":
+        return f"--ckpt-format {found.ckpt_format}"
+    return "--no-verify-checksums" if found.no_verify_checksums else None
+
+
+def _refuse_same_start(found: argparse.Namespace) -> None:
+    """Refuse what would let every start begin at the same step."""
+    own = Path(found.out, "checkpoints").resolve()
+    same = {
+        f"--load {found.load}": found.load and Path(found.load).resolve() != own,
+        f"--ckpt-step {found.ckpt_step}": found.ckpt_step,
+        "--finetune": found.finetune,
+    }
+    for flag in (flag for flag, is_given in same.items() if is_given):
+        raise UserError(
+            f"supervise with {flag}: each start would begin there again, and lose the steps since. "
+            "Remedy: leave it out to go on with the run in --out; to begin a run from another "
+            "checkpoint, --branch-from or --pretrained-checkpoint."
+        )

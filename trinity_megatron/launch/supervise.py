@@ -31,6 +31,8 @@ _USER_ERROR = re.compile(r"^(\[rank \d+\] )?error: .+")
 _EXCEPTION = re.compile(
     r"^(\[rank(?P<rank>\d+)\]: )?[\w.]*(Error|Exception|Iteration|Interrupt|Exit)\b.*"
 )
+# Of srun, which ends with the largest code: 143 of the ranks that were stopped then.
+_TASK_REFUSED = re.compile(rf"^srun: error: .*: Exited with exit code {USER_ERROR}$")
 # Of launch/local.py.
 _VERDICT = re.compile(r"^trinity-megatron: (?P<text>(rank (?P<rank>\d+) )?.+)")
 
@@ -136,6 +138,8 @@ class _Supervisor:
         code = self._child.wait()
         copying.join(timeout=5)  # a process that outlives the run may hold its error output
         self._child = None
+        if any(_TASK_REFUSED.match(line) for line in self._lines):
+            return USER_ERROR
         return code if code >= 0 else 128 - code
 
     def _copy_errors(self, source: Any) -> None:

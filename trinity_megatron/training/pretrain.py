@@ -118,12 +118,11 @@ def main() -> None:
 
         def begin(args: argparse.Namespace) -> None:
             check_exit_signal(args)
-            stack.enter_context(_alone_in(args))
             if args.out and os.environ.get("TRINITY_DEBUG") != "1":
                 log = Path(args.out) / LOGS_NAME / f"rank_{args.rank:05d}.log"
                 stack.enter_context(upstream_output_in(log))
 
-        args = parse_trinity_args(begin)
+        args = parse_trinity_args(lambda args: stack.enter_context(_alone_in(args)), begin)
         for line in check_upstream(REGISTRY.values(), allow_changes=args.allow_upstream_changes):
             tell_once(f"> Megatron-Core differs from the one this was written for: {line}")
         stack.enter_context(training_without_cuda() if ON_CPU else _training_with_cuda())

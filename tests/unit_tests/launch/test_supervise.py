@@ -146,3 +146,52 @@ def test_the_command() -> None:
     for bad in ([], ["train", "--data", "D"]):
         with pytest.raises(UserError, match="supervise needs a command"):
             make_command(bad)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--no-verify-checksums"], ["--non-persistent-ckpt-type=global"], ["--ckpt-format", "torch"]],
+)
+def test_flags_that_go_back_to_nothing(flags: list[str], capsys: pytest.CaptureFixture) -> None:
+    given = ["train", "--data", "D", "--out", "O", *flags]
+    assert make_command(given)[0][3:] == given  # else every start would be refused
+    assert f"with {' '.join(flags).replace('=', ' ')} a damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--load", "X"], ["--ckpt-step", "8"], ["--finetune"]])
+@pytest.mark.parametrize("program", [["train"], ["srun", "python", "pretrain.py"]])
+def test_every_start_from_the_same_step(program: list[str], flags: list[str]) -> None:
+    with pytest.raises(UserError, match=f"supervise with {' '.join(flags)}: each start would"):
+        make_command([*program, "--data", "D", "--out", "O", *flags])
+    own = [*program, "--data", "D", "--out", "O", "--load", "O/checkpoints"]
+    assert "O/checkpoints" in make_command(own)[0]
+
+
+def test_a_task_of_srun_that_refuses(tmp_path: Path) -> None:
+    words = (
+        "error: --lr -1 is out of range.\nsrun: error: node7: task 3: Exited with exit code 2\n"
+        "srun: error: node7: tasks 0-2: Terminated"
+    )
+    assert start(tmp_path, [[None, 0, words, 143]]).wait(timeout=60) == 2
+    assert "Not started again: what it says has to be mended" in story(tmp_path)[-1]
+
+
+def test_going_back_is_no_progress(tmp_path: Path) -> None:
+    # Step 20 is saved again and again, and was damaged each time.
+    plan = [[step, saved, "", 1] for step, saved in ((25, 20), (12, 10)) * 3]
+    assert start(tmp_path, plan, "--max-failures", "2").wait(timeout=60) == 1
+    lines = story(tmp_path)
+    assert len(lines) == 6
+    assert lines[-1].endswith("it has failed 6 times without a new checkpoint")
+
+
+def test_nobody_reads_its_error_output(tmp_path: Path) -> None:
+    # More than a pipe holds: the run must not wait for a terminal that was closed.
+    process = start(tmp_path, [[9, 5, "x" * 200_000, 1], [20, 20, "", 0]])
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0
+    assert [line.partition(" after")[0] for line in story(tmp_path)] == [
+        "start 1 from the beginning has failed in step 9",
+        "start 2 from step 15 has completed the run",
+    ]

@@ -1,5 +1,6 @@
 """What a run starts from: damaged checkpoints, lost names, another batch size."""
 
+import contextlib
 import re
 import shutil
 from argparse import Namespace
@@ -11,6 +12,7 @@ import torch
 
 from trinity_megatron.checkpoint.torch_dist.tracker import TRACKER_NAME
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
+from trinity_megatron.errors import UserError
 from trinity_megatron.model.architecture import ARGUMENT_DEST, MODEL_FIELDS
 
 enter_host()
@@ -173,6 +175,19 @@ def test_a_run_that_could_not_name_its_checkpoint_goes_on(
     assert "newest complete checkpoint now: 10" in capsys.readouterr().out
     start(checkpoints)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_a_dry_run_changes_nothing(is_dry: bool, checkpoints: Path) -> None:
+    cut(checkpoints / "iter_0000020" / "__0_0.distcp")
+    with contextlib.suppress(UserError):  # a dry run says that the latest is damaged
+        start(checkpoints, on_damage="previous", is_dry=is_dry)
+    names = {path.name for path in checkpoints.glob("*iter_*")}
+    assert names == {"iter_0000010", f"{'' if is_dry else 'damaged_'}iter_0000020"}
+    assert (checkpoints / TRACKER_NAME).read_text() == ("20" if is_dry else "10")
+    (checkpoints / TRACKER_NAME).unlink()
+    start(checkpoints, is_dry=is_dry)
+    assert (checkpoints / TRACKER_NAME).exists() is not is_dry
 
 
 def test_a_name_that_stands_is_left_alone(checkpoints: Path) -> None:

@@ -115,6 +115,11 @@ def check_spikes(args: argparse.Namespace) -> None:
             f"{flag} with --rerun-mode {args.rerun_mode}: Megatron's engine ends the run where "
             "this one goes on. Remedy: drop one of them."
         )
+    if args.fp16:
+        raise UserError(
+            f"{flag} with --fp16: its loss scaling skips steps by a rule of its own, which none of "
+            "the counts would show. Remedy: --bf16, or drop --skip-spikes."
+        )
     if args.optimizer_cuda_graph:
         raise UserError(
             f"{flag} with --optimizer-cuda-graph: the captured step cannot be skipped. Remedy: "

@@ -53,12 +53,17 @@ def check_megatron_version(version: str = megatron_version) -> None:
         )
 
 
+type _Hook = Callable[[argparse.Namespace], object]
+
+
 def parse_trinity_args(
-    on_checked: Callable[[argparse.Namespace], object] | None = None, *, is_dry: bool = False
+    on_parsed: _Hook | None = None, on_checked: _Hook | None = None, *, is_dry: bool = False
 ) -> argparse.Namespace:
     """Parse ``sys.argv`` with Megatron's parser and ours, check, and set Megatron's globals.
 
     Args:
+        on_parsed: Called before the checks, which read the checkpoint of a resume and may name
+            another one as the latest.
         on_checked: Called with the arguments when they are right and nothing is written yet.
         is_dry: Leave Megatron's list of the arguments out: nothing is written then.
 
@@ -77,6 +82,8 @@ def parse_trinity_args(
     refuse_flags(args, parsers[0])
     manifest = _read_manifest(args.data)
     args.is_dry = is_dry
+    if on_parsed:
+        on_parsed(args)
     check_args(args, manifest)
     del args.is_dry  # no argument of the run
     if on_checked:

@@ -22,7 +22,7 @@ from trinity_megatron.checkpoint.save_worker import write_or_say
 from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
 from trinity_megatron.checkpoint.torch_dist.tracker import iteration_name, read_tracker
 from trinity_megatron.checkpoint.worker_watch import find_ended_worker, watched_worker
-from trinity_megatron.errors import UserError
+from trinity_megatron.errors import MachineError, UserError
 from trinity_megatron.process.screen import tell_once
 from trinity_megatron.training.callbacks.callback import Callback
 from trinity_megatron.training.preflight import checkpoint_bytes, format_bytes
@@ -86,10 +86,12 @@ class SaveErrors(Callback):
         self._begun.append((iteration, save_folder(args, non_persistent)))
 
     def on_checkpoint_error(self, error: BaseException) -> None:
-        """Raise a ``UserError`` where the disk or memory is at fault.
+        """Raise a ``UserError`` where the disk is at fault.
 
         Raises:
             UserError: Names the folder, the free space and the last complete checkpoint.
+            MachineError: The process that writes was killed, and whoever starts the run again may
+                save; or this is not rank 0, and only that knows.
         """
         begun = [(step, folder) for step, folder in self._begun if step > _latest(folder)]
         if not (begun := begun or self._begun[-1:]):
@@ -97,17 +99,17 @@ class SaveErrors(Callback):
         args, (step, folder) = get_args(), begun[0]
         failure = find_failure(args, error, folder)
         if failure is None and args.rank and isinstance(error, CheckpointException):
-            raise UserError(f"the save of step {step} failed; rank 0 says why") from error
+            raise MachineError(f"the save of step {step} failed; rank 0 says why") from error
         if failure is None:
             return
-        reason, remedy = failure
+        kind, reason, remedy = failure
         if args.rank == 0 and args.ckpt_format == "torch_dist":
             discard_incomplete([folder / iteration_name(step) for step, folder in begun])
             with contextlib.suppress(OSError, ValueError):
                 mend_tracker(folder)
         latest = _latest(folder)
         stands = f"The checkpoint of step {latest} stands" if latest else "None stands"
-        raise UserError(
+        raise kind(
             f"the save of step {step} to {folder} failed: {reason}. {stands}. Remedy: {remedy}; "
             "the same command then goes on from the latest checkpoint."
         ) from error
@@ -133,14 +135,15 @@ def _latest(folder: Path) -> int:
 
 def find_failure(
     args: argparse.Namespace, error: BaseException, folder: Path
-) -> tuple[str, str] | None:
+) -> tuple[type[UserError | MachineError], str, str] | None:
     """What is at fault and what the user can do; None where it is neither disk nor memory."""
     if ended := find_ended_worker(error):
-        return ended, "look whether the machine ran out of memory, or save without --async-save"
+        remedy = "look whether the machine ran out of memory, or save without --async-save"
+        return MachineError, ended, remedy
     number = find_reason(error, folder)
     if number is None:
         return None
-    return describe(args, folder, number), _REMEDIES.get(number, "mend that")
+    return UserError, describe(args, folder, number), _REMEDIES.get(number, "mend that")
 
 
 def find_reason(error: BaseException, folder: Path) -> int | None:

@@ -9,12 +9,14 @@ bias.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
+from trinity_megatron.checkpoint.torch_dist.tracker import iteration_name
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.config import TrinityConfig
 from trinity_megatron.optimizer.sharded.optimizer_chain import SkippingOptimizer
@@ -24,6 +26,7 @@ from trinity_megatron.telemetry.step_loss import StepLoss
 from trinity_megatron.telemetry.step_statistics import statistics_of
 from trinity_megatron.training.callbacks.callback import Callback
 from trinity_megatron.training.callbacks.gradient_check import latest_checkpoint
+from trinity_megatron.training.callbacks.save_errors import save_folder
 from trinity_megatron.training.callbacks.step_metrics import is_logging_step
 from trinity_megatron.training.resume import read_saved_args
 
@@ -122,11 +125,21 @@ def _saved_state() -> dict[str, Any] | None:
     args = get_args()
     if not args.iteration or args.finetune or not args.load:
         return None
-    try:  # its checksum was compared when it was loaded
-        saved, _ = read_saved_args(Path(args.load), args.iteration, verify_checksums=False)
-    except UserError:  # of another format
-        saved = None
-    state = getattr(saved, "spike_window_state", None)
+    state = None
+    for folder in _loaded_folders(args):
+        try:  # its checksum was compared when it was loaded
+            saved, _ = read_saved_args(folder, args.iteration, verify_checksums=False)
+        except UserError:  # of another format
+            continue
+        state = getattr(saved, "spike_window_state", None)
     if state is None:
         tell_once("> --skip-spikes: the checkpoint holds no losses to compare with; they are new")
     return state
+
+
+def _loaded_folders(args: argparse.Namespace) -> list[Path]:
+    """Where the step that was loaded may lie; Megatron takes the newer one of two checkpoints."""
+    folders = [Path(args.load)]
+    if args.non_persistent_ckpt_type == "global":
+        folders.append(save_folder(args, is_passing=True))
+    return [folder for folder in folders if (folder / iteration_name(args.iteration)).is_dir()]

@@ -20,6 +20,7 @@ enter_host()
 from megatron.training import global_vars, training  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
+from trinity_megatron.errors import MachineError  # noqa: E402
 from trinity_megatron.training.callbacks import save_errors  # noqa: E402
 from trinity_megatron.training.callbacks.callback import callbacks_in_training_loop  # noqa: E402
 from trinity_megatron.training.callbacks.save_errors import (  # noqa: E402
@@ -178,9 +179,18 @@ def test_what_is_not_the_disk_is_as_it_was(
 def test_other_ranks_leave_the_word_to_rank_0(args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     args.rank = 1
     save_with(CheckpointException("write", {}), monkeypatch)
-    with saves_of_the_loop(), pytest.raises(ValueError, match=r"step 5 failed; rank 0 says why"):
+    # No UserError: whoever starts the run again goes by what rank 0 says.
+    with saves_of_the_loop(), pytest.raises(MachineError, match=r"step 5 failed; rank 0 says why"):
         training.save_checkpoint(5, [], None)
     assert (Path(args.save) / "iter_0000005").exists()
+
+
+def test_a_killed_process_that_writes(args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("the process that writes for rank 1 was ended by SIGKILL")
+    save_with(failure_of_a_rank(error), monkeypatch)
+    with saves_of_the_loop(), pytest.raises(MachineError, match=r"rank 1 was ended by SIGKILL\. N"):
+        training.save_checkpoint(5, [], None)
+    assert not (Path(args.save) / "iter_0000005").exists()
 
 
 def test_an_asynchronous_save(args: Any, monkeypatch: pytest.MonkeyPatch) -> None:

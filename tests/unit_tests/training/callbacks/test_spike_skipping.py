@@ -13,7 +13,7 @@ from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 
 enter_host()
 
-from megatron.training import global_vars  # noqa: E402
+from megatron.training import get_args, global_vars  # noqa: E402
 
 from trinity_megatron.errors import UserError  # noqa: E402
 from trinity_megatron.training.arguments.checks import check_spikes  # noqa: E402
@@ -60,6 +60,27 @@ def test_it_ends_and_names_the_checkpoint(world: Path) -> None:
         judge_step(skipping, 40 + MOST_IN_A_ROW, 1e9)
 
 
+@pytest.mark.parametrize("folder", ["", "non_persistent"])
+def test_the_window_of_a_checkpoint(folder: str, world: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    before = SpikeSkipping(SimpleNamespace(), sigma=6.0, window=8)
+    before.on_train_start()
+    for step in range(1, 9):
+        judge_step(before, step, 4.0 + step % 2)
+    before.on_checkpoint_save_start(8, None, None, non_persistent=bool(folder))
+    args = get_args()
+    made = world / folder / "iter_0000008"
+    made.mkdir(parents=True)
+    dist_checkpointing.save({"args": args}, str(made))
+    args.iteration, args.load, args.non_persistent_ckpt_type = 8, str(world), "global"
+    args.non_persistent_global_ckpt_dir = None
+    after = SpikeSkipping(SimpleNamespace(), sigma=6.0, window=8)
+    after.on_train_start()
+    assert judge_step(after, 9, 9.0)
+    assert not judge_step(after, 10, 4.5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -67,6 +88,7 @@ def test_it_ends_and_names_the_checkpoint(world: Path) -> None:
         ({"spike_window": 7}, "at least 8"),
         ({"rerun_mode": "validate_results"}, "--rerun-mode validate_results"),
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
+        ({"fp16": True}, "--fp16: its loss scaling"),
     ],
 )
 def test_what_does_not_go_together(changes: dict[str, object], message: str) -> None:
@@ -75,6 +97,7 @@ def test_what_does_not_go_together(changes: dict[str, object], message: str) -> 
         "spike_window": 8,
         "rerun_mode": "disabled",
         "optimizer_cuda_graph": False,
+        "fp16": False,
     }
     check_spikes(Namespace(**good))
     with pytest.raises(UserError, match=message):
