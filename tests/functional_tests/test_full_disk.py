@@ -1,4 +1,4 @@
-"""A disk that refuses a save ends the run with one error; the checkpoint before it stands."""
+"""A disk that refuses a save: one message, the checkpoint before it stands, the run goes on."""
 
 import subprocess
 import sys
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional_tests.launch import SMALL, environment, run_script
+from tests.functional_tests.launch import SMALL, environment, only_in_all, run_script
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-# From the third step on no file may have more than 100 kB.
+# From the third step on, up to that of MENDED, no file may have more than 100 kB.
 SCRIPT = """
 import functools
+import os
 import resource
 from trinity_megatron.training import pretrain
 from megatron.training import get_args, training
@@ -22,9 +23,9 @@ train_step = training.train_step
 
 @functools.wraps(train_step)  # the registry knows what it wraps
 def fill_disk(*args, **kwargs):
-    if get_args().curr_iteration == 2:
-        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    is_full = 2 <= get_args().curr_iteration < int(os.environ.get("MENDED", "99"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if is_full else hard, hard))
     return train_step(*args, **kwargs)
 
 if __name__ == "__main__":  # the helper processes of a save import this module again
@@ -33,9 +34,16 @@ if __name__ == "__main__":  # the helper processes of a save import this module 
 """
 
 
-def test_the_checkpoint_before_stands(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--train-iters", "4"], id="last"),
+        pytest.param(["--on-failed-save", "fail"], marks=only_in_all, id="fail"),
+    ],
+)
+def test_the_checkpoint_before_stands(flags: list[str], data: Path, tmp_path: Path) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
-    result = run_script(SCRIPT, data, tmp_path, "--save-interval", "2")
+    result = run_script(SCRIPT, data, tmp_path, "--save-interval", "2", *flags)
     assert result.returncode != 0
     expected = f"error: the save of step 4 to {checkpoints} failed: File too large. "
     assert result.stderr.count(expected) == 1, result.stderr
@@ -44,6 +52,20 @@ def test_the_checkpoint_before_stands(data: Path, tmp_path: Path) -> None:
     assert "CheckpointException" not in own
     assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert not (checkpoints / "iter_0000004").exists()
+
+
+def test_the_training_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MENDED", "6")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    result = run_script(SCRIPT, data, tmp_path, "--save-interval", "2", "--train-iters", "8")
+    assert result.returncode == 0, result.stderr
+    said = result.stdout + result.stderr
+    for step in (4, 6):
+        warning = f"> WARNING: the save of step {step} to {checkpoints} failed: File too large. "
+        assert said.count(warning) == 1, said
+    assert said.count("The training goes on (--on-failed-save continue)") == 2
+    assert {path.name for path in checkpoints.glob("iter_*")} == {"iter_0000002", "iter_0000008"}
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "8"
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from trinity_megatron.checkpoint.torch_dist.tracker import (
 )
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.screen import tell, tell_once
+from trinity_megatron.training.first_rank import from_first_rank
 from trinity_megatron.upstream.registry import replaced
 
 # No reader of checkpoints looks at such a name.
@@ -195,14 +196,14 @@ def leave_damage_behind(folder: Path, *, has_schedule: bool = False) -> None:
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     has_gone_back = False
-    while (step := _from_first(lambda: latest_step(folder))) is not None:
+    while (step := from_first_rank(lambda: latest_step(folder))) is not None:
         found, unseen = _find_on_rank(folder / iteration_name(step), rank, ranks)
         message, unseen = agree(found, lambda: ""), agree(unseen, lambda: "")
         if unseen is not None:
             raise OSError(f"--on-damage previous: {unseen}. Nothing was set aside.")
         if message is None:
             break
-        refusal = _from_first(partial(_refusal, folder, step, message))
+        refusal = from_first_rank(partial(_refusal, folder, step, message))
         if refusal is not None:
             raise UserError(refusal)
         has_gone_back = True
@@ -218,10 +219,3 @@ def _refusal(folder: Path, step: int, message: str) -> str | None:
     except (UserError, OSError) as error:
         return str(error)
     return None
-
-
-def _from_first[Value](make: Callable[[], Value]) -> Value:
-    """What a function returns on rank 0, on all ranks."""
-    box: list[Any] = [make() if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]

@@ -65,6 +65,7 @@ from trinity_megatron.training.arguments.parser import parse_trinity_args  # noq
 from trinity_megatron.training.arguments.parser_errors import megatron_refusals  # noqa: E402
 from trinity_megatron.training.branch import annealing_of  # noqa: E402
 from trinity_megatron.training.callbacks.callback import callbacks_in_training_loop  # noqa: E402
+from trinity_megatron.training.callbacks.disk_errors import explain_disk_error  # noqa: E402
 from trinity_megatron.training.callbacks.disk_space import disk_watched  # noqa: E402
 from trinity_megatron.training.callbacks.end_of_run import ValidationTokens, finish_run  # noqa: E402
 from trinity_megatron.training.callbacks.finite_check import FiniteCheck  # noqa: E402
@@ -75,10 +76,7 @@ from trinity_megatron.training.callbacks.oom_report import explain, is_out_of_me
 from trinity_megatron.training.callbacks.progress import Progress  # noqa: E402
 from trinity_megatron.training.callbacks.replica_check import ReplicaCheck  # noqa: E402
 from trinity_megatron.training.callbacks.retention import old_checkpoints_deleted  # noqa: E402
-from trinity_megatron.training.callbacks.save_errors import (  # noqa: E402
-    explain_disk_error,
-    named_save_errors,
-)
+from trinity_megatron.training.callbacks.save_errors import named_save_errors  # noqa: E402
 from trinity_megatron.training.callbacks.signals import (  # noqa: E402
     EndedBySignal,
     check_exit_signal,

@@ -68,6 +68,12 @@ class RunConfig:
     """What to do where the latest checkpoint of the run is damaged: end and name the file, or set
     it aside and go on from the newest whole one before it."""
 
+    on_failed_save: str = field(
+        default="continue", metadata={"argparse_meta": {"choices": ["continue", "fail"]}}
+    )
+    """What to do where the disk refuses a save: say so and train on, as long as a later save
+    succeeds, or end at once."""
+
     check_replicas: int | None = field(default=None, metadata={"argparse_meta": {"metavar": "N"}})
     """Compare checksums of parameters, expert bias and counters over data-parallel ranks every N
     steps and before each save; end where a rank differs.  Default: do not."""

@@ -43,8 +43,8 @@ class Callback:
             result: What Megatron's ``train_step`` has returned.
         """
 
-    def should_save(self, iteration: int) -> bool:
-        """Whether a checkpoint of this step is needed."""
+    def should_save(self, iteration: int, *, non_persistent: bool) -> bool:
+        """Whether a checkpoint of this step is needed and possible; all ranks agree."""
         return True
 
     def on_checkpoint_save_start(
@@ -65,8 +65,13 @@ class Callback:
     def on_checkpoint_finalize_end(self) -> None:
         """Run after each look at the asynchronous saves, whether or not one has ended."""
 
-    def on_checkpoint_error(self, error: BaseException) -> None:
-        """Run where a save has failed; may raise a better error."""
+    def on_checkpoint_error(self, error: BaseException) -> bool:
+        """Run where a save has failed; may raise a better error.
+
+        Returns:
+            Whether the training goes on without that save; all ranks agree.
+        """
+        return False
 
     def on_evaluation_start(self) -> None:
         """Run before an evaluation on the validation or test set."""
@@ -133,15 +138,22 @@ def _around_step(callbacks: Sequence[Callback]) -> _Make:
 def _around_save(callbacks: Sequence[Callback]) -> _Make:
     def make(save: _Function) -> _Function:
         def wrapper(iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-            if not all(callback.should_save(iteration) for callback in callbacks):
-                return None
             non_persistent = kwargs.get("non_persistent_ckpt", False)
+            if not all(
+                callback.should_save(iteration, non_persistent=non_persistent)
+                for callback in callbacks
+            ):
+                return None
             for callback in callbacks:
                 callback.on_checkpoint_save_start(
                     iteration, model, optimizer, non_persistent=non_persistent
                 )
-            with _errors_to(callbacks):
+            try:
                 result = save(iteration, model, optimizer, *args, **kwargs)
+            except BaseException as error:  # torch's error of a save is no Exception
+                if _goes_on(callbacks, error):
+                    return None
+                raise
             for callback in reversed(callbacks):
                 callback.on_checkpoint_save_end(iteration)
             return result
@@ -154,8 +166,13 @@ def _around_save(callbacks: Sequence[Callback]) -> _Make:
 def _around_finalize(callbacks: Sequence[Callback]) -> _Make:
     def make(finalize: _Function) -> _Function:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            with _errors_to(callbacks):
-                result = finalize(*args, **kwargs)
+            while True:  # several saves may have ended, and one of them failed
+                try:
+                    result = finalize(*args, **kwargs)
+                    break
+                except BaseException as error:
+                    if not _goes_on(callbacks, error):
+                        raise
             for callback in reversed(callbacks):
                 callback.on_checkpoint_finalize_end()
             return result
@@ -180,13 +197,7 @@ def _around_evaluation(callbacks: Sequence[Callback]) -> _Make:
     return make
 
 
-@contextmanager
-def _errors_to(callbacks: Sequence[Callback]) -> Iterator[None]:
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # torch's error of a save is no Exception
-        for callback in callbacks:
-            callback.on_checkpoint_error(error)
-        raise
+def _goes_on(callbacks: Sequence[Callback], error: BaseException) -> bool:
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return False
+    return any([callback.on_checkpoint_error(error) for callback in callbacks])

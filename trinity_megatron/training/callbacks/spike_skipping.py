@@ -28,6 +28,7 @@ from trinity_megatron.training.callbacks.callback import Callback
 from trinity_megatron.training.callbacks.gradient_check import latest_checkpoint
 from trinity_megatron.training.callbacks.save_errors import save_folder
 from trinity_megatron.training.callbacks.step_metrics import is_logging_step
+from trinity_megatron.training.first_rank import from_first_rank
 from trinity_megatron.training.resume import read_saved_args
 
 SKIPPED_TAG = "train/skipped_steps"
@@ -54,11 +55,10 @@ class SpikeSkipping(Callback):
     def on_train_start(self) -> None:
         """Go on with the window of the checkpoint."""
         self._statistics.step_loss = self._loss
-        state = [_saved_state() if get_args().rank == 0 else None]
-        torch.distributed.broadcast_object_list(state, src=0)
-        if state[0] is not None:
-            self._rule.load_state_dict(state[0]["window"])
-            self._num_skipped, self._num_in_a_row = state[0]["skipped"], state[0]["in_a_row"]
+        state = from_first_rank(_saved_state)
+        if state is not None:
+            self._rule.load_state_dict(state["window"])
+            self._num_skipped, self._num_in_a_row = state["skipped"], state["in_a_row"]
 
     def on_train_step_start(self, iteration: int, model: Any, optimizer: Any) -> None:
         """Have the optimizer ask before its update."""
@@ -141,5 +141,5 @@ def _loaded_folders(args: argparse.Namespace) -> list[Path]:
     """Where the step that was loaded may lie; Megatron takes the newer one of two checkpoints."""
     folders = [Path(args.load)]
     if args.non_persistent_ckpt_type == "global":
-        folders.append(save_folder(args, is_passing=True))
+        folders.append(save_folder(is_passing=True))
     return [folder for folder in folders if (folder / iteration_name(args.iteration)).is_dir()]

@@ -29,6 +29,7 @@ RUN_FLAGS = (
     "--skip-spikes",
     "--spike-window",
     "--on-damage",
+    "--on-failed-save",
     "--check-replicas",
     "--allow-data-change",
     "--refuse-long-conversations",

@@ -20,14 +20,14 @@ enter_host()
 from megatron.training import global_vars, training  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
-from trinity_megatron.errors import MachineError  # noqa: E402
-from trinity_megatron.training.callbacks import save_errors  # noqa: E402
+from trinity_megatron.errors import MachineError, UserError  # noqa: E402
+from trinity_megatron.training.callbacks import disk_errors, save_errors  # noqa: E402
 from trinity_megatron.training.callbacks.callback import callbacks_in_training_loop  # noqa: E402
-from trinity_megatron.training.callbacks.save_errors import (  # noqa: E402
+from trinity_megatron.training.callbacks.disk_errors import (  # noqa: E402
     explain_disk_error,
     find_reason,
-    named_save_errors,
 )
+from trinity_megatron.training.callbacks.save_errors import named_save_errors  # noqa: E402
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -40,10 +40,10 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     args = SimpleNamespace(
         save=str(save), load=str(save), iteration=0, finetune=False, async_save=False, rank=0,
         ckpt_format="torch_dist", non_persistent_ckpt_type="global",
-        non_persistent_global_ckpt_dir=None,
+        non_persistent_global_ckpt_dir=None, on_failed_save="fail", train_iters=100,
     )  # fmt: skip
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
-    monkeypatch.setattr(save_errors, "checkpoint_bytes", lambda args: 3_000_000)
+    monkeypatch.setattr(disk_errors, "checkpoint_bytes", lambda args: 3_000_000)
     return args
 
 
@@ -116,8 +116,10 @@ def saves_of_the_loop() -> Iterator[None]:
         yield
 
 
-def save_with(error: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A save of Megatron's that leaves half a checkpoint and fails."""
+def save_with(
+    error: BaseException | None, monkeypatch: pytest.MonkeyPatch, *, at: int | None = None
+) -> None:
+    """Saves of Megatron's, of which that of a step (None: each) leaves half of it and fails."""
 
     def save(iteration: int, *given: Any, **settings: Any) -> None:
         args = global_vars.get_args()
@@ -126,7 +128,7 @@ def save_with(error: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> A
             folder /= "non_persistent"
         (folder / f"iter_{iteration:07d}").mkdir(parents=True)
         (folder / f"iter_{iteration:07d}" / "__0_0.distcp").write_bytes(b"half")
-        if error is not None:
+        if error is not None and at in (None, iteration):
             raise error
         (folder / TRACKER).write_text(str(iteration))
 
@@ -193,9 +195,89 @@ def test_a_killed_process_that_writes(args: Any, monkeypatch: pytest.MonkeyPatch
     assert not (Path(args.save) / "iter_0000005").exists()
 
 
+def test_the_training_goes_on(
+    args: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args.on_failed_save = "continue"
+    save_with(failure_of_a_rank(FULL), monkeypatch, at=4)
+    with saves_of_the_loop():
+        for step in (2, 4, 6):  # a later one is there: all is well
+            training.save_checkpoint(step, [], None)
+    names = {path.name for path in Path(args.save).iterdir()}
+    assert names == {"iter_0000002", "iter_0000006", TRACKER}
+    words = capsys.readouterr().out
+    assert words.count("> WARNING: the save of step 4 to") == 1
+    assert words.count("latest checkpoint. The training goes on (--on-failed-save continue)") == 1
+
+
+@pytest.mark.parametrize("end", [None, SystemExit(0)])
+def test_an_end_without_its_save_is_no_end(
+    end: SystemExit | None,
+    args: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args.on_failed_save = "continue"
+    save_with(failure_of_a_rank(FULL), monkeypatch, at=100)
+    words = r"save of step 100 .* No space left .* step 50 stands. Remedy: make space"
+    with pytest.raises(UserError, match=words), saves_of_the_loop():
+        training.save_checkpoint(50, [], None)
+        training.save_checkpoint(100, [], None)
+        if end:
+            raise end
+    assert "goes on" not in capsys.readouterr().out  # it does not
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_disk_without_space_is_not_tried(
+    is_full: bool, args: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args.on_failed_save = "continue"
+    save_with(None, monkeypatch)
+    if is_full:
+        monkeypatch.setattr(disk_errors, "checkpoint_bytes", lambda args: 10**18)
+    else:  # read-only, or over a quota
+        monkeypatch.setattr(disk_errors, "probe", lambda folder: errno.EROFS)
+    with pytest.raises(UserError, match="step 4"), saves_of_the_loop():
+        training.save_checkpoint(4, [], None)
+    assert not (Path(args.save) / "iter_0000004").exists()
+    reason = "No space left on device" if is_full else "Read-only file system"
+    assert f"the save of step 4 to {args.save} failed: {reason}" in capsys.readouterr().out
+
+
+def test_what_one_rank_alone_knows_ends_the_run(args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    args.on_failed_save = "continue"
+    save_with(FULL, monkeypatch)  # no CheckpointException: the other ranks wait
+    with saves_of_the_loop(), pytest.raises(UserError, match="step 4"):
+        training.save_checkpoint(4, [], None)
+
+
+def test_one_of_several_asynchronous_saves(args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    args.async_save, args.on_failed_save = True, "continue"
+    ended = [failure_of_a_rank(FULL), None]
+    monkeypatch.setattr(save_errors, "is_empty_async_queue", lambda: not ended)
+
+    def finalize(blocking: bool = False) -> None:
+        while ended:
+            if error := ended.pop(0):
+                raise error
+            (Path(args.save) / TRACKER).write_text("4")
+
+    save_with(None, monkeypatch)
+    monkeypatch.setattr(training, "maybe_finalize_async_save", finalize)
+    with saves_of_the_loop():
+        for step in (2, 4):
+            training.save_checkpoint(step, [], None)
+        (Path(args.save) / TRACKER).unlink()  # neither is complete yet
+        training.maybe_finalize_async_save(blocking=True)
+        assert not ended
+    assert {path.name for path in Path(args.save).iterdir()} == {"iter_0000004", TRACKER}
+
+
 def test_an_asynchronous_save(args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first that is not complete is named when it is finalized, steps later."""
     args.async_save = True
+    monkeypatch.setattr(save_errors, "is_empty_async_queue", lambda: False)
 
     def finalize(blocking: bool = False) -> None:
         if blocking:
