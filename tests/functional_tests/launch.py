@@ -178,4 +178,5 @@ def entry(data: Path, folder: Path, job: Job) -> dict[str, Any]:
     if job.checkpoints:
         flags += ["--save", str(job.checkpoints), "--load", str(job.checkpoints)]
         flags += ["--save-interval", "10"]
-    return {"flags": flags + job.flags.split(), "probe": job.probe}
+    flags += job.flags.split()
+    return {"flags": flags, "probe": job.probe, "save": str(job.checkpoints)}

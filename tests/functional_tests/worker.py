@@ -3,6 +3,7 @@
 python worker.py PLAN.json      # or without: the plans that stdin names, one a line
 """
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -17,7 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException
+
+from tests.functional_tests.kills import killed, look
 
 
 def train(job: dict[str, Any]) -> None:
@@ -50,6 +55,7 @@ def probed(
     gather_state: bool = False,
     tokens: str | None = None,
     poison: list[int] | None = None,
+    kill: dict[str, Any] | None = None,
 ) -> Iterator[None]:
     """Record the routers' state as each step finds it; spoil the gradient of some steps.
 
@@ -61,6 +67,7 @@ def probed(
         collectives: Prefix of the files of ``counted``, one for each rank.
         tokens: Prefix of the files of ``read_tokens``, one for each rank.
         poison: Steps (1-based) whose labels are all the same token.
+        kill: See ``kills.killed``.
         gather_state: Save and load the optimizer's state as Megatron does, see ``gathered``.
     """
     from trinity_megatron.model import layer_specs
@@ -95,6 +102,7 @@ def probed(
             gathered(gather_state),
             read_tokens(tokens),
             poisoned(poison or []),
+            killed(kill),
         ):
             yield
     finally:
@@ -363,7 +371,9 @@ def import_once() -> None:
 def run_worlds(plan: str) -> None:
     """Run the worlds of a plan one after the other, each in processes of its own."""
     for world in json.loads(Path(plan).read_text()):
-        with tempfile.TemporaryDirectory() as folder:
+        kill = world["jobs"][-1]["probe"].get("kill")
+        ending = pytest.raises(ProcessExitedException) if kill else contextlib.nullcontext()
+        with tempfile.TemporaryDirectory() as folder, ending as ended:
             torch.multiprocessing.start_processes(
                 run_rank,
                 (world["ranks"], world["jobs"], f"{folder}/store"),
@@ -371,6 +381,9 @@ def run_worlds(plan: str) -> None:
                 # A process that has looked at a GPU cannot be forked.
                 start_method="spawn" if torch.cuda.is_available() else "fork",
             )
+        if kill:
+            assert ended.value.signal_name == "SIGKILL", ended.value
+            look(kill, Path(world["jobs"][-1]["save"]))
 
 
 def serve() -> None:
