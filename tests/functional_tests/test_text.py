@@ -1,15 +1,24 @@
-"""The model of a mixture of raw text reads the oracle's list, however the run is stopped."""
+"""The model of a mixture with raw text reads the oracle's list, however the run is stopped."""
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from tests.functional_tests.launch import Job, Logs, train
 from tests.functional_tests.test_mixture import SEED, SEQ_LENGTH, read_rows, train_until
-from tests.reference.text_order import Buffer, cut_lines, deal_rows, documents_of, make_encoder
+from tests.reference.text_order import (
+    Buffer,
+    Encode,
+    cut_lines,
+    deal_rows,
+    documents_of,
+    make_encoder,
+)
 from trinity_megatron.data.manifest import load_manifest
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -20,9 +29,10 @@ TEXT = """
 corpora:
   web:  {{path: web}}
   code: {{path: code, text_key: meta.body}}
+  notes: {{path: tokens/notes}}
 phases:
   - {{until: {0}, weights: {{web: 0.7, code: 0.3}}}}
-  - {{weights: {{code: 3, web: 1}}}}
+  - {{weights: {{code: 3, web: 1, notes: 2}}}}
 tokenizer: {1}
 order: rsdb
 rsdb: {{documents: {2}, streams: {3}}}
@@ -55,9 +65,20 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [json.dumps({"meta": {"body": text}}) for text in make_texts(150, 2000)]
     (folder / "code/c.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     tokenizer = load_manifest(data).tokenizer_path
+    write_tokens(folder / "tokens/notes", make_encoder(tokenizer))
     text = TEXT.format(PHASE * SEQ_LENGTH, tokenizer, DOCUMENTS, STREAMS)
     (folder / "mix.yaml").write_text(text)
     return folder
+
+
+def write_tokens(prefix: Path, encode: Encode) -> None:
+    """A corpus that is prepared."""
+    prefix.parent.mkdir()
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for text in make_texts(200, 3000):
+        tokens = encode(text)
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +86,9 @@ def expected(data: Path, folder: Path) -> np.ndarray:
     """The tokens of the run by an oracle, ``[samples, seq_length]``."""
     web = [cut_lines(folder / f"web/{name}.jsonl", 2**16, STREAMS // 2) for name in "ab"]
     parts = {"web": web[0] + web[1], "code": deal_rows(make_texts(150, 2000), STREAMS)}
+    notes = make_texts(200, 3000)  # of less than 64 KiB for each stream
+    bounds = [200 * part // STREAMS for part in range(STREAMS + 1)]
+    parts["notes"] = [notes[one:end] for one, end in itertools.pairwise(bounds)]
     encode = make_encoder(load_manifest(data).tokenizer_path)
     streams = [
         Buffer(
@@ -74,13 +98,14 @@ def expected(data: Path, folder: Path) -> np.ndarray:
                 )
                 for name, of in parts.items()
             },
-            [{"web": 7, "code": 3}, {"code": 3, "web": 1}],
+            [{"web": 7, "code": 3}, {"code": 3, "web": 1, "notes": 2}],
             lambda sample: int(sample >= PHASE),
             encode,
             documents=DOCUMENTS,
             seed=SEED,
             stream=stream,
             streams=STREAMS,
+            prepared=("notes",),
         )
         for stream in range(STREAMS)
     ]

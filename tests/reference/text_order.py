@@ -82,6 +82,7 @@ class Buffer:
         feeds: Documents of each corpus, by name.
         weights: Of each phase.
         phase_of: The phase of a sample.
+        prepared: Corpora that are tokenised: their documents have known lengths.
     """
 
     def __init__(
@@ -95,7 +96,9 @@ class Buffer:
         seed: int,
         stream: int,
         streams: int,
+        prepared: Sequence[str] = (),
     ) -> None:
+        self.prepared = prepared
         self.feeds, self.weights, self.phase_of, self.encode = feeds, weights, phase_of, encode
         self.documents, self.stream, self.streams = documents, stream, streams
         self.bits = np.random.Philox(key=[seed, stream])
@@ -113,8 +116,13 @@ class Buffer:
             weights = self.weights[phase]
             name = min(weights, key=lambda n: (Fraction(self.fed[n], weights[n]), n))
             text = next(self.feeds[name])
-            self.fed[name] += len(text.encode()) // 4 + 1
+            self.fed[name] += self.estimate(name, text)
             self.held.append([name, phase, text, None, 0])
+
+    def estimate(self, name: str, text: str) -> int:
+        if name in self.prepared:
+            return len(self.encode(text))
+        return len(text.encode()) // 4 + 1
 
     def sequence(self, length: int) -> list[int]:
         made: list[int] = []
@@ -128,7 +136,7 @@ class Buffer:
             if tokens is None:
                 tokens = entry[3] = self.encode(text)
                 if phase == self.phase:
-                    self.fed[name] += len(tokens) - (len(text.encode()) // 4 + 1)
+                    self.fed[name] += len(tokens) - self.estimate(name, text)
             taken = tokens[head : head + length - len(made)]
             made += taken
             entry[4] += len(taken)

@@ -45,6 +45,7 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
     from trinity_megatron.data.mixture.plan import make_plan
     from trinity_megatron.data.mixture.plan_table import format_plan
     from trinity_megatron.data.mixture.quantities import parse_tokens
+    from trinity_megatron.data.text.text_corpus import TextCorpus
 
     if args.seq_length < 1:
         raise UserError(f"--seq-length {args.seq_length} is below 1. Remedy: that of the run.")
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
             "the run consumes."
         )
     samples = -(-tokens // args.seq_length)
-    for corpus in find_texts(data):
-        print(f"{corpus.name}: {len(corpus.files)} files of text, {corpus.num_bytes:,} bytes")
+    for corpus in find_texts(data) if data.raw else ():
+        if isinstance(corpus, TextCorpus):  # the table has the others
+            print(f"{corpus.name}: {len(corpus.files)} files of text, {corpus.num_bytes:,} bytes")
     print(format_plan(make_plan(data, seq_length=args.seq_length, seed=args.seed, samples=samples)))
     return 0

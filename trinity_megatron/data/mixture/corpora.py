@@ -21,6 +21,7 @@ from trinity_megatron.data.mixture.definition import (
 from trinity_megatron.data.mixture.mixture_file import load_mixture
 from trinity_megatron.data.output_folder import DATA_FILES
 from trinity_megatron.data.text.text_corpus import TextCorpus, find_text
+from trinity_megatron.data.text.token_parts import TokenCorpus
 from trinity_megatron.errors import MissingInputError, UserError
 
 # The corpus of raw text that --data names itself.
@@ -32,13 +33,26 @@ _BYTES_OF_TOKEN = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # by code; 6 and 7 are n
 
 
 @dataclass(frozen=True)
+class RawText:
+    """Raw text that is validation data; a run tokenises it once.
+
+    Attributes:
+        place: A file, a folder or an address.
+        key: That names it in errors.
+    """
+
+    place: Path | StoredAt
+    key: str
+
+
+@dataclass(frozen=True)
 class IndexedCorpus:
     """A corpus in Megatron's format.
 
     Attributes:
         corpus: What the file of the mixture says of it.
         train: Prefix of its ``.bin`` and ``.idx``.
-        validation: Prefix of its validation data, if any.
+        validation: Its validation data, if any: a prefix, or raw text.
         documents: Number of its documents.
         tokens: Number of its tokens.
         manifest: Of the folder that ``prepare-data`` made; None for a bare prefix.
@@ -46,7 +60,7 @@ class IndexedCorpus:
 
     corpus: Corpus
     train: Path
-    validation: Path | None
+    validation: Path | RawText | None
     documents: int
     tokens: int
     manifest: DataManifest | None
@@ -58,16 +72,16 @@ class RawCorpus:
 
     Attributes:
         corpus: What the file of the mixture says of it.
-        validation: Prefix of its validation data, if any.
+        validation: Its validation data, if any: a prefix, or raw text.
     """
 
     corpus: Corpus
-    validation: Path | None
+    validation: Path | RawText | None
 
 
 @dataclass(frozen=True)
 class MixtureData:
-    """A mixture and its corpora: all indexed, or all raw text.
+    """A mixture and its corpora.
 
     Attributes:
         mixture: The file.
@@ -91,6 +105,17 @@ class MixtureData:
     def raw(self) -> dict[str, RawCorpus]:
         """The corpora of raw text."""
         return {n: item for n, item in self.corpora.items() if isinstance(item, RawCorpus)}
+
+    @property
+    def train_prefixes(self) -> list[str] | None:
+        """What Megatron's datasets read, in the order of the corpora; None where streams read."""
+        return None if self.raw else [str(item.train) for item in self.indexed.values()]
+
+    @property
+    def validation_prefixes(self) -> list[str] | None:
+        """The validation data in Megatron's format; None without."""
+        prefixes = [item.validation for item in self.validated.values()]
+        return [str(prefix) for prefix in prefixes if isinstance(prefix, Path)] or None
 
     @property
     def has_streams(self) -> bool:
@@ -146,8 +171,6 @@ def open_mixture(mixture: Mixture) -> MixtureData:
     raw = [name for name, item in corpora.items() if isinstance(item, RawCorpus)]
     if raw:
         _check_raw(mixture, raw)
-        if mixture.tokenizer is None:
-            return MixtureData(mixture, corpora, None, None)
     indexed = [item for item in corpora.values() if isinstance(item, IndexedCorpus)]
     prepared = [item for item in indexed if item.manifest is not None]
     manifest = prepared[0].manifest if prepared else None
@@ -155,6 +178,8 @@ def open_mixture(mixture: Mixture) -> MixtureData:
     tokenizer = mixture.tokenizer
     if tokenizer is None and manifest is not None:
         tokenizer = manifest.tokenizer_path
+    if tokenizer is None and raw:  # --tokenizer-model may name it
+        return MixtureData(mixture, corpora, None, None)
     if tokenizer is None:
         raise UserError(
             f"--data {mixture.file}: no corpus is a folder of prepare-data, so nothing says which "
@@ -171,18 +196,12 @@ def open_mixture(mixture: Mixture) -> MixtureData:
 def _check_raw(mixture: Mixture, raw: list[str]) -> None:
     """Refuse what a mixture of raw text cannot be."""
     key = f"--data {mixture.file}"
-    others = [name for name in mixture.corpora if name not in raw]
-    if others:
-        raise UserError(
-            f"{key}: corpora.{raw[0]} is raw text, and corpora.{others[0]} is not. Remedy: all "
-            "corpora prepared (trinity-megatron prepare-data), or all raw text."
-        )
     if mixture.order not in TEXT_ORDERS:
         raise UserError(
             f"{key}: order is {mixture.order}, which raw text cannot be read in: it has no index. "
             f"Remedy: order: {' or order: '.join(TEXT_ORDERS)}."
         )
-    for corpus in mixture.corpora.values():
+    for corpus in (mixture.corpora[name] for name in raw):
         if corpus.max_epochs is not None:
             raise UserError(
                 f"{key}: corpora.{corpus.name}.max_epochs is {corpus.max_epochs}, and the tokens "
@@ -191,62 +210,82 @@ def _check_raw(mixture: Mixture, raw: list[str]) -> None:
 
 
 def _open_corpus(mixture: Mixture, corpus: Corpus) -> IndexedCorpus | RawCorpus:
-    key = f"--data {mixture.file}: corpora.{corpus.name}"
-    if isinstance(corpus.path, StoredAt):
-        return _open_text(corpus, key)
-    manifest, train, validation = None, corpus.path, corpus.validation
-    if (corpus.path / MANIFEST_NAME).is_file():
-        manifest = load_manifest(corpus.path)
-        if manifest.inputs.chat is not None:
-            raise UserError(
-                f"{key}.path {corpus.path} holds conversations, which a mixture would read as "
-                "text. Remedy: --data with that folder, in a run of its own."
-            )
-        train, validation = manifest.train_prefix, validation or manifest.validation_prefix
-    elif corpus.path.exists():
-        return _open_text(corpus, key)
-    elif corpus.options != ReadOptions() or corpus.skips_bad_rows:
+    key, path = f"--data {mixture.file}: corpora.{corpus.name}", corpus.path
+    validation = _find_validation(corpus.validation, f"{key}.validation")
+    if isinstance(path, StoredAt) or not (path / MANIFEST_NAME).is_file() and path.exists():
+        _refuse_index(path, key)
+        return RawCorpus(corpus, validation)
+    is_read = isinstance(validation, RawText)
+    if not is_read and (corpus.options != ReadOptions() or corpus.skips_bad_rows):
         raise UserError(
-            f"{key}.path {corpus.path} is no raw text, and text_key, split_on or skip_bad_rows is "
+            f"{key}.path {path} is no raw text, and text_key, split_on or skip_bad_rows is "
             "given. Remedy: drop these, or the path of the text."
         )
+    manifest, train = None, path
+    if path.exists():
+        manifest = load_manifest(path)
+        if manifest.inputs.chat is not None:
+            raise UserError(
+                f"{key}.path {path} holds conversations, which a mixture would read as "
+                "text. Remedy: --data with that folder, in a run of its own."
+            )
+        train = manifest.train_prefix
+        if corpus.validation is None:
+            validation = _find_validation(manifest.validation_prefix, f"{key}.validation")
     documents, tokens = read_size(train, f"{key}.path")
     if not tokens:
         raise UserError(f"{key}.path {train} has no tokens. Remedy: drop the corpus.")
-    if validation is not None and not read_size(validation, f"{key}.validation")[1]:
-        validation = None
     return IndexedCorpus(corpus, train, validation, documents, tokens, manifest)
 
 
-def _open_text(corpus: Corpus, key: str) -> RawCorpus:
-    validation, path = corpus.validation, corpus.path
+def _refuse_index(path: Path | StoredAt, key: str) -> None:
+    """Refuse a folder of token ids where raw text is meant."""
     if isinstance(path, Path) and path.is_dir() and any(path.glob("*.idx")):
         prefix = next(path.glob("*.idx")).with_suffix("")
         raise UserError(
             f"{key}.path {path} holds an index of token ids and is no folder of prepare-data. "
             f"Remedy: the path of a .bin and .idx without that ending, such as {prefix}."
         )
-    if validation is not None and not read_size(validation, f"{key}.validation")[1]:
-        validation = None
-    return RawCorpus(corpus, validation)
 
 
-def find_texts(data: MixtureData) -> list[TextCorpus]:
-    """Look at the files of all corpora of raw text.
+def _find_validation(place: Path | StoredAt | None, key: str) -> Path | RawText | None:
+    """The validation data of a corpus; None without, and where they are empty."""
+    if place is None:
+        return None
+    if isinstance(place, StoredAt):
+        return RawText(place, key)
+    if (place / MANIFEST_NAME).is_file():
+        raise UserError(
+            f"{key} {place} is a folder of prepare-data. Remedy: {place / 'validation'}, the "
+            f"prefix of its validation data, or {place / 'train'}."
+        )
+    if place.exists() and not Path(f"{place}.idx").exists():
+        return RawText(place, key)
+    return place if read_size(place, key)[1] else None
+
+
+def find_texts(data: MixtureData) -> list[TextCorpus | TokenCorpus]:
+    """What the streams of a mixture with raw text read: the files of each corpus, in its order.
 
     Raises:
         UserError: One cannot be read; names the file and the remedy.
     """
-    return [
-        find_text(
+    found: list[TextCorpus | TokenCorpus] = []
+    for name, item in data.corpora.items():
+        key = f"--data {data.mixture.file}: corpora.{name}"
+        if isinstance(item, IndexedCorpus):
+            size = Path(f"{item.train}.bin").stat().st_size
+            found.append(TokenCorpus(name, key, item.train, item.documents, size))
+            continue
+        text = find_text(
             item.corpus.path,
             name=name,
-            key=f"--data {data.mixture.file}: corpora.{name}",
+            key=key,
             options=item.corpus.options,
             skips_bad_rows=item.corpus.skips_bad_rows,
         )
-        for name, item in data.raw.items()
-    ]
+        found.append(text)
+    return found
 
 
 def read_size(prefix: Path, key: str) -> tuple[int, int]:

@@ -33,7 +33,8 @@ class Corpus:
     Attributes:
         name: Its name in the file.
         path: Folder that ``prepare-data`` made, the prefix of a ``.bin`` and ``.idx``, or raw text.
-        validation: Prefix of its validation data; None for those of the folder, if any.
+        validation: Prefix of its validation data, or raw text; None for those of the folder, if
+            any.
         language: For the plan, and the losses by language.
         max_epochs: A plan that reads it more often is refused.
         options: How documents are found in raw text.
@@ -42,7 +43,7 @@ class Corpus:
 
     name: str
     path: Path | StoredAt
-    validation: Path | None = None
+    validation: Path | StoredAt | None = None
     language: str | None = None
     max_epochs: float | None = None
     options: ReadOptions = ReadOptions()

@@ -161,7 +161,7 @@ class _Reader:
         return Corpus(
             name=name,
             path=self.place(f"{key}.path", values["path"]),
-            validation=None if given is None else self.path(f"{key}.validation", given),
+            validation=None if given is None else self.place(f"{key}.validation", given),
             language=language,
             max_epochs=epochs,
             options=self.options(key, values),

@@ -1,7 +1,7 @@
 """The random sequential document buffer over raw text.
 
 Source: Trinity Large technical report, 3.2.  The buffer holds texts; a document is tokenised when
-it is chosen for the first time.
+it is chosen for the first time, unless its corpus is prepared.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from trinity_megatron.data.rsdb.document_buffer import UNKNOWN, DocumentBuffer
 from trinity_megatron.data.rsdb.feed import DocumentFeed, Documents
 from trinity_megatron.data.text.corpus_reader import CorpusReader
+from trinity_megatron.data.text.parts import Document
 from trinity_megatron.data.text.text_mixture import TextEncoder, TextMixture
 from trinity_megatron.data.text.text_stream import (
     SequentialTextStream,
@@ -47,14 +48,16 @@ class _Held:
     tokens: np.ndarray | None = None
 
     @classmethod
-    def of(cls, text: str) -> _Held:
-        content = text.encode("utf-8")
-        return cls(content, len(content), zlib.crc32(content))
+    def of(cls, document: Document) -> _Held:
+        if isinstance(document, str):
+            content = document.encode("utf-8")
+            return cls(content, len(content), zlib.crc32(content))
+        return cls(b"", document.nbytes, zlib.crc32(document), document)
 
     @property
     def estimate(self) -> int:
-        """Tokens, before they are counted."""
-        return self.num_bytes // _BYTES_PER_TOKEN + 1
+        """Tokens, which are counted only once the text is tokenised."""
+        return self.num_bytes // _BYTES_PER_TOKEN + (1 if self.tokens is None else 0)
 
 
 class _TextOrder:
@@ -65,8 +68,8 @@ class _TextOrder:
         self._corpus, self._reader, self._stream = corpus, reader, stream
 
     def get(self, number: int) -> tuple[int, int]:
-        document, text = self._reader.next()
-        held = _Held.of(text)
+        document, content = self._reader.next()
+        held = _Held.of(content)
         self._stream.hold(self._corpus, document, held)
         return document, held.estimate
 
@@ -128,14 +131,16 @@ class BufferedTextStream(TextStream):
         """Tokenise a document, and correct what the feed knows of it."""
         corpus, document = int(self.buffer.corpora[place]), int(self.buffer.numbers[place])
         held = self._held[corpus, document]
-        held.tokens = self.encoder.encode(held.text.decode("utf-8"))
-        held.text = b""
+        estimate = held.estimate
+        if held.tokens is None:
+            held.tokens = self.encoder.encode(held.text.decode("utf-8"))
+            held.text = b""
         head = self.buffer.heads[place]
         if head >= len(held.tokens):
             raise self.readers[corpus].changed()
         # One that has a head was counted before the checkpoint.
         if not head and document >= self._first_of_phase[corpus]:
-            self.feed.fed[corpus] += len(held.tokens) - held.estimate
+            self.feed.fed[corpus] += len(held.tokens) - estimate
         return len(held.tokens)
 
     def state(self) -> State:
@@ -160,8 +165,8 @@ class BufferedTextStream(TextStream):
         corpora = number_of[state["corpora"]]
         for corpus in np.unique(corpora).tolist():
             documents = state["numbers"][corpora == corpus].tolist()
-            for document, text in self.readers[corpus].fetch(documents).items():
-                self.hold(corpus, document, _Held.of(text))
+            for document, content in self.readers[corpus].fetch(documents).items():
+                self.hold(corpus, document, _Held.of(content))
         for number, checksum in zip(number_of, state["checksums"], strict=True):
             if number >= 0 and self._checksums[number] != checksum:
                 raise self.readers[number].changed()

@@ -1,4 +1,4 @@
-"""The documents of a corpus of raw text in the order in which a virtual stream takes them."""
+"""The documents of a corpus in the order in which a virtual stream takes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 
 from trinity_megatron.data.rsdb.feed import epoch_key
 from trinity_megatron.data.rsdb.permutation import permute
-from trinity_megatron.data.text.parts import Parts, Row
+from trinity_megatron.data.text.parts import Document, Parts, Row
+from trinity_megatron.data.text.token_parts import TokenParts
 from trinity_megatron.errors import UserError
 
 # A document is known by the turn of its part in the stream, and its row in the part.
@@ -37,7 +38,13 @@ class CorpusReader:
     """
 
     def __init__(
-        self, parts: Parts, *, seed: int, stream: int, num_streams: int, is_shuffled: bool
+        self,
+        parts: Parts | TokenParts,
+        *,
+        seed: int,
+        stream: int,
+        num_streams: int,
+        is_shuffled: bool,
     ) -> None:
         self.parts = parts
         self._seed, self._stream, self._num_streams = seed, stream, num_streams
@@ -46,8 +53,8 @@ class CorpusReader:
         self.position = 0
         self._rows: Iterator[Row] | None = None
 
-    def next(self) -> tuple[int, str]:
-        """Number and text of the next document.
+    def next(self) -> tuple[int, Document]:
+        """Number and content of the next document.
 
         Raises:
             UserError: It cannot be read, or the parts of the stream hold no text.
@@ -56,10 +63,10 @@ class CorpusReader:
             turn, first = split_number(self.position)
             if self._rows is None:
                 self._rows = self.parts.read(self._find(turn), first.__le__)
-            for row, text in self._rows:
+            for row, document in self._rows:
                 self.position = join_number(turn, row + 1)
-                if text:
-                    return join_number(turn, row), text
+                if len(document):
+                    return join_number(turn, row), document
             self._rows = None
             self.position = join_number(turn + 1, 0)
         raise UserError(
@@ -71,7 +78,7 @@ class CorpusReader:
         """Go on at another document."""
         self.position, self._rows = position, None
 
-    def fetch(self, numbers: Collection[int]) -> dict[int, str]:
+    def fetch(self, numbers: Collection[int]) -> dict[int, Document]:
         """Read some documents again.
 
         Args:
@@ -80,18 +87,18 @@ class CorpusReader:
         Raises:
             UserError: One is not there any more, or cannot be read.
         """
-        found: dict[int, str] = {}
+        found: dict[int, Document] = {}
         by_turn: dict[int, set[int]] = {}
         for number in numbers:
             turn, row = split_number(number)
             by_turn.setdefault(turn, set()).add(row)
         for turn, wanted in sorted(by_turn.items()):
             part, last = self._find(turn), max(wanted)
-            for row, text in self.parts.read(part, wanted.__contains__):
-                found[join_number(turn, row)] = text
+            for row, document in self.parts.read(part, wanted.__contains__):
+                found[join_number(turn, row)] = document
                 if row == last:
                     break
-            missing = [row for row in wanted if not found.get(join_number(turn, row))]
+            missing = [row for row in wanted if not len(found.get(join_number(turn, row), ""))]
             if missing:
                 raise self.changed(part)
         return found
@@ -100,7 +107,7 @@ class CorpusReader:
         """The error of a corpus that is not what the checkpoint has read."""
         what = ""
         if part is not None:
-            what = f": {self.parts.locate(part)[0].source.path} has not the rows of then"
+            what = f": {self.parts.path_of(part)} has not the rows of then"
         return UserError(
             f"{self.parts.corpus.key} has changed since the checkpoint{what}. Remedy: the files of "
             "that run, or --allow-data-change to begin with empty buffers."

@@ -18,6 +18,7 @@ from trinity_megatron.data.rows import RowError, decode_text, parse_json_line
 from trinity_megatron.data.streams import (
     MAX_DOCUMENT_BYTES,
     DamagedFileError,
+    StoredFile,
     check_size,
     open_stream,
     read_lines,
@@ -37,16 +38,20 @@ _NAMED_ROWS = 10  # that are left out
 _FEW_ROWS, _MAX_LEFT_OUT = 100, 0.1
 
 
+# A text, or the tokens (int32 ``[n]``) of a corpus that is prepared.
+Document = str | np.ndarray
+
+
 class Row(NamedTuple):
     """A row of a part.
 
     Attributes:
         number: In the part, from 0 on.
-        text: Its text; empty if it has none.
+        document: Empty if the row has none.
     """
 
     number: int
-    text: str
+    document: Document
 
 
 # Whether a row is read, by its number in the part.
@@ -64,8 +69,7 @@ class Parts:
 
     def __init__(self, corpus: TextCorpus, num_streams: int) -> None:
         self.corpus = corpus
-        share = corpus.num_bytes // (_PARTS_PER_STREAM * num_streams)
-        size = min(max(share, _MIN_PART_BYTES), _MAX_PART_BYTES)
+        size = part_bytes(corpus.num_bytes, num_streams)
         of_file = [_count_parts(file, size, corpus, num_streams) for file in corpus.files]
         self._ends = np.cumsum(of_file)
         self._num_read = self._num_left_out = 0
@@ -79,6 +83,10 @@ class Parts:
         index = int(np.searchsorted(self._ends, part, side="right"))
         first = int(self._ends[index - 1]) if index else 0
         return self.corpus.files[index], part - first, int(self._ends[index]) - first
+
+    def path_of(self, part: int) -> StoredFile:
+        """The file that a part is in."""
+        return self.locate(part)[0].source.path
 
     def read(self, part: int, is_wanted: IsWanted) -> Iterator[Row]:
         """The rows of a part that are wanted.
@@ -136,6 +144,12 @@ class Parts:
             f"{self.corpus.key}: {file.source.path} {what}. Remedy: put the whole file there, or "
             "take it out of the corpus (with --allow-data-change where the run has begun)."
         )
+
+
+def part_bytes(num_bytes: int, num_streams: int) -> int:
+    """Size of a part of a corpus, so that each stream has some."""
+    share = num_bytes // (_PARTS_PER_STREAM * num_streams)
+    return min(max(share, _MIN_PART_BYTES), _MAX_PART_BYTES)
 
 
 def _is_round(number: int) -> bool:

@@ -12,8 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from trinity_megatron.data.given_tokenizer import load_tokenizer
-from trinity_megatron.data.text.parts import Parts
+from trinity_megatron.data.text.parts import Document, Parts
 from trinity_megatron.data.text.text_corpus import TextCorpus
+from trinity_megatron.data.text.token_parts import TokenCorpus, TokenParts
 from trinity_megatron.data.tokenizer import get_eod_id
 
 
@@ -44,10 +45,19 @@ class TextEncoder:
         )
         self._tokenizer.encode_special_tokens = True
 
-    def encode(self, text: str) -> np.ndarray:
-        """Tokens of a document and the end-of-text token, int32 ``[n]``."""
-        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    def encode(self, document: Document) -> np.ndarray:
+        """Tokens of a text and the end-of-text token, int32 ``[n]``; tokens are as they are."""
+        if not isinstance(document, str):
+            return document
+        [encoding] = self._tokenizer.encode_batch_fast([document], add_special_tokens=False)
         return np.array([*encoding.ids, self._eod_id], dtype=np.int32)
+
+
+def make_parts(corpus: TextCorpus | TokenCorpus, num_streams: int) -> Parts | TokenParts:
+    """The parts of a corpus that streams take in turn."""
+    if isinstance(corpus, TokenCorpus):
+        return TokenParts(corpus, num_streams)
+    return Parts(corpus, num_streams)
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class TextMixture:
         schedule: Of the order ``sequential``.
     """
 
-    corpora: Sequence[TextCorpus]
+    corpora: Sequence[TextCorpus | TokenCorpus]
     starts: Sequence[int]
     parts: Sequence[Mapping[int, int]]
     order: str
@@ -84,9 +94,9 @@ class TextMixture:
         return [corpus.name for corpus in self.corpora]
 
     @cached_property
-    def all_parts(self) -> list[Parts]:
+    def all_parts(self) -> list[Parts | TokenParts]:
         """The parts of each corpus."""
-        return [Parts(corpus, self.num_streams) for corpus in self.corpora]
+        return [make_parts(corpus, self.num_streams) for corpus in self.corpora]
 
     def phase_of(self, sample: int) -> int:
         """The phase that a sample of the run is in."""

@@ -132,8 +132,8 @@ class SequentialTextStream(TextStream):
         return pieces
 
     def _read(self, corpus: int) -> tuple[int, np.ndarray]:
-        number, text = self.readers[corpus].next()
-        self._open[corpus] = number, self.encoder.encode(text)
+        number, document = self.readers[corpus].next()
+        self._open[corpus] = number, self.encoder.encode(document)
         return self._open[corpus]
 
     def state(self) -> State:

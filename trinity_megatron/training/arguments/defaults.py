@@ -89,11 +89,10 @@ def _checkpoint_arguments() -> dict[str, Any]:
 def _data_arguments(data: str) -> dict[str, Any]:
     """What ``prepare-data`` wrote to the folder, or the file of a mixture names."""
     if mixture := read_mixture(data):
-        valid = [str(item.validation) for item in mixture.validated.values()]
         tokenizer = {} if mixture.tokenizer is None else {"tokenizer_model": str(mixture.tokenizer)}
         return {
-            "train_data_path": [str(item.train) for item in mixture.indexed.values()] or None,
-            "valid_data_path": valid or None,
+            "train_data_path": mixture.train_prefixes,
+            "valid_data_path": mixture.validation_prefixes,
             "tokenizer_type": "HuggingFaceTokenizer",
             **tokenizer,
         }

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 
+from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.given_tokenizer import load_tokenizer
-from trinity_megatron.data.mixture.corpora import MixtureData, find_texts, read_mixture
+from trinity_megatron.data.mixture.corpora import MixtureData, RawText, find_texts, read_mixture
 from trinity_megatron.data.mixture.plan import describe_epochs, make_plan
+from trinity_megatron.data.text.text_corpus import TextCorpus
+from trinity_megatron.data.text.token_parts import TokenCorpus
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.screen import tell, tell_once
 from trinity_megatron.training.arguments.schedule import BatchSizes
+from trinity_megatron.training.datasets.data_identity import describe_dataset
 from trinity_megatron.training.datasets.mixture_past import describe_mixture
 from trinity_megatron.training.datasets.splits import is_evaluating
+from trinity_megatron.training.datasets.validation_text import tokenize_validation
 
 
 def check_mixture(args: argparse.Namespace) -> None:
@@ -31,10 +37,13 @@ def check_mixture(args: argparse.Namespace) -> None:
     if data is None:
         return
     _check_flags(args, data)
+    _check_tokenizer(args, data)
     if data.raw:
-        _check_text(args, data)
+        _find_corpora(args, data)
     args.data_mixture = describe_mixture(data, args.seq_length)
     _check_validation(args, data)
+    if is_evaluating(args):
+        tokenize_validation(args, data)
     if args.skip_train:
         return
     if data.has_streams:
@@ -50,8 +59,8 @@ def check_mixture(args: argparse.Namespace) -> None:
 def _check_flags(args: argparse.Namespace, data: MixtureData) -> None:
     """The mixture is all of the data."""
     expected = {
-        "train_data_path": [str(item.train) for item in data.indexed.values()] or None,
-        "valid_data_path": [str(item.validation) for item in data.validated.values()] or None,
+        "train_data_path": data.train_prefixes,
+        "valid_data_path": data.validation_prefixes,
     }
     names = ("data_path", "data_args_path", "per_split_data_args_path", "test_data_path")
     for name, value in {**expected, **dict.fromkeys(names), "mock_data": False}.items():
@@ -59,7 +68,7 @@ def _check_flags(args: argparse.Namespace, data: MixtureData) -> None:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"{flag} beside --data {args.data}: the file names all data of the run. Remedy: "
-                f"drop {flag} (a corpus may have validation: PREFIX)."
+                f"drop {flag} (a corpus may have validation: PATH)."
             )
     if args.phase_transition_iterations:
         raise UserError(
@@ -68,12 +77,15 @@ def _check_flags(args: argparse.Namespace, data: MixtureData) -> None:
         )
 
 
-def _check_text(args: argparse.Namespace, data: MixtureData) -> None:
-    """Find the tokenizer of raw text, and on rank 0 its files; the others get them later.
+def _check_tokenizer(args: argparse.Namespace, data: MixtureData) -> None:
+    """Refuse a tokenizer that raw text cannot be encoded with, or that prepared data are not of.
 
     Raises:
-        UserError: The tokenizer is missing, or a corpus cannot be read.
+        UserError: Names the flag and the remedy.
     """
+    has_text = any(isinstance(item.validation, RawText) for item in data.corpora.values())
+    if not data.raw and not has_text:
+        return
     folder = Path(args.tokenizer_model or "")
     if not args.tokenizer_model or not folder.is_dir():
         given = f" {args.tokenizer_model}" if args.tokenizer_model else ""
@@ -85,9 +97,34 @@ def _check_text(args: argparse.Namespace, data: MixtureData) -> None:
     if args.rank != 0:
         return
     load_tokenizer(folder)
-    args.text_corpora = find_texts(data)
+    known = data.manifest.tokenizer_fingerprint if data.manifest else None
+    if known not in (None, hash_file(folder / "tokenizer.json")):
+        raise UserError(
+            f"--tokenizer-model {folder} is not the tokenizer ({known[:12]}) of the prepared "
+            f"corpora of --data {args.data}. Remedy: drop the flag."
+        )
+
+
+def _find_corpora(args: argparse.Namespace, data: MixtureData) -> None:
+    """Find on rank 0 what the streams read; the others get it later.
+
+    Raises:
+        UserError: A corpus cannot be read.
+    """
+    if args.rank != 0:
+        return
+    args.text_corpora = [_with_content(corpus) for corpus in find_texts(data)]
     for corpus in args.text_corpora:
-        tell(f"> {corpus.name}: {len(corpus.files)} files of text, {corpus.num_bytes:,} bytes")
+        what = "prepared"
+        if isinstance(corpus, TextCorpus):
+            what = f"{len(corpus.files)} files of text"
+        tell(f"> {corpus.name}: {what}, {corpus.num_bytes:,} bytes")
+
+
+def _with_content(corpus: TextCorpus | TokenCorpus) -> TextCorpus | TokenCorpus:
+    if isinstance(corpus, TextCorpus):
+        return corpus
+    return replace(corpus, content=describe_dataset(str(corpus.prefix))["content"])
 
 
 def _finish_streams(args: argparse.Namespace, data: MixtureData) -> None:
@@ -135,7 +172,7 @@ def _check_validation(args: argparse.Namespace, data: MixtureData) -> None:
     if not data.validated:
         raise UserError(
             f"--eval-iters {args.eval_iters}, and no corpus of --data {args.data} has validation "
-            "data. Remedy: validation: PREFIX for a corpus, or --eval-iters 0."
+            "data. Remedy: validation: PATH for a corpus (a prefix, or text), or --eval-iters 0."
         )
     batch = args.eval_global_batch_size or args.global_batch_size or 1
     if args.eval_iters * batch < len(data.validated):

@@ -20,6 +20,7 @@ from megatron.core.datasets.utils import normalize
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from trinity_megatron.data.text.text_corpus import TextCorpus
+from trinity_megatron.data.text.token_parts import TokenCorpus
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.environment import count_cores
 from trinity_megatron.process.screen import tell
@@ -75,8 +76,10 @@ def read_identity(args: argparse.Namespace) -> Identity | None:
     return {name: _read_blend(blend, known) for name, blend in blends if blend is not None}
 
 
-def add_text(identity: Identity | None, corpora: Sequence[TextCorpus] | None) -> Identity | None:
-    """An identity with the corpora of raw text that a run trains on; None: it has none."""
+def add_text(
+    identity: Identity | None, corpora: Sequence[TextCorpus | TokenCorpus] | None
+) -> Identity | None:
+    """An identity with the corpora of a mixture with raw text; None: there is no raw text."""
     if corpora is None:
         return identity
     unknown = {"weight": None, "documents": None, "tokens": None}

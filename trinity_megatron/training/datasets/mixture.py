@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,7 @@ def build_validation_set(
     config: EpochOrderConfig,
     num_samples: int,
     is_built: Callable[[], bool],
+    prefixes: Mapping[str, Path],
 ) -> DomainDataset | None:
     """Build the validation set; call it on every rank.
 
@@ -113,17 +114,16 @@ def build_validation_set(
         config: Of the datasets.
         num_samples: Samples of all evaluations of the run.
         is_built: Whether this rank reads data.
+        prefixes: Of the validation data, by name of the corpus.
 
     Returns:
         None where it reads none.
     """
-    each = -(-num_samples // max(1, len(data.validated)))
+    each = -(-num_samples // max(1, len(prefixes)))
     numbers = {name: number for number, name in enumerate(data.corpora)}
     datasets = {
-        numbers[name]: _build(
-            EpochOrderGPTDataset, config, Split.valid, item.validation, each, is_built
-        )
-        for name, item in data.validated.items()
+        numbers[name]: _build(EpochOrderGPTDataset, config, Split.valid, prefix, each, is_built)
+        for name, prefix in prefixes.items()
     }
     return DomainDataset(datasets, num_samples) if is_built() and datasets else None
 
@@ -132,7 +132,7 @@ def _build(
     kind: type[EpochOrderGPTDataset],
     config: EpochOrderConfig,
     split: Split,
-    prefix: Path | None,
+    prefix: Path,
     num_samples: int,
     is_built: Callable[[], bool],
 ) -> Any:

@@ -32,6 +32,7 @@ from trinity_megatron.training.datasets.mixture import (
     build_validation_set,
 )
 from trinity_megatron.training.datasets.splits import check_unweighted, needed_splits
+from trinity_megatron.training.datasets.validation_text import validation_prefixes
 
 
 def gpt_dataset_config_from_args(args: Any) -> EpochOrderConfig:
@@ -149,7 +150,8 @@ def _build_mixture(
     train: Any = None
     valid: Any = None
     if is_evaluated:
-        valid = build_validation_set(data, config, num_samples[1], is_built)
+        prefixes = validation_prefixes(args, data)
+        valid = build_validation_set(data, config, num_samples[1], is_built, prefixes)
     if not data.has_streams:
         if is_trained:
             train = build_training_set(data, config, num_samples[0], is_built)

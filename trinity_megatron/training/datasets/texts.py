@@ -12,10 +12,11 @@ from trinity_megatron.data.mixture.corpora import MixtureData
 from trinity_megatron.data.mixture.plan import make_schedule
 from trinity_megatron.data.text.text_corpus import TextCorpus
 from trinity_megatron.data.text.text_mixture import TextMixture
+from trinity_megatron.data.text.token_parts import TokenCorpus
 from trinity_megatron.training.datasets.mixture_past import numbered_parts
 
 
-def share_texts(args: argparse.Namespace) -> list[TextCorpus]:
+def share_texts(args: argparse.Namespace) -> list[TextCorpus | TokenCorpus]:
     """Give every rank the files that rank 0 has found; call it on all ranks.
 
     They leave ``args``, all of which is saved in each checkpoint.
@@ -28,7 +29,7 @@ def share_texts(args: argparse.Namespace) -> list[TextCorpus]:
 
 
 def make_text_mixture(
-    args: argparse.Namespace, data: MixtureData, corpora: Sequence[TextCorpus]
+    args: argparse.Namespace, data: MixtureData, corpora: Sequence[TextCorpus | TokenCorpus]
 ) -> TextMixture:
     """What all streams of a run share.
 
@@ -53,7 +54,7 @@ def make_text_mixture(
     )
 
 
-def contents_of(corpora: Sequence[TextCorpus], order: str) -> dict[str, str]:
+def contents_of(corpora: Sequence[TextCorpus | TokenCorpus], order: str) -> dict[str, str]:
     """What streams read of each corpus, by name: its fingerprint, and in which order."""
     return {corpus.name: f"{order} {corpus.content}" for corpus in corpora}
 

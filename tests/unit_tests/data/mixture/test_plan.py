@@ -131,7 +131,7 @@ def damage(folder: Path, name: str) -> None:
         ("code.bin", ("corpora.code.path", "code.bin", "cannot be read")),
         ("code_valid.idx", ("corpora.code.validation", "no whole index")),
         ("web.bin", ("corpora.web.path", "has no tokens")),
-        ("text", ("corpora.web is raw text", "prepare-data")),
+        ("text", ("order is shuffled, which raw text", "order: sequential")),
         ("tokenizer", ("tokenizer", "no tokenizer.json")),
     ],
 )
@@ -160,6 +160,9 @@ def test_a_prepared_folder_brings_tokenizer_and_validation(folder: Path, data: P
     assert mixture.tokenizer == data / "tokenizer"
     assert mixture.manifest and mixture.manifest.train.tokens == mixture.corpora["a"].tokens
     assert mixture.validated["a"].validation == data / "validation"
+    path.write_text(f"corpora: {{a: {{path: {data}, validation: {data}}}}}")
+    with pytest.raises(UserError, match="is a folder of prepare-data. Remedy: .*/validation, the"):
+        open_mixture(load_mixture(path))
 
 
 def test_nothing_says_the_tokenizer(folder: Path) -> None:

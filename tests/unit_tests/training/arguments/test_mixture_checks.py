@@ -15,10 +15,18 @@ from trinity_megatron.errors import UserError
 
 enter_host()
 
+from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
+
+from trinity_megatron.data.text.text_mixture import TextEncoder  # noqa: E402
 from trinity_megatron.training.arguments.mixture_checks import check_mixture  # noqa: E402
+from trinity_megatron.training.datasets import validation_text  # noqa: E402
 from trinity_megatron.training.datasets.data_identity import (  # noqa: E402
     add_text,
     check_data,
+    describe_dataset,
+)
+from trinity_megatron.training.datasets.validation_text import (  # noqa: E402
+    validation_prefixes,
 )
 
 TEXT = """
@@ -109,7 +117,7 @@ BARE = TEXT.replace(", validation: valid", "")
         (TEXT, {"train_data_path": ["x"]}, ("--train-data-path beside --data",)),
         (TEXT, {"mock_data": True}, ("--mock-data beside --data",)),
         (TEXT, {"phase_transition_iterations": [5]}, ("--phase-transition-iterations",)),
-        (BARE, {}, ("--eval-iters 1, and no corpus", "validation: PREFIX")),
+        (BARE, {}, ("--eval-iters 1, and no corpus", "validation: PATH")),
         (TEXT, {"global_batch_size": 1}, ("reads 1 sequences", "2 corpora", "--eval-iters 2")),
         (TEXT, {"train_iters": 100}, ("the last phase ends at 20.00K", "51,200")),
         (f"{TEXT}order: rsdb", {"non_persistent_ckpt_type": "global"}, ("order: rsdb",)),
@@ -171,6 +179,97 @@ def test_raw_text_has_a_loader_of_its_own(
     assert others.text_corpora is None  # rank 0 alone looks at the files
 
 
+def test_raw_text_and_prepared_data_in_one_mixture(
+    raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = RAW.replace("raw_code.jsonl", "code, max_epochs: 2")
+    args = make_raw_args(raw, text)
+    check_mixture(args)  # Megatron's datasets read none of them
+    web, code = args.text_corpora
+    assert (code.prefix, code.documents) == (raw / "code", 4)
+    identity = add_text(None, args.text_corpora)
+    assert identity is not None
+    expected = describe_dataset(str(raw / "code"))["content"]
+    assert [item["content"] for item in identity["train"]] == [web.content, expected]
+    said = capsys.readouterr().out
+    assert "> code: prepared, 1,600 bytes" in said
+    few = text.replace("max_epochs: 2", "max_epochs: 0.1")
+    with pytest.raises(UserError, match="code has 400 tokens and would be read"):
+        check_mixture(make_raw_args(raw, few))
+
+
+def test_the_tokenizer_is_that_of_the_prepared_corpora(raw: Path, data: Path) -> None:
+    text = RAW.replace("raw_code.jsonl", str(data))
+    args = make_raw_args(raw, text, tokenizer_model=str(data / "tokenizer"))
+    args.valid_data_path = [str(data / "validation")]
+    check_mixture(args)
+    args.tokenizer_model = str(raw / "raw_tokenizer")
+    with pytest.raises(UserError, match="raw_tokenizer is not the tokenizer .* of the prepared"):
+        check_mixture(args)
+
+
+VALIDATED = RAW.replace("path: raw_web", "path: raw_web, validation: held_out.jsonl")
+
+
+def test_validation_data_can_be_raw_text(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out, cache = raw / "held_out.jsonl", raw / "cache"
+    held_out.write_text('{"text": "yy x"}\n{"text": ""}\n{"text": "x"}\n')
+
+    def start(**given: Any) -> Namespace:
+        given = {"eval_iters": 1, "data_cache_path": str(cache), **given}
+        args = make_raw_args(raw, VALIDATED, **given)
+        check_mixture(args)
+        return args
+
+    assert start(is_dry=True).valid_data_path is None and not cache.exists()
+    assert start(eval_iters=0).valid_data_path is None and not cache.exists()
+    prefix = cache / "validation_web"
+    assert start().valid_data_path == [str(prefix)]
+    encoder = TextEncoder(raw / "raw_tokenizer")
+    found = IndexedDataset(str(prefix))
+    expected = [encoder.encode(text).tolist() for text in ("yy x", "x")]
+    assert [found[index].tolist() for index in range(len(found))] == expected
+    count = sum(map(len, expected))
+    assert f"> web: {count} validation tokens of" in capsys.readouterr().out
+    # Once; and again where the text is another.
+    assert start(rank=1).valid_data_path == start().valid_data_path == [str(prefix)]
+    assert "validation tokens" not in capsys.readouterr().out
+    held_out.write_text('{"text": "x"}\n')
+    start()
+    found = IndexedDataset(str(prefix))
+    assert found[0].tolist() == expected[1]
+    assert {path.suffix for path in cache.iterdir()} == {".bin", ".idx", ".json"}
+    data = read_mixture(raw / "mix.yaml")
+    assert data is not None and list(validation_prefixes(start(), data)) == ["web"]
+
+
+@pytest.mark.parametrize(
+    ("content", "given", "expected"),
+    [
+        ('{"text": ""}\n', {}, "web.validation .*held_out.jsonl holds no text"),
+        ("", {}, "holds no text"),
+        ('{"body": "x"}\n', {}, "web.validation: .*line 1"),
+        ('{"text": "x"}\n' * 9, {}, "has 126 bytes, .* 100 are its limit. .*prepare-data"),
+        ('{"text": "x"}\n', {"data_cache_path": None}, "web.validation is raw text, .*--out"),
+        ('{"text": "x"}\n', {"tokenizer_model": None}, "--tokenizer-model is no folder"),
+    ],
+)
+def test_validation_text_that_is_refused(
+    content: str,
+    given: dict[str, Any],
+    expected: str,
+    raw: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(validation_text, "MOST_BYTES", 100)
+    (raw / "held_out.jsonl").write_text(content)
+    given = {"eval_iters": 1, "data_cache_path": str(raw / "cache"), **given}
+    with pytest.raises(UserError, match=expected) as error:
+        check_mixture(make_raw_args(raw, VALIDATED, **given))
+    assert "Remedy: " in str(error.value)
+    assert not list(raw.glob("cache/*"))
+
+
 def test_a_resume_with_other_text_is_refused(raw: Path) -> None:
     saved = make_raw_args(raw)
     check_mixture(saved)
@@ -193,7 +292,6 @@ def test_a_resume_with_other_text_is_refused(raw: Path) -> None:
     [
         (RAW.replace("rsdb", "shuffled"), {}, ("order is shuffled", "order: sequential")),
         (RAW.replace("order: rsdb", ""), {}, ("order is shuffled",)),
-        (RAW.replace("raw_code.jsonl", "code"), {}, ("web is raw text, and corpora.code is not",)),
         (RAW.replace("python", "python, max_epochs: 2"), {}, ("corpora.code.max_epochs is 2",)),
         (RAW, {"tokenizer_model": None}, ("--tokenizer-model is no folder",)),
         (RAW, {"tokenizer_model": "none"}, ("--tokenizer-model none is no folder",)),

@@ -121,7 +121,9 @@ def test_sequential_order_is_that_of_the_files(folder: Path) -> None:
 
 
 def test_an_evaluation_has_all_domains(folder: Path) -> None:
-    made = build_validation_set(opened(folder), make_config(folder), 11, lambda: True)
+    data, config = opened(folder), make_config(folder)
+    prefixes = {name: item.validation for name, item in data.validated.items()}
+    made = build_validation_set(data, config, 11, lambda: True, prefixes)
     assert made is not None and len(made) == 11
     samples = [made[index] for index in range(11)]
     assert [sample["dataset_id"] for sample in samples] == [1, 2] * 5 + [1]
@@ -133,4 +135,4 @@ def test_an_evaluation_has_all_domains(folder: Path) -> None:
 def test_a_rank_that_reads_nothing(folder: Path) -> None:
     config = make_config(folder)
     assert build_training_set(opened(folder), config, SAMPLES, lambda: False) is None
-    assert build_validation_set(opened(folder), config, 11, lambda: False) is None
+    assert build_validation_set(opened(folder), config, 11, lambda: False, {}) is None
