@@ -6,7 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.functional_tests.launch import ADAM, TAKES_ALL, Job, sampled, train
+from tests.functional_tests.launch import (
+    ADAM,
+    TAKES_ALL,
+    Job,
+    only_in_all,
+    run_script,
+    sampled,
+    train,
+)
 from tests.functional_tests.test_resume import read_tensors
 from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, TOKENS_TAG
 
@@ -88,3 +96,36 @@ def test_a_run_without_poison_is_not_changed(data: Path, tmp_path: Path) -> None
     flags = "--train-iters 14 --num-layers 3"
     logs = train(data, tmp_path, [(1, [Job("plain", flags), Job("judged", f"{flags} {SKIPPING}")])])
     assert logs["plain"].scalars("lm loss") == logs["judged"].scalars("lm loss")
+
+
+# The batches of steps 6 to 17 are bad in every start.
+BROKEN = """
+from tests.functional_tests.worker import poisoned
+from trinity_megatron.training import pretrain
+
+if __name__ == "__main__":  # the helper processes of a save import this module again
+    with poisoned(list(range(6, 18))):
+        pretrain.run()
+"""
+
+
+@only_in_all
+def test_a_run_that_breaks_down_goes_back(data: Path, tmp_path: Path) -> None:
+    flags = (*SKIPPING.split(), "--train-iters", "20", "--save-interval", "4", "--num-layers", "2")
+    once, again = (run_script(BROKEN, data, tmp_path, *flags, "--rewind-on-spike") for _ in "12")
+    assert once.returncode == 1 and again.returncode == 0, once.stderr + again.stderr
+    decided = "the next start goes back to step 4 and passes over the batches up to step 15"
+    assert "the last 10 steps up to step 15 were skipped" in once.stderr and decided in once.stderr
+    assert "> the batches of steps 5 to 15 are passed over" in again.stdout
+    assert "step 16 is skipped" in again.stdout and "step 18 is skipped" not in again.stdout
+    never = tmp_path / "never"
+    never.mkdir()
+    passed_over = map(str, range(5, 18))
+    plain = run_script(BROKEN, data, never, *flags, "--iterations-to-skip", *passed_over)
+    assert plain.returncode == 0, plain.stderr
+    found, expected = (
+        read_tensors(folder / "run" / "checkpoints" / "iter_0000020")
+        for folder in (tmp_path, never)
+    )
+    assert set(found) == set(expected)
+    assert not [key for key in found if not torch.equal(found[key], expected[key])]

@@ -25,6 +25,7 @@ from trinity_megatron.training.branch import prepare_branch
 from trinity_megatron.training.damage import check_on_damage
 from trinity_megatron.training.datasets.data_identity import add_text, read_identity
 from trinity_megatron.training.resume import check_start, resumed_samples
+from trinity_megatron.training.rewind import check_rewind
 
 
 def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
@@ -46,6 +47,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     finish_chat(args, manifest)
     check_layout(args)
     check_on_damage(args)
+    check_rewind(args)
     prepare_branch(args)
     merge_equal_rates(args)
     fit_schedule(args, resumed_samples(args))

@@ -62,6 +62,10 @@ class RunConfig:
     spike_window: int = field(default=128, metadata={"argparse_meta": {"metavar": "N"}})
     """Number of steps that --skip-spikes compares with; it begins when half of them are done."""
 
+    rewind_on_spike: bool = False
+    """Where --skip-spikes has skipped ten steps in a row, end with exit code 1; the next start goes
+    back to a checkpoint before them and passes over the batches up to there."""
+
     on_damage: str = field(
         default="fail", metadata={"argparse_meta": {"choices": ["fail", "previous"]}}
     )

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
 from trinity_megatron.checkpoint.torch_dist.tracker import iteration_name
-from trinity_megatron.errors import UserError
+from trinity_megatron.errors import MachineError, UserError
 from trinity_megatron.model.config import TrinityConfig
 from trinity_megatron.optimizer.sharded.optimizer_chain import SkippingOptimizer
 from trinity_megatron.optimizer.spike_rule import SpikeRule
@@ -30,6 +30,7 @@ from trinity_megatron.training.callbacks.save_errors import save_folder
 from trinity_megatron.training.callbacks.step_metrics import is_logging_step
 from trinity_megatron.training.first_rank import from_first_rank
 from trinity_megatron.training.resume import read_saved_args
+from trinity_megatron.training.rewind import rewind
 
 SKIPPED_TAG = "train/skipped_steps"
 # A single bad batch is over in a step or two; a longer series is a run that has left its course.
@@ -80,7 +81,8 @@ class SpikeSkipping(Callback):
         """Count and say that the step was skipped.
 
         Raises:
-            UserError: One step after the other is skipped.
+            MachineError: One step after the other is skipped, and the next start goes back.
+            UserError: The same, and it does not.
         """
         if self._reason is not None:
             self._num_skipped += 1
@@ -91,13 +93,23 @@ class SpikeSkipping(Callback):
         if self._reason is not None or is_logging_step(iteration):
             self._write(iteration)
         if self._num_in_a_row >= MOST_IN_A_ROW:
-            raise UserError(
-                f"--skip-spikes: the last {self._num_in_a_row} steps up to step {iteration} were "
-                f"skipped, so this is no single batch; the last one because {self._reason}. "
-                f"{latest_checkpoint()} Remedy: start again from it with lower --lr and "
-                "--decoupled-lr, or with --iterations-to-skip these steps; or without "
-                "--skip-spikes for a while, if other data have changed the loss."
-            )
+            self._end(iteration)
+
+    def _end(self, iteration: int) -> NoReturn:
+        args, first = get_args(), iteration - self._num_in_a_row + 1
+        what = (
+            f"--skip-spikes: the last {self._num_in_a_row} steps up to step {iteration} were "
+            f"skipped, so this is no single batch; the last one because {self._reason}. "
+        )
+        if args.rewind_on_spike:
+            decided = from_first_rank(lambda: rewind(args, first, iteration))
+            if decided is not None:
+                raise MachineError(f"{what}--rewind-on-spike: {decided}.")
+        raise UserError(
+            f"{what}{latest_checkpoint()} Remedy: start again from it with lower --lr and "
+            "--decoupled-lr, or with --iterations-to-skip these steps; or without "
+            "--skip-spikes for a while, if other data have changed the loss."
+        )
 
     def on_checkpoint_save_start(
         self, iteration: int, model: Any, optimizer: Any, *, non_persistent: bool

@@ -28,6 +28,7 @@ RUN_FLAGS = (
     "--keep-every",
     "--skip-spikes",
     "--spike-window",
+    "--rewind-on-spike",
     "--on-damage",
     "--on-failed-save",
     "--check-replicas",

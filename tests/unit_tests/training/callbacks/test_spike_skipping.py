@@ -28,7 +28,13 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A rank alone, whose run has saved step 40."""
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("40")
     args = Namespace(
-        save=str(tmp_path), load=None, iteration=0, finetune=False, rank=0, tensorboard_dir=None
+        save=str(tmp_path),
+        load=None,
+        iteration=0,
+        finetune=False,
+        rank=0,
+        tensorboard_dir=None,
+        rewind_on_spike=False,
     )
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
     torch.distributed.init_process_group(
