@@ -48,7 +48,7 @@ def test_nothing_reported_is_lost(world: str, data: Path, tmp_path: Path) -> Non
         folders.append(folder)
         given = f"{FLAGS} {flags}"
         worlds.append((ranks, [Job("run", given, checkpoints=checkpoints, probe={"kill": kill})]))
-    for few in itertools.batched(worlds, 10):  # a plan has its time limit
+    for few in itertools.batched(worlds, 5):  # a plan has its time limit
         train(data, tmp_path, list(few))
     reported, before = 0, None
     for folder in folders:
