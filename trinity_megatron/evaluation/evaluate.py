@@ -92,13 +92,13 @@ class _Asker:
     def __init__(self, args: argparse.Namespace, folder: Path, max_length: int) -> None:
         from transformers import AutoTokenizer
 
+        lengths = split_lengths(args.niah_lengths, max_length)
         from trinity_megatron.evaluation.harness import load_tasks
 
         self._args, self._max_length = args, max_length
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        lengths = split_lengths(args.niah_lengths, max_length)
         choice = TaskChoice(split_names(args.tasks), args.data, lengths, self._tokenizer)
-        self._tasks = load_tasks(choice)
+        self._tasks = load_tasks(choice, max_length=max_length)
 
     def ask(self, shared: Any, source: Any) -> None:
         """Evaluate, and say and write what came of it."""

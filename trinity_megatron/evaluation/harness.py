@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from trinity_megatron.errors import UserError
-from trinity_megatron.evaluation import niah
 from trinity_megatron.evaluation.shared_model import SharedModel
 from trinity_megatron.evaluation.task_choice import (
     REMEDY,
@@ -34,17 +33,20 @@ try:
     import lm_eval
 except ImportError as error:
     raise UserError(
-        f"Evaluating needs the package lm-eval, which cannot be imported ({error}). Remedy: {REMEDY}."
+        f"Evaluating needs the package lm-eval, which cannot be imported ({error}). Remedy: "
+        f"{REMEDY}."
     ) from error
 
 from datasets import Dataset, DatasetDict  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.models.utils import normalize_gen_kwargs  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.utils import handle_non_serializable, make_table  # noqa: E402
 from transformers import AfmoeConfig  # noqa: E402
 
 # How a generation may be drawn; anything else in a task's generation_kwargs is refused.
-_KNOWN_OPTIONS = ("do_sample", "temperature", "top_p")
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_KNOWN_OPTIONS = ("until", *_LENGTHS, "do_sample", "temperature", "top_p")
 
 
 class MegatronLM(HFLM):
@@ -96,9 +98,6 @@ class MegatronLM(HFLM):
 
         Returns:
             int64 ``[b, at most max_length]``, padded on the right with the end of text.
-
-        Raises:
-            UserError: The task wants to generate in another way than greedily or by sampling.
         """
         mask = options.pop("attention_mask").bool()
         prompts = [row[keep].tolist() for row, keep in zip(context, mask, strict=True)]
@@ -124,15 +123,6 @@ class MegatronLM(HFLM):
         return torch.cat([context, torch.tensor(padded, device=context.device)], dim=1)
 
     def _sampling(self, options: dict[str, Any], num_rows: int) -> Sampling:
-        unknown = sorted(
-            name for name, value in options.items() if name not in _KNOWN_OPTIONS and value
-        )
-        if unknown:
-            raise UserError(
-                f"generation_kwargs of a task have {unknown[0]}={options[unknown[0]]!r}, which is "
-                f"not known here. Remedy: of {', '.join(_KNOWN_OPTIONS)} only, or lm_eval --model "
-                "hf on the export."
-            )
         if not options.get("do_sample"):
             return Sampling()
         first, self._num_drawn = self._num_drawn, self._num_drawn + num_rows
@@ -149,7 +139,7 @@ class MegatronLM(HFLM):
 class _LoadedTasks(TaskManager):
     """Tasks that are loaded once; the harness asks for them in each evaluation."""
 
-    def __init__(self, choice: TaskChoice) -> None:
+    def __init__(self, choice: TaskChoice, max_length: int) -> None:
         with _quiet_harness():
             super().__init__(include_path=None if choice.data is None else str(choice.data))
         self._loaded: Any = None
@@ -158,11 +148,7 @@ class _LoadedTasks(TaskManager):
             built = [self._build(spec) for spec in self.specs]
             self._loaded = super().load([task for one in built for task in one])
         for name, task in self._loaded["tasks"].items():
-            if getattr(task, "UNSAFE_CODE", False):
-                raise UserError(
-                    f"--tasks {name} runs code that the model writes, which this command does not. "
-                    "Remedy: export, and lm_eval --confirm_run_unsafe_code in a sandbox."
-                )
+            _check_task(name, task, max_length)
 
     def load(self, task_list: Any) -> Any:
         """What was loaded."""
@@ -170,7 +156,7 @@ class _LoadedTasks(TaskManager):
 
     def _specs(self, choice: TaskChoice) -> Iterator[Any]:
         for name in choice.names:
-            own = choice.own_tasks(name)
+            own = choice.own_tasks(name, _as_dataset)
             if own is not None:
                 yield from own
                 continue
@@ -178,8 +164,8 @@ class _LoadedTasks(TaskManager):
             if not known:
                 where = f" or --data {choice.data}" if choice.data else ""
                 raise UserError(
-                    f"--tasks {name} is not a task of lm-eval {lm_eval.__version__}{where}. Remedy: "
-                    "lm_eval ls tasks lists its own; a YAML file of yours in --data DIR."
+                    f"--tasks {name} is not a task of lm-eval {lm_eval.__version__}{where}. "
+                    "Remedy: lm_eval ls tasks lists its own; a YAML file of yours in --data DIR."
                 )
             yield from known
 
@@ -187,6 +173,8 @@ class _LoadedTasks(TaskManager):
         name = spec if isinstance(spec, str) else spec["task"]
         try:
             built = self._load_spec(spec)
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise UserError(
@@ -198,32 +186,47 @@ class _LoadedTasks(TaskManager):
         return built if isinstance(built, list) else [built]
 
 
-def load_tasks(choice: TaskChoice) -> _LoadedTasks:
+def load_tasks(choice: TaskChoice, *, max_length: int) -> _LoadedTasks:
     """Load tasks and their data.
 
-    Raises:
-        UserError: A task is not known, or its data are not on this machine.
-    """
-    return _LoadedTasks(choice)
-
-
-def niah_dataset(length: int, tokenizer: Any) -> DatasetDict:
-    """Questions of :mod:`.niah` as the harness takes them.
+    Args:
+        choice: Which.
+        max_length: Most tokens of a row.
 
     Raises:
-        UserError: The length is too short for them.
+        UserError: A task is not known, or cannot be evaluated here, or its data are not on this
+            machine.
     """
+    return _LoadedTasks(choice, max_length)
 
-    def count(text: str) -> int:
-        return len(tokenizer(text).input_ids)
 
-    try:
-        samples = niah.make_samples(length, count)
-    except ValueError as error:
+def _check_task(name: str, task: Any, max_length: int) -> None:
+    """Refuse a task that would fail when the model is loaded."""
+    if getattr(task, "UNSAFE_CODE", False):
         raise UserError(
-            f"--niah-lengths {length} is too short for the question: {error}. Remedy: more tokens."
-        ) from error
-    return DatasetDict({"test": Dataset.from_list([vars(sample) for sample in samples])})
+            f"--tasks {name} runs code that the model writes, which this command does not. "
+            "Remedy: export, and lm_eval --confirm_run_unsafe_code in a sandbox."
+        )
+    if task.OUTPUT_TYPE != "generate_until":
+        return
+    options = dict(task.config.generation_kwargs or {})
+    unknown = sorted(key for key, value in options.items() if key not in _KNOWN_OPTIONS and value)
+    if unknown:
+        raise UserError(
+            f"--tasks {name} has generation_kwargs {unknown[0]}={options[unknown[0]]!r}, which is "
+            f"not known here. Remedy: of {', '.join(_KNOWN_OPTIONS)} only, or lm_eval --model hf "
+            "on the export."
+        )
+    wanted = normalize_gen_kwargs(options)["max_gen_toks"]
+    if wanted >= max_length:
+        raise UserError(
+            f"--tasks {name} generates up to {wanted} tokens, and a sequence has at most "
+            f"{max_length}. Remedy: --max-length N, or less max_gen_toks in the task's file."
+        )
+
+
+def _as_dataset(rows: list[dict[str, Any]]) -> DatasetDict:
+    return DatasetDict({"test": Dataset.from_list(rows)})
 
 
 def evaluate(
@@ -302,4 +305,3 @@ def _random_states_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy_state)
-

@@ -18,9 +18,7 @@ NUM_SAMPLES = 100
 NUM_KEYS = 4
 MAX_NEW_TOKENS = 32
 _DIGITS = 7
-_NOISE = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-)
+_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _BEFORE = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the numbers afterwards.\n"
@@ -123,9 +121,7 @@ def _make_sample(choice: random.Random, num_lines: int) -> Sample:
     return Sample(text, str(values[asked]), places[asked] / max(num_lines, 1))
 
 
-def _fit_haystack(
-    length: int, count_tokens: Callable[[str], int], choice: random.Random
-) -> int:
+def _fit_haystack(length: int, count_tokens: Callable[[str], int], choice: random.Random) -> int:
     """Most lines of noise with which every one of a few questions fits."""
     seeds = [choice.random() for _ in range(4)]
 

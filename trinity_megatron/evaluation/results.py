@@ -7,9 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trinity_megatron.report.scores import FOLDER_NAME
+from filelock import FileLock, Timeout
+
+from trinity_megatron.report.scores import FOLDER_NAME, scalars_of
 
 _CHECKPOINT_OF_ONE_STEP = ".metadata"
+_LOCK_NAME = ".lock"  # of a training, see training/pretrain.py
 
 
 def find_run(out: Path | None, load: Path) -> Path:
@@ -69,9 +72,29 @@ def add_to_run(run: Path, source: Any, results: dict[str, Any]) -> None:
     from trinity_megatron.evaluation.harness import to_json
     from trinity_megatron.report.report import report_run
     from trinity_megatron.telemetry.tensorboard_log import EVENT_FILES
+    from trinity_megatron.telemetry.wandb_summary import add_to_summary
 
     step = int(source.common.get("iteration", 0))
     results["config"]["model_args"] = {"load": str(source.folder), "step": step}
-    print(f"{write_results(run, step, to_json(results))}", flush=True)
+    print(write_results(run, step, to_json(results)), flush=True)
     if any((run / "tensorboard").glob(EVENT_FILES)):
-        print(f"{report_run(run).page}", flush=True)
+        print(report_run(run).page, flush=True)
+    if _is_being_trained(run):
+        print("W&B has not got the scores: the run is being trained (train --evaluate-every does)")
+    elif said := add_to_summary(source.args, source.folder.parent, scalars_of(results)):
+        print(said, flush=True)
+
+
+def _is_being_trained(run: Path) -> bool:
+    """Whether a training holds the lock of its folder."""
+    if not (run / _LOCK_NAME).exists():
+        return False
+    lock = FileLock(run / _LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # a filesystem without locks, or a folder of others
+        return False
+    lock.release()
+    return False

@@ -36,6 +36,9 @@ class SharedModel:
         model: Megatron's model, wrapped or not, in evaluation mode; not cut by pipeline or context
             parallelism.
         vocab_size: Tokens of the tokenizer; the model may have more rows.
+
+    Attributes:
+        has_failed: Whether a pass has failed on this rank; the others still wait in it.
     """
 
     def __init__(self, model: torch.nn.Module, vocab_size: int) -> None:
@@ -46,6 +49,7 @@ class SharedModel:
         self._data_group = parallel_state.get_data_parallel_group()
         self._is_alone = torch.distributed.get_world_size() == 1
         self._cached: CachedModel | None = None
+        self.has_failed = False
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +68,8 @@ class SharedModel:
             yield
         finally:
             self._cached = None
-            self._announce(None)
+            if not self.has_failed:
+                self._announce(None)
 
     def serve(self) -> None:
         """On the other ranks: take part in each pass until rank 0 is done."""
@@ -109,8 +114,12 @@ class SharedModel:
         return self._call("_read", tokens, start)
 
     def _call(self, name: str, *values: Any) -> Any:
-        self._announce((name, values))
-        return getattr(self, name)(*values)
+        try:
+            self._announce((name, values))
+            return getattr(self, name)(*values)
+        except BaseException:
+            self.has_failed = True
+            raise
 
     def _announce(self, call: tuple[str, tuple] | None) -> None:
         if not self._is_alone:

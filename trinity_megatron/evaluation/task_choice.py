@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ _READERS: dict[str, tuple[str, dict[str, str]]] = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {"sample_by": "document"}),
 }
+type _AsDataset = Callable[[list[dict[str, Any]]], Any]
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
@@ -42,6 +43,10 @@ class EvaluationFlags:
     limit: int | None = None
     apply_chat_template: bool = False
 
+    def limited(self, limit: int | None) -> EvaluationFlags:
+        """The same with a limit."""
+        return replace(self, limit=limit)
+
 
 @dataclass(frozen=True)
 class TaskChoice:
@@ -59,23 +64,37 @@ class TaskChoice:
     niah_lengths: tuple[int, ...]
     tokenizer: Any
 
-    def own_tasks(self, name: str) -> list[dict[str, Any]] | None:
+    def own_tasks(self, name: str, as_dataset: _AsDataset) -> list[dict[str, Any]] | None:
         """Tasks that the harness does not have, as it takes their configuration; None for others.
 
+        Args:
+            name: Of ``--tasks``.
+            as_dataset: Turns rows into what the harness reads.
+
         Raises:
-            UserError: There are no data for them.
+            UserError: There are no data for them, or a length is too short.
         """
         if name == NIAH:
-            return [self._niah(length) for length in self.niah_lengths]
+            return [self._niah(length, as_dataset) for length in self.niah_lengths]
         if name == PERPLEXITY:
             return list(self._perplexity())
         return None
 
-    def _niah(self, length: int) -> dict[str, Any]:
-        def dataset(**_: Any) -> Any:
-            from trinity_megatron.evaluation.harness import niah_dataset
+    def _niah(self, length: int, as_dataset: _AsDataset) -> dict[str, Any]:
+        def count(text: str) -> int:
+            return len(self.tokenizer(text).input_ids)
 
-            return niah_dataset(length, self.tokenizer)
+        try:
+            samples = niah.make_samples(length, count)
+        except ValueError as error:
+            raise UserError(
+                f"{length} tokens are too short for --tasks {NIAH}: {error}. Remedy: a longer one "
+                "in --niah-lengths (train: a longer --seq-length, or another task)."
+            ) from error
+        rows = [vars(sample) for sample in samples]
+
+        def dataset(**_: Any) -> Any:
+            return as_dataset(rows)
 
         return {
             "task": f"{NIAH}_{length}",
@@ -183,18 +202,21 @@ def check_numbers(**values: int | None) -> None:
             raise UserError(f"{flag} {value} is below 1. Remedy: give at least 1.")
 
 
-def check_folder(data: Path | None) -> None:
+def check_folder(data: Path | None, flag: str = "--data") -> None:
     """Refuse a folder that is not there.
+
+    Args:
+        data: The folder; None without.
+        flag: That names it.
 
     Raises:
         UserError: It is not.
     """
     if data is not None and not data.is_dir():
-        raise UserError(f"--data {data} is not a folder. Remedy: one with task files and data.")
+        raise UserError(f"{flag} {data} is not a folder. Remedy: one with task files and data.")
 
 
 def use_local_data() -> None:
     """Keep the packages of Hugging Face from the network, unless HF_HUB_OFFLINE says otherwise."""
     for name in _OFFLINE:
         os.environ.setdefault(name, os.environ.get(_OFFLINE[0], "1"))
-
