@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     enter_host()
     _check(args)
     from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
-    from trinity_megatron.checkpoint.vocabulary import find_vocab_size
+    from trinity_megatron.checkpoint.vocabulary import find_vocab_size, get_vocabulary_rows
     from trinity_megatron.evaluation.generate import find_tokenizer_folder, load_as_saved
     from trinity_megatron.evaluation.shared_model import SharedModel
 
@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
     )
-    shared = SharedModel(model, find_vocab_size(source.args, folder))
+    rows = get_vocabulary_rows(source.model_tensors())
+    shared = SharedModel(model, find_vocab_size(source.args, folder) or rows)
     if asker is None:
         shared.serve()
     else:

@@ -8,6 +8,7 @@ gradient, no count of tokens, no random number.
 from __future__ import annotations
 
 import argparse
+import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,6 +64,9 @@ class Evaluation(Callback):
         names, lengths = split_names(args.evaluate_tasks), (args.seq_length,)
         choice = TaskChoice(names, data, lengths, self._tokenizer)
         self._tasks = load_tasks(choice, max_length=args.seq_length)
+        # A standard error is else drawn by forks of this process, which do not end at SIGTERM
+        # where that means to save; the draws are the same.
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
     def on_train_step_end(self, iteration: int, model: Any, optimizer: Any, result: Any) -> None:
         """Evaluate, where it is time."""
