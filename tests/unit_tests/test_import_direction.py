@@ -32,8 +32,9 @@ SIDEWAYS = {
     ("telemetry", "errors"),
     ("telemetry", "process"),
     ("optimizer", "model"),
+    ("training", "evaluation"),
 }
-OPTIONAL = ("transformer_engine", "apex", "wandb", "emerging_optimizers", "gguf")
+OPTIONAL = ("transformer_engine", "apex", "wandb", "emerging_optimizers", "gguf", "lm_eval")
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix()
     for path in ROOT.rglob("*.py")

@@ -12,6 +12,7 @@ from trinity_megatron.cli import (
     data,
     doctor,
     dry_run,
+    evaluate,
     export,
     generate,
     gpu_check,
@@ -44,6 +45,7 @@ _COMMANDS = (
     verify,
     export,
     generate,
+    evaluate,
     report,
     gpu_check,
 )

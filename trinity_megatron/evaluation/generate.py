@@ -46,12 +46,11 @@ class Generator:
         from transformers import AutoTokenizer
 
         source = TorchDistReader(load)
-        self.folder = _find_tokenizer(load, source, tokenizer)
+        self.folder = find_tokenizer_folder(load, source, tokenizer)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         self._vocab_size = find_vocab_size(source.args, self.folder)
-        dtype = source.model_tensors()["output_layer.weight"][0]
         self.made: list[list[int]] = []
-        self._model = load_megatron_model(load, dtype=dtype).eval()
+        self._model = load_as_saved(load, source)
 
     def stream(
         self,
@@ -208,7 +207,32 @@ def check_length(max_new_tokens: int) -> None:
         raise UserError(f"--max-new-tokens {max_new_tokens} is below 1. Remedy: give at least 1.")
 
 
-def _find_tokenizer(load: Path, source: TorchDistReader, given: Path | None) -> Path:
+def load_as_saved(load: Path, source: TorchDistReader, **layout: int) -> Any:
+    """Load a model in the dtype in which it was saved, in evaluation mode.
+
+    Args:
+        load: What ``--save`` was, or the folder of one iteration.
+        source: Its reader.
+        **layout: As in :func:`load_megatron_model`.
+
+    Raises:
+        UserError: The checkpoint is damaged.
+    """
+    dtype = source.model_tensors()["output_layer.weight"][0]
+    return load_megatron_model(load, dtype=dtype, **layout).eval()
+
+
+def find_tokenizer_folder(load: Path, source: TorchDistReader, given: Path | None) -> Path:
+    """The folder of a checkpoint's tokenizer.
+
+    Args:
+        load: What ``--save`` was, or the folder of one iteration.
+        source: Its reader.
+        given: ``--tokenizer``; that of the run if None.
+
+    Raises:
+        UserError: There is none, or it is another one than the run was trained with.
+    """
     folder = given or find_tokenizer(source.folder, source.args)
     if given is not None and not (given / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer {given} holds no tokenizer.json. Remedy: its folder.")

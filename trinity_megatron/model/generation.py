@@ -7,7 +7,7 @@ static one; the model may be sharded by tensor, sequence and expert parallelism.
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -66,6 +66,13 @@ def plan_reading(transformer_impl: str, multiple: int) -> tuple[int | None, bool
     if transformer_impl == "transformer_engine":
         return None, multiple == 1
     return _CHUNK, True
+
+
+class Reader(Protocol):
+    """What reads tokens and keeps their keys and values."""
+
+    def read(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        """As :meth:`CachedModel.read`."""
 
 
 class CachedModel:
@@ -144,15 +151,36 @@ def generate_tokens(
         The next token of every sequence, stop tokens included; None for one that waits for longer
         prompts, or has ended.
     """
+    longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+    cached = CachedModel(model, batch_size=len(prompts), max_length=longest)
+    yield from continue_prompts(
+        cached,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        vocab_size=vocab_size,
+        stop=stop,
+        sampling=sampling,
+    )
+
+
+def continue_prompts(
+    reader: Reader,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    vocab_size: int | None,
+    stop: Collection[int] = (),
+    sampling: Sampling = _GREEDY,
+) -> Iterator[list[int | None]]:
+    """:func:`generate_tokens` with what reads the tokens in the place of the model."""
     lengths = [len(prompt) for prompt in prompts]
     ends = [length + max_new_tokens for length in lengths]
-    cached = CachedModel(model, batch_size=len(prompts), max_length=max(ends))
     generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
     position = min(lengths)
     tokens = torch.tensor([list(prompt[:position]) for prompt in prompts])
     start, has_ended = 0, [False] * len(prompts)
     while not all(has_ended):
-        logits = cached.read(tokens, start)[:, :vocab_size].cpu()
+        logits = reader.read(tokens, start)[:, :vocab_size].cpu()
         rows = [row for row, end in enumerate(has_ended) if not end and position >= lengths[row]]
         chosen = [generators[row] for row in rows]
         drawn = draw(logits[rows], sampling, chosen).tolist() if rows else []

@@ -19,6 +19,7 @@ from trinity_megatron import __version__
 from trinity_megatron.report.balance_thresholds import describe_rules
 from trinity_megatron.report.balance_verdict import Verdict
 from trinity_megatron.report.history import RunHistory
+from trinity_megatron.report.scores import ScoreTable
 
 TEMPLATE_NAME = "template.html"
 
@@ -133,6 +134,7 @@ def render_page(
     verdict: Verdict | None,
     pictures: Sequence[DrawnPicture],
     period: tuple[datetime, datetime] | None,
+    scores: ScoreTable | None = None,
 ) -> str:
     """Render the page.
 
@@ -142,6 +144,7 @@ def render_page(
         verdict: On the balance of its experts; None without token counts.
         pictures: In the order of the page, those without a file included.
         period: When the run began and ended.
+        scores: Of benchmarks; None if nothing was evaluated.
 
     Returns:
         The HTML.
@@ -158,6 +161,7 @@ def render_page(
             warnings=list(_values_not_finite(history)),
             key_figures=list(_key_figures(history)),
             chapters=list(_chapters(pictures, history)),
+            scores=scores,
             rules=describe_rules(num_experts, history.topk),
         )
     )

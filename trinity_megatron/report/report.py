@@ -13,6 +13,7 @@ from trinity_megatron.report.figures import draw_loss
 from trinity_megatron.report.history import RunHistory
 from trinity_megatron.report.page import DrawnPicture, render_page
 from trinity_megatron.report.pictures import PICTURES, Picture
+from trinity_megatron.report.scores import FOLDER_NAME, read_table
 from trinity_megatron.telemetry.tensorboard_log import EVENT_FILES, RunLog
 
 __all__ = ["Report", "draw_expert_load", "draw_loss", "report_run", "write_report"]
@@ -42,6 +43,7 @@ def write_report(
     title: str,
     period: tuple[datetime, datetime] | None = None,
     unigram_entropy: float | None = None,
+    scores: Path | None = None,
 ) -> Report:
     """Write the page and its pictures; the page names what the run has not recorded.
 
@@ -51,12 +53,13 @@ def write_report(
         title: Name of the run.
         period: When it ran.
         unigram_entropy: Nats per token, for a line in the picture of the loss.
+        scores: Folder with the results of evaluations; None without.
 
     Returns:
         Paths and verdict.
 
     Raises:
-        UserError: ``folder`` is a file.
+        UserError: ``folder`` is a file, or a file of results is damaged.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -66,7 +69,8 @@ def write_report(
     verdict = judge_history(history)
     drawn = [_draw(picture, history, folder, unigram_entropy) for picture in PICTURES]
     page = folder / PAGE_NAME
-    page.write_text(render_page(title, history, verdict, drawn, period), encoding="utf-8")
+    table = None if scores is None else read_table(scores)
+    page.write_text(render_page(title, history, verdict, drawn, period, table), encoding="utf-8")
     written = tuple(picture.path for picture in drawn if picture.path is not None)
     return Report(page, written, verdict)
 
@@ -117,7 +121,7 @@ def report_run(run_dir: Path | str, out: Path | str | None = None) -> Report:
 
     Raises:
         MissingInputError: There is no event file.
-        UserError: ``out`` is a file.
+        UserError: ``out`` is a file, or a file of results is damaged.
     """
     run_dir = Path(run_dir)
     log = RunLog(find_events(run_dir))
@@ -126,6 +130,7 @@ def report_run(run_dir: Path | str, out: Path | str | None = None) -> Report:
         run_dir / "report" if out is None else out,
         title=run_dir.resolve().name,
         period=log.period(),
+        scores=run_dir / FOLDER_NAME,
     )
 
 

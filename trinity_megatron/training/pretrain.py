@@ -68,6 +68,7 @@ from trinity_megatron.training.callbacks.callback import callbacks_in_training_l
 from trinity_megatron.training.callbacks.disk_errors import explain_disk_error  # noqa: E402
 from trinity_megatron.training.callbacks.disk_space import disk_watched  # noqa: E402
 from trinity_megatron.training.callbacks.end_of_run import ValidationTokens, finish_run  # noqa: E402
+from trinity_megatron.training.callbacks.evaluation import Evaluation  # noqa: E402
 from trinity_megatron.training.callbacks.finite_check import FiniteCheck  # noqa: E402
 from trinity_megatron.training.callbacks.gradient_check import GradientCheck  # noqa: E402
 from trinity_megatron.training.callbacks.hang_watchdog import watch_steps  # noqa: E402
@@ -204,6 +205,8 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
     """Megatron's training loop with the callbacks, and the checks of what it reads and writes."""
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
+        # First: it looks for data below another folder, which no thread may do.
+        evaluation = [Evaluation(args)] if args.evaluate_every else []
         enter(guarded_loads(verify_checksums=args.verify_checksums, advise=advise_other_step))
         enter(damage_left_behind(args))
         enter(plain_index_cache())
@@ -217,6 +220,7 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             *([GradientCheck()] if args.check_gradient_norm else []),
             *_spike_skipping(args, metrics.config),
             *([ReplicaCheck(args.check_replicas)] if args.check_replicas else []),
+            *evaluation,
             enter(old_checkpoints_deleted(args)),
             enter(disk_watched(args)),
             enter(watch_steps()),

@@ -14,6 +14,7 @@ from trinity_megatron.optimizer.register import validate_muon_arguments
 from trinity_megatron.process.screen import tell_once
 from trinity_megatron.training.arguments.chat_checks import check_chat_sources, finish_chat
 from trinity_megatron.training.arguments.defaults import has_resiliency_package
+from trinity_megatron.training.arguments.evaluation_checks import check_evaluation
 from trinity_megatron.training.arguments.fsdp_checks import check_fsdp
 from trinity_megatron.training.arguments.layout_checks import check_layout
 from trinity_megatron.training.arguments.mixture_checks import check_mixture
@@ -59,6 +60,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
         check_fsdp(args)
     check_spikes(args)
     check_replica_flag(args)
+    check_evaluation(args)
     finish_nan_check(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)

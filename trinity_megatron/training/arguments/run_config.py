@@ -82,6 +82,21 @@ class RunConfig:
     """Compare checksums of parameters, expert bias and counters over data-parallel ranks every N
     steps and before each save; end where a rank differs.  Default: do not."""
 
+    evaluate_every: int | None = field(default=None, metadata={"argparse_meta": {"metavar": "N"}})
+    """Score the model on --evaluate-tasks after every N steps, as trinity-megatron evaluate does.
+    Default: do not."""
+
+    evaluate_tasks: str | None = field(
+        default=None, metadata={"argparse_meta": {"metavar": "NAMES"}}
+    )
+    """Tasks of lm-evaluation-harness, with commas between them; also niah and perplexity."""
+
+    evaluate_data: str | None = field(default=None, metadata={"argparse_meta": {"metavar": "DIR"}})
+    """Task files and data of --evaluate-tasks; nothing is downloaded."""
+
+    evaluate_limit: int | None = field(default=None, metadata={"argparse_meta": {"metavar": "N"}})
+    """Only the first N documents of each task."""
+
     allow_data_change: bool = False
     """Resume with other training data than those of the checkpoint."""
 

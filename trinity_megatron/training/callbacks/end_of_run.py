@@ -22,6 +22,7 @@ from megatron.training.utils import is_last_rank
 from trinity_megatron.data.unigram import unigram_entropy
 from trinity_megatron.model.generation import generate_tokens
 from trinity_megatron.process.screen import tell
+from trinity_megatron.report.scores import FOLDER_NAME
 from trinity_megatron.telemetry.tensorboard_log import RunLog
 from trinity_megatron.training.datasets.splits import split_sources
 
@@ -203,7 +204,12 @@ def _make_report(
 
     log, out = RunLog(args.tensorboard_dir), Path(args.out)
     return log, write_report(
-        log, out / "report", title=out.name, period=log.period(), unigram_entropy=entropy
+        log,
+        out / "report",
+        title=out.name,
+        period=log.period(),
+        unigram_entropy=entropy,
+        scores=out / FOLDER_NAME,
     )
 
 
