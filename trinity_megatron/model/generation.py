@@ -87,7 +87,7 @@ class CachedModel:
         self._context = KeyValueCache(batch_size, size, max_read=self._chunk or size)
         self._tokens = torch.zeros(batch_size, size, dtype=torch.int64)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def read(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
         """Read tokens after those before ``start``.
 

@@ -1,13 +1,13 @@
 """Megatron's parallel linear layers, which are one product where there are no gradients and peers.
 
-Theirs pass four functions of autograd and their checks even then, which takes twice as long as the
-product of one token.  The names are Megatron's: Megatron-FSDP knows by them how a weight is cut.
+Theirs pass through functions of autograd and their checks even then, which takes twice as long as
+the product of one token.
 """
-
-from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import layers
+
+# The names are Megatron's: Megatron-FSDP tells by the name of a class how its weight is cut.
 
 
 class ColumnParallelLinear(layers.ColumnParallelLinear):
@@ -20,7 +20,8 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
         runtime_gather_output: bool | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Multiply ``[s, b, in]``; see Megatron's."""
-        if weight is None and _is_product(self, self.output_size_per_partition == self.output_size):
+        is_whole = self.output_size_per_partition == self.output_size
+        if weight is None and is_whole and not torch.is_grad_enabled() and self.bias is None:
             return torch.matmul(input_, self.weight.t()), None
         return super().forward(input_, weight, runtime_gather_output)
 
@@ -30,11 +31,7 @@ class RowParallelLinear(layers.RowParallelLinear):
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Multiply ``[s, b, in / tp]``; see Megatron's."""
-        if _is_product(self, self.input_size_per_partition == self.input_size):
+        is_whole = self.input_size_per_partition == self.input_size
+        if is_whole and not torch.is_grad_enabled() and self.bias is None:
             return torch.matmul(input_, self.weight.t()), None
         return super().forward(input_)
-
-
-def _is_product(layer: Any, is_whole: bool) -> bool:
-    """Whether nothing but the product is left of Megatron's forward pass."""
-    return is_whole and not torch.is_grad_enabled() and layer.bias is None
