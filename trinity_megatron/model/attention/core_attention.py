@@ -180,8 +180,8 @@ class TrinityDotProductAttention(MegatronModule):
         scale = query.size(-1) ** -0.5 if self.softmax_scale is None else self.softmax_scale
         num_keys = key.size(0)
         window = None if self.window is None or self.window >= num_keys else self.window
-        statistics = statistics_of(self.config)
-        if statistics.is_collecting and self.training and torch.is_grad_enabled():
+        is_training = self.training and torch.is_grad_enabled()
+        if is_training and (statistics := statistics_of(self.config)).is_collecting:
             group = self.cp_group if self.cp_size > 1 else None
             statistics.observe(
                 "attention/logit_bound",
@@ -190,7 +190,7 @@ class TrinityDotProductAttention(MegatronModule):
                 total=0,
                 maximum=logit_bound(query.detach(), key.detach(), scale=scale, group=group),
             )
-        if window is None and list(segments) == [Segment(num_keys - 1, 1)]:
+        if window is None and query.size(0) == 1:
             return attention_of_one(query, key, value, scale=scale)
         if query.is_cuda and window is None and list(segments) == [Segment(0, num_keys)]:
             return causal_attention(query, key, value, scale=scale)

@@ -34,6 +34,11 @@ def sort_by_expert(routing_map: torch.Tensor, probs: torch.Tensor, *, topk: int)
         topk: Experts of each token.
     """
     num_tokens = routing_map.shape[0]
+    if num_tokens == 1:  # sorted as it is: a step of generation
+        experts = torch.nonzero_static(routing_map[0], size=topk).squeeze(1)
+        rows = torch.arange(topk, device=experts.device).unsqueeze(0)
+        weights = probs[0].gather(0, experts)
+        return SortedRows(torch.zeros_like(experts), rows, weights, routing_map[0].long())
     pairs = torch.nonzero_static(routing_map.t(), size=num_tokens * topk)
     expert_of_row, token_of_row = pairs.unbind(dim=1)
     # A stable sort of the rows by token is the inverse permutation.
