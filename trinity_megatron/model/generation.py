@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import unwrap_model
 
 from trinity_megatron.errors import UserError
+from trinity_megatron.model.attention.kv_cache import KeyValueCache
 
 # Tokens of a prompt that are read at once: their logits are all computed.
 _CHUNK = 512
@@ -91,10 +91,10 @@ class CachedModel:
         self._multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self._chunk, self._is_cached = plan_reading(config.transformer_impl, self._multiple)
         size = -(-max_length // self._multiple) * self._multiple
-        self._context = StaticInferenceContext(batch_size, size)
+        self._context = KeyValueCache(batch_size, size, max_read=self._chunk or size)
         self._tokens = torch.zeros(batch_size, size, dtype=torch.int64)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def read(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
         """Read tokens after those before ``start``.
 

@@ -7,8 +7,8 @@
 from functools import partial
 from typing import Any
 
-from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -23,8 +23,10 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.attention.core_attention import TrinityDotProductAttention
+from trinity_megatron.model.attention.self_attention import TrinitySelfAttention
 from trinity_megatron.model.config import TrinityConfig
 from trinity_megatron.model.initialization import initialize_parameters, initialize_wrapped
+from trinity_megatron.model.linear import ColumnParallelLinear, RowParallelLinear
 from trinity_megatron.model.moe.bias_update import finalize_model_grads
 from trinity_megatron.model.moe.experts import TrinityGroupedMLP
 from trinity_megatron.model.moe.moe_layer import TrinityMoELayer
@@ -90,18 +92,20 @@ class _Backend:
     """The modules of ``local`` or of Transformer Engine, under the same parameter names."""
 
     def __init__(self, config: TrinityConfig) -> None:
-        self.provider: BackendSpecProvider
         if config.transformer_impl == "local":
-            self.provider = LocalSpecProvider()
+            self.column_linear: Any = ColumnParallelLinear
+            self.row_linear: Any = RowParallelLinear
             self.norm: Any = TrinityRMSNorm
             self.core_attention: Any = TrinityDotProductAttention
             self.experts: Any = TrinityGroupedMLP
         elif config.transformer_impl == "transformer_engine":
-            self.provider = _transformer_engine_provider()
+            provider = _transformer_engine_provider()
             from trinity_megatron.model.moe.te_experts import TrinityTEGroupedMLP
 
             self.norm = TrinityTENorm
-            self.core_attention = self.provider.core_attention()
+            self.column_linear = provider.column_parallel_linear()
+            self.row_linear = provider.row_parallel_linear()
+            self.core_attention = provider.core_attention()
             self.experts = TrinityTEGroupedMLP
         else:
             raise UserError(
@@ -125,18 +129,18 @@ class _Backend:
 
     def _linears(self) -> MLPSubmodules:
         return MLPSubmodules(
-            linear_fc1=self.provider.column_parallel_linear(),
-            linear_fc2=self.provider.row_parallel_linear(),
+            linear_fc1=self.column_linear,
+            linear_fc2=self.row_linear,
         )
 
     def _attention(self) -> ModuleSpec:
         return ModuleSpec(
-            module=SelfAttention,
+            module=TrinitySelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=self.provider.column_parallel_linear(),
+                linear_qkv=self.column_linear,
                 core_attention=self.core_attention,
-                linear_proj=self.provider.row_parallel_linear(),
+                linear_proj=self.row_linear,
                 q_layernorm=self.norm,
                 k_layernorm=self.norm,
             ),

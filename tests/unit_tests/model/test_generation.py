@@ -78,6 +78,28 @@ def test_a_long_prompt_is_read_in_pieces(
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=2e-5)
 
 
+def test_training_goes_on_after_generation(build: Callable[..., Any]) -> None:
+    """What generation caches, angles and masks, is no obstacle to a backward pass."""
+    model = build()
+    size = model.config.vocab_size
+    tokens = torch.tensor(random_prompts(size, 24))
+    positions = torch.arange(24).unsqueeze(0)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(tokens, positions, None, labels=tokens).mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    model.eval()
+    list(generate_tokens(model, tokens.tolist(), max_new_tokens=NEW, vocab_size=size))
+    model.train()
+    after = gradients()
+    fresh = build()
+    fresh.load_state_dict(model.state_dict())
+    model = fresh
+    assert all(torch.equal(*pair) for pair in zip(after, gradients(), strict=True))
+
+
 def test_a_stop_token_ends_its_row_only(build: Callable[..., Any]) -> None:
     model = build().eval()
     perturb(model)

@@ -180,8 +180,8 @@ class TrinityDotProductAttention(MegatronModule):
         scale = query.size(-1) ** -0.5 if self.softmax_scale is None else self.softmax_scale
         num_keys = key.size(0)
         window = None if self.window is None or self.window >= num_keys else self.window
-        statistics = statistics_of(self.config)
-        if statistics.is_collecting and self.training and torch.is_grad_enabled():
+        is_training = self.training and torch.is_grad_enabled()
+        if is_training and (statistics := statistics_of(self.config)).is_collecting:
             group = self.cp_group if self.cp_size > 1 else None
             statistics.observe(
                 "attention/logit_bound",
@@ -190,6 +190,8 @@ class TrinityDotProductAttention(MegatronModule):
                 total=0,
                 maximum=logit_bound(query.detach(), key.detach(), scale=scale, group=group),
             )
+        if window is None and query.size(0) == 1:
+            return attention_of_one(query, key, value, scale=scale)
         if query.is_cuda and window is None and list(segments) == [Segment(0, num_keys)]:
             return causal_attention(query, key, value, scale=scale)
         if has_fused_attention(query):
@@ -225,6 +227,26 @@ def causal_attention(
         query, key, value, is_causal=True, scale=scale, enable_gqa=True
     )
     return output.permute(2, 0, 1, 3).flatten(2)
+
+
+def attention_of_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float
+) -> torch.Tensor:
+    """Attention of the last position to all: a step with a KV cache needs no mask.
+
+    Args:
+        query: ``[1, b, np, hn]``.
+        key: ``[s, b, ng, hn]``.
+        value: ``[s, b, ng, hn]``.
+        scale: Factor of the scores.
+
+    Returns:
+        ``[1, b, np * hn]``.
+    """
+    # The query heads of a group become rows, see blocked.py.
+    heads = query.squeeze(0).unflatten(1, (key.size(2), -1))  # [b, ng, np / ng, hn]
+    key, value = (tensor.permute(1, 2, 0, 3) for tensor in (key, value))
+    return F.scaled_dot_product_attention(heads, key, value, scale=scale).flatten(1).unsqueeze(0)
 
 
 def logit_bound(

@@ -3,12 +3,15 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.moe.router import TopKRouter
 
 from trinity_megatron.model.config import TrinityConfig
 from trinity_megatron.model.fusion import fused
 from trinity_megatron.model.moe.balance_loss import mean_balance_loss, normalized_scores
 from trinity_megatron.telemetry.step_statistics import statistics_of
+
+_ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 class Routing(NamedTuple):
@@ -88,6 +91,15 @@ class TrinityRouter(TopKRouter):
             if tensor.dtype != before.dtype:
                 tensor.data = before.to(device=tensor.device)
         return self
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Router logits of ``[s, b, d]``, in the router's dtype ``[s, b, num_experts]``."""
+        is_product = not torch.is_grad_enabled() and input.device.type == "cpu"
+        if not is_product or self.bias is not None:
+            return super().gating(input)
+        # The same product; of one token, Megatron's function of autograd takes longer.
+        dtype = _ROUTER_DTYPES.get(self.config.moe_router_dtype or "", input.dtype)
+        return F.linear(input.to(dtype), self.weight.to(dtype))
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None

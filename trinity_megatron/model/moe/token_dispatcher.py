@@ -34,6 +34,11 @@ def sort_by_expert(routing_map: torch.Tensor, probs: torch.Tensor, *, topk: int)
         topk: Experts of each token.
     """
     num_tokens = routing_map.shape[0]
+    if num_tokens == 1:  # sorted as it is: a step of generation
+        experts = torch.nonzero_static(routing_map[0], size=topk).squeeze(1)
+        rows = torch.arange(topk, device=experts.device).unsqueeze(0)
+        weights = probs[0].gather(0, experts)
+        return SortedRows(torch.zeros_like(experts), rows, weights, routing_map[0].long())
     pairs = torch.nonzero_static(routing_map.t(), size=num_tokens * topk)
     expert_of_row, token_of_row = pairs.unbind(dim=1)
     # A stable sort of the rows by token is the inverse permutation.
@@ -136,6 +141,10 @@ class LocalTokenDispatcher(MoETokenDispatcher):
         self.token_of_row, self.rows_of_token = rows.token_of_row, rows.rows_of_token
         self.tokens_per_expert = rows.tokens_per_expert
         flat = hidden_states.reshape(routing_map.shape[0], -1)
+        if (
+            not torch.is_grad_enabled()
+        ):  # a function of autograd takes longer than the copy of a row
+            return flat.index_select(0, rows.token_of_row), rows.weights
         return _Permute.apply(flat, rows.token_of_row, rows.rows_of_token), rows.weights
 
     def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple:
@@ -156,5 +165,8 @@ class LocalTokenDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Sum the weighted rows of each token, in the shape of the input."""
-        output = _Unpermute.apply(hidden_states, self.token_of_row, self.rows_of_token)
+        if torch.is_grad_enabled():
+            output = _Unpermute.apply(hidden_states, self.token_of_row, self.rows_of_token)
+        else:
+            output = F.embedding_bag(self.rows_of_token, hidden_states, mode="sum")
         return output.view(self.hidden_shape)

@@ -50,3 +50,20 @@ def test_equals_the_loop(counts: list[int]) -> None:
         torch.testing.assert_close(tensor.grad.double(), exact[name].grad, **options, msg=name)
     for expert, load in enumerate(counts):
         assert bool(ours["fc1"].grad[expert].any()) == bool(load)
+
+
+@pytest.mark.parametrize("ffn", [FFN, 3])  # grouped_mm wants multiples of four numbers
+@pytest.mark.parametrize("counts", [{3: 1}, {0: 1, 11: 1}, {2: 2, 7: 1}, {}])
+def test_a_few_rows_without_gradients(counts: dict[int, int], ffn: int) -> None:
+    """A step of generation: most of the experts have no row."""
+    generator = torch.Generator().manual_seed(4)
+    loads = torch.tensor([counts.get(expert, 0) for expert in range(12)])
+    rows = torch.randn(int(loads.sum()), HIDDEN, generator=generator)
+    probs = torch.rand(len(rows), generator=generator)
+    fc1 = torch.randn(12, 2 * ffn, HIDDEN, generator=generator) / HIDDEN**0.5
+    fc2 = torch.randn(12, HIDDEN, ffn, generator=generator) / ffn**0.5
+    with torch.no_grad():
+        few = grouped_swiglu_experts(rows, probs, loads, fc1, fc2)
+    grouped = grouped_swiglu_experts(rows, probs, loads, fc1, fc2)  # with gradients
+    assert few.shape == (len(rows), HIDDEN)
+    torch.testing.assert_close(few, grouped, rtol=1e-5, atol=2e-6)

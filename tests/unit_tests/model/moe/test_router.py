@@ -195,3 +195,18 @@ def test_statistics_of_the_logits(router: TrinityRouter) -> None:
     assert row.tolist() == pytest.approx([len(seen), seen.sum().item(), 1e6])
     row = table[STATISTIC_NAMES.index("router/logit_square"), router.layer_number]
     assert row[1].item() == pytest.approx(seen.square().sum().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("router_dtype", [None, "fp32", "fp64"])
+def test_logits_without_gradients_are_the_same(
+    dtype: torch.dtype, router_dtype: str | None, router: TrinityRouter
+) -> None:
+    router.config.moe_router_dtype = router_dtype  # type: ignore[assignment]
+    router.to(dtype)
+    tokens = torch.randn(5, 2, router.config.hidden_size).to(dtype)
+    with_gradients = router.gating(tokens)
+    with torch.no_grad():
+        without = router.gating(tokens)
+    assert without.dtype == with_gradients.dtype
+    assert torch.equal(without, with_gradients)

@@ -154,3 +154,15 @@ def test_shared_experts_that_overlap_are_computed(build: Callable[..., Any]) -> 
         results.append((output, layer.shared_experts.linear_fc1.weight.grad))
     for mine, reference in zip(*results, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_one_token_is_sorted_as_among_others() -> None:
+    """A step of generation has a path of its own."""
+    _, routing_map, probs = random_routing(6, 11)
+    for token in range(6):
+        own = sort_by_expert(routing_map[token : token + 1], probs[token : token + 1], topk=TOPK)
+        expected = routing_map[token].nonzero().squeeze(1)
+        assert own.token_of_row.tolist() == [0] * TOPK
+        assert own.rows_of_token.tolist() == [list(range(TOPK))]
+        assert torch.equal(own.weights, probs[token, expected])
+        assert torch.equal(own.tokens_per_expert, routing_map[token].long())
