@@ -58,6 +58,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="share of the documents held out for validation (%(default)s)",
     )
     parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that encode, each with one thread (default: this one, with a thread for "
+        "each core); the data do not depend on it",
+    )
+    parser.add_argument(
         "--chat",
         action="store_true",
         help="the rows are conversations (messages with role and content): encode them with the "
@@ -117,6 +124,8 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
             f"--vocab-size {args.vocab_size} does not go with --tokenizer {args.tokenizer}, which "
             "has its own vocabulary; leave out --vocab-size, or leave out --tokenizer to train one"
         )
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers} is below 1. Remedy: 1 or more, or drop it.")
     _check_chat_flags(args)
     quiet_megatron()
     if args.chat:
@@ -139,6 +148,7 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
         tokenizer=args.tokenizer,
         options=options,
         max_left_out=args.max_left_out,
+        workers=args.workers,
     )
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
         print(f"{args.out} {name}: {split.documents:,} documents, {split.tokens:,} tokens")
@@ -151,7 +161,11 @@ def _check_chat_flags(args: argparse.Namespace) -> None:
         if args.chat_template is not None:
             raise UserError("--chat-template is for conversations. Remedy: add --chat, or drop it.")
         return
-    for name, value in (("split-on", args.split_on), ("plain-text", args.plain_text or None)):
+    for name, value in (
+        ("split-on", args.split_on),
+        ("plain-text", args.plain_text or None),
+        ("workers", args.workers),
+    ):
         if value is not None:
             raise UserError(f"--{name} does not go with --chat. Remedy: drop --{name}.")
     if args.tokenizer is None:

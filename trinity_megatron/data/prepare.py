@@ -3,6 +3,7 @@
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from trinity_megatron.data.corpus import (
@@ -12,7 +13,7 @@ from trinity_megatron.data.corpus import (
     hash_file,
     is_unchanged,
 )
-from trinity_megatron.data.encode import write_splits
+from trinity_megatron.data.encode import SplitEncoder, encode_splits, write_splits
 from trinity_megatron.data.given_tokenizer import GivenTokenizer, copy_tokenizer, load_tokenizer
 from trinity_megatron.data.inputs import READER_VERSION, DataInputs
 from trinity_megatron.data.left_out import check_formats
@@ -51,6 +52,7 @@ def prepare_data(
     tokenizer: Path | None = None,
     options: ReadOptions = _DEFAULTS,
     max_left_out: float = 0.1,
+    workers: int | None = None,
 ) -> DataManifest:
     """Write a corpus as Megatron's indexed data, with a trained or given tokenizer.
 
@@ -70,6 +72,8 @@ def prepare_data(
             model. Its ``eos_token`` ends every document. If None, a tokenizer is trained.
         options: Options for reading documents from files.
         max_left_out: Largest share, by bytes, of the files that may be text but cannot be read.
+        workers: Processes that encode, each with one thread; 1 for this one.  If None, this one
+            with a thread for each core.  The data do not depend on it.
 
     Raises:
         UserError: An argument or a source cannot be used, too much is left out, the corpus is too
@@ -100,8 +104,12 @@ def prepare_data(
             return existing
         remove_half_written(out)
         corpus = scan(files, skipped, options, max_left_out)
+        encode = partial(encode_splits, workers=workers)
         return build_folder(
-            out, inputs, corpus.files, lambda folder: _write(folder, inputs, corpus, given)
+            out,
+            inputs,
+            corpus.files,
+            lambda folder: write_folder(folder, inputs, corpus, given, encode),
         )
 
 
@@ -188,11 +196,26 @@ def sync_files(folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in names}
 
 
-def _write(
-    folder: Path, inputs: DataInputs, corpus: Corpus, given: GivenTokenizer | None
+def write_folder(
+    folder: Path,
+    inputs: DataInputs,
+    corpus: Corpus,
+    given: GivenTokenizer | None,
+    encode: SplitEncoder,
 ) -> DataManifest:
-    """Write the splits and the tokenizer into a folder and make their manifest."""
-    written = write_splits(folder, inputs, corpus, given)
+    """Write the splits and the tokenizer into a folder and make their manifest.
+
+    Args:
+        folder: That exists.
+        inputs: What the data are made of.
+        corpus: The documents.
+        given: The tokenizer; None to train one.
+        encode: Encodes the documents.
+
+    Raises:
+        UserError: The corpus is too small.
+    """
+    written = write_splits(folder, inputs, corpus, given, encode)
     if written.train.tokens < MIN_SPLIT_TOKENS:
         raise UserError(
             f"sources leave {written.train.tokens} tokens for training, fewer than "
