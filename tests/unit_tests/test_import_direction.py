@@ -33,7 +33,7 @@ SIDEWAYS = {
     ("telemetry", "process"),
     ("optimizer", "model"),
 }
-OPTIONAL = ("transformer_engine", "apex", "wandb", "emerging_optimizers", "gguf", "httpx")
+OPTIONAL = ("transformer_engine", "apex", "wandb", "emerging_optimizers", "gguf", "httpx", "ray")
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix()
     for path in ROOT.rglob("*.py")

@@ -4,9 +4,15 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.rank import quiet_megatron
+
+if TYPE_CHECKING:
+    from trinity_megatron.data.cluster.engines import Engine
+
+_ENGINE_WORKERS = 2
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -62,7 +68,20 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         type=int,
         metavar="N",
         help="processes that encode, each with one thread (default: this one, with a thread for "
-        "each core); the data do not depend on it",
+        "each core); with --engine tasks at a time (2).  The data do not depend on it",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray", "slurm"),
+        help="prepare by tasks of datatrove's executor, each of some of the files, on this machine "
+        "or a cluster; a command that was stopped goes on with what is missing (docs/data.md)",
+    )
+    parser.add_argument(
+        "--engine-options",
+        nargs="+",
+        default=(),
+        metavar="NAME=VALUE",
+        help="arguments of datatrove's executor: partition=cpu time=10:00:00 for slurm",
     )
     parser.add_argument(
         "--chat",
@@ -126,6 +145,11 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
         )
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers} is below 1. Remedy: 1 or more, or drop it.")
+    if args.engine is not None and args.tokenizer is None and not args.chat:
+        raise UserError(
+            f"--engine {args.engine} needs --tokenizer. Remedy: prepare a sample without --engine, "
+            "and give the folder tokenizer of its --out."
+        )
     _check_chat_flags(args)
     quiet_megatron()
     if args.chat:
@@ -139,21 +163,45 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
         skip_bad_rows=args.skip_bad_rows,
         plain_text=args.plain_text,
     )
-    vocabulary = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
-    manifest = prepare_data(
-        args.out,
-        args.source,
-        **vocabulary,
-        validation_fraction=args.validation_fraction,
-        tokenizer=args.tokenizer,
-        options=options,
-        max_left_out=args.max_left_out,
-        workers=args.workers,
-    )
+    common = {
+        "validation_fraction": args.validation_fraction,
+        "tokenizer": args.tokenizer,
+        "options": options,
+        "max_left_out": args.max_left_out,
+    }
+    engine = read_engine(args)
+    if engine is not None:
+        from trinity_megatron.data.cluster.prepare import prepare_on_cluster
+
+        manifest = prepare_on_cluster(args.out, args.source, engine, **common)
+    else:
+        vocabulary = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
+        manifest = prepare_data(args.out, args.source, **vocabulary, **common, workers=args.workers)
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
         print(f"{args.out} {name}: {split.documents:,} documents, {split.tokens:,} tokens")
     _report_short_validation(manifest.validation.tokens)
     return 0
+
+
+def read_engine(args: argparse.Namespace) -> "Engine | None":
+    """Where the tasks run; None without ``--engine``.
+
+    Raises:
+        UserError: Flags contradict each other, or an option is none.
+    """
+    from trinity_megatron.data.cluster.engines import Engine
+
+    if args.engine is None:
+        if args.engine_options:
+            raise UserError("--engine-options are of --engine. Remedy: add it, or drop them.")
+        return None
+    options: dict[str, int | str] = {}
+    for option in args.engine_options:
+        name, separator, value = option.partition("=")
+        if not separator or not name.isidentifier():
+            raise UserError(f"--engine-options {option!r} is no NAME=VALUE. Remedy: partition=cpu.")
+        options[name] = int(value) if value.isdecimal() else value
+    return Engine(args.engine, args.workers or _ENGINE_WORKERS, options)
 
 
 def _check_chat_flags(args: argparse.Namespace) -> None:
@@ -165,6 +213,7 @@ def _check_chat_flags(args: argparse.Namespace) -> None:
         ("split-on", args.split_on),
         ("plain-text", args.plain_text or None),
         ("workers", args.workers),
+        ("engine", args.engine),
     ):
         if value is not None:
             raise UserError(f"--{name} does not go with --chat. Remedy: drop --{name}.")

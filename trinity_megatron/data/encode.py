@@ -252,7 +252,9 @@ class SplitWriter:
         """Close the files and return the summary."""
         self._builder.finalize(f"{self._prefix}.idx")
         tokens = int(self.counts.sum())
-        return SplitSummary(self._documents, tokens, self._bytes, unigram_entropy(self.counts))
+        # A shard of a few documents may have none of this split.
+        entropy = unigram_entropy(self.counts) if tokens else 0.0
+        return SplitSummary(self._documents, tokens, self._bytes, entropy)
 
 
 @contextlib.contextmanager

@@ -82,18 +82,14 @@ def prepare_data(
     """
     if tokenizer is None:
         check_vocab_size(vocab_size)
-    if not 0 < validation_fraction < 1:
-        raise UserError(
-            f"validation_fraction {validation_fraction} is not between 0 and 1; 0.05 is usual"
-        )
-    if not 0 <= max_left_out <= 1:
-        raise UserError(f"max_left_out {max_left_out} is not between 0 and 1; 0.1 is usual")
+    check_settings(validation_fraction, max_left_out)
     out = Path(out).resolve()
     check_out(out)
     given = None if tokenizer is None else load_given(tokenizer, out)
     files, skipped = find_files(sources, exclude=out, options=options)
     check_formats(skipped, files, max_left_out)
-    inputs = _make_inputs(files, options, vocab_size, validation_fraction, given)
+    hashes = sorted((file.name, hash_file(file.path)) for file in files)
+    inputs = make_inputs(files, hashes, options, vocab_size, validation_fraction, given)
     existing = find_existing(out, inputs)
     if existing is not None:
         return existing
@@ -113,14 +109,38 @@ def prepare_data(
         )
 
 
-def _make_inputs(
+def check_settings(validation_fraction: float, max_left_out: float) -> None:
+    """Refuse shares that are none.
+
+    Raises:
+        UserError: Names the setting and a usual value.
+    """
+    if not 0 < validation_fraction < 1:
+        raise UserError(
+            f"validation_fraction {validation_fraction} is not between 0 and 1; 0.05 is usual"
+        )
+    if not 0 <= max_left_out <= 1:
+        raise UserError(f"max_left_out {max_left_out} is not between 0 and 1; 0.1 is usual")
+
+
+def make_inputs(
     files: Sequence[SourceFile],
+    hashes: Sequence[tuple[str, str]],
     options: ReadOptions,
     vocab_size: int,
     validation_fraction: float,
     given: GivenTokenizer | None,
 ) -> DataInputs:
-    hashes = sorted((file.name, hash_file(file.path)) for file in files)
+    """What the data are made of.
+
+    Args:
+        files: The source files.
+        hashes: Name and SHA-256 of each, sorted.
+        options: How documents are found.
+        vocab_size: Of a tokenizer to train.
+        validation_fraction: Share of the documents for validation.
+        given: A given tokenizer.
+    """
     return DataInputs(
         vocab_size=int(vocab_size) if given is None else given.vocab_size,
         validation_fraction=float(validation_fraction),
