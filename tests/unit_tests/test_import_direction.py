@@ -33,7 +33,16 @@ SIDEWAYS = {
     ("telemetry", "process"),
     ("optimizer", "model"),
 }
-OPTIONAL = ("transformer_engine", "apex", "wandb", "emerging_optimizers", "gguf", "httpx", "ray")
+OPTIONAL = (
+    "transformer_engine",
+    "apex",
+    "wandb",
+    "emerging_optimizers",
+    "gguf",
+    "httpx",
+    "ray",
+    "datatrove",
+)
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix()
     for path in ROOT.rglob("*.py")

@@ -4,15 +4,10 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from trinity_megatron.cli.engine_flags import add_engine_flags, read_engine
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.rank import quiet_megatron
-
-if TYPE_CHECKING:
-    from trinity_megatron.data.cluster.engines import Engine
-
-_ENGINE_WORKERS = 2
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -70,19 +65,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="processes that encode, each with one thread (default: this one, with a thread for "
         "each core); with --engine tasks at a time (2).  The data do not depend on it",
     )
-    parser.add_argument(
-        "--engine",
-        choices=("local", "ray", "slurm"),
-        help="prepare by tasks of datatrove's executor, each of some of the files, on this machine "
-        "or a cluster; a command that was stopped goes on with what is missing (docs/data.md)",
-    )
-    parser.add_argument(
-        "--engine-options",
-        nargs="+",
-        default=(),
-        metavar="NAME=VALUE",
-        help="arguments of datatrove's executor: partition=cpu time=10:00:00 for slurm",
-    )
+    add_engine_flags(parser)
     parser.add_argument(
         "--chat",
         action="store_true",
@@ -181,27 +164,6 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
         print(f"{args.out} {name}: {split.documents:,} documents, {split.tokens:,} tokens")
     _report_short_validation(manifest.validation.tokens)
     return 0
-
-
-def read_engine(args: argparse.Namespace) -> "Engine | None":
-    """Where the tasks run; None without ``--engine``.
-
-    Raises:
-        UserError: Flags contradict each other, or an option is none.
-    """
-    from trinity_megatron.data.cluster.engines import Engine
-
-    if args.engine is None:
-        if args.engine_options:
-            raise UserError("--engine-options are of --engine. Remedy: add it, or drop them.")
-        return None
-    options: dict[str, int | str] = {}
-    for option in args.engine_options:
-        name, separator, value = option.partition("=")
-        if not separator or not name.isidentifier():
-            raise UserError(f"--engine-options {option!r} is no NAME=VALUE. Remedy: partition=cpu.")
-        options[name] = int(value) if value.isdecimal() else value
-    return Engine(args.engine, args.workers or _ENGINE_WORKERS, options)
 
 
 def _check_chat_flags(args: argparse.Namespace) -> None:

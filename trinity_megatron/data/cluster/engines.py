@@ -5,6 +5,7 @@ Source: https://github.com/huggingface/datatrove, ``datatrove.executor``.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shutil
@@ -177,6 +178,16 @@ class Engine:
             elif time.monotonic() - gone_since > _GRACE_S:
                 return
             time.sleep(_POLL_S)
+
+
+def datatrove_class(module: str, name: str) -> Any:
+    """A class of datatrove; None if the module has none of the name.
+
+    Raises:
+        UserError: datatrove is not installed.
+    """
+    _import_datatrove()
+    return getattr(importlib.import_module(module), name, None)
 
 
 def _environment() -> str:
