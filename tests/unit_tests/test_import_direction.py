@@ -34,7 +34,17 @@ SIDEWAYS = {
     ("optimizer", "model"),
     ("training", "evaluation"),
 }
-OPTIONAL = ("transformer_engine", "apex", "wandb", "emerging_optimizers", "gguf", "lm_eval")
+OPTIONAL = (
+    "transformer_engine",
+    "apex",
+    "wandb",
+    "emerging_optimizers",
+    "gguf",
+    "httpx",
+    "lm_eval",
+    "ray",
+    "datatrove",
+)
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix()
     for path in ROOT.rglob("*.py")

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from trinity_megatron.cli import data_filter, data_rewrite
 from trinity_megatron.errors import UserError
 
 
@@ -10,8 +11,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command to the parser of ``trinity-megatron``."""
     parser = commands.add_parser(
         "data",
-        help="show what a run reads of a mixture of corpora",
-        description="Look at the data of a run before it starts.",
+        help="show what a run reads of a mixture of corpora; filter or rewrite documents",
+        description="Look at the data of a run before it starts; filter documents, or make "
+        "synthetic data.",
         allow_abbrev=False,
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
@@ -33,6 +35,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     show.add_argument("--seed", type=int, default=1234, help="as of the run (%(default)s)")
     show.set_defaults(command=run, takes_further_flags=False)
+    data_filter.add_parser(actions)
+    data_rewrite.add_parser(actions)
 
 
 def run(args: argparse.Namespace, others: Sequence[str]) -> int:

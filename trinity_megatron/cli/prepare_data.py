@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from trinity_megatron.cli.engine_flags import add_engine_flags, read_engine
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.rank import quiet_megatron
 
@@ -57,6 +58,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="F",
         help="share of the documents held out for validation (%(default)s)",
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that encode, each with one thread (default: this one, with a thread for "
+        "each core); with --engine tasks at a time (2).  The data do not depend on it",
+    )
+    add_engine_flags(parser)
     parser.add_argument(
         "--chat",
         action="store_true",
@@ -117,6 +126,13 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
             f"--vocab-size {args.vocab_size} does not go with --tokenizer {args.tokenizer}, which "
             "has its own vocabulary; leave out --vocab-size, or leave out --tokenizer to train one"
         )
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers} is below 1. Remedy: 1 or more, or drop it.")
+    if args.engine is not None and args.tokenizer is None and not args.chat:
+        raise UserError(
+            f"--engine {args.engine} needs --tokenizer. Remedy: prepare a sample without --engine, "
+            "and give the folder tokenizer of its --out."
+        )
     _check_chat_flags(args)
     quiet_megatron()
     if args.chat:
@@ -130,16 +146,20 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
         skip_bad_rows=args.skip_bad_rows,
         plain_text=args.plain_text,
     )
-    vocabulary = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
-    manifest = prepare_data(
-        args.out,
-        args.source,
-        **vocabulary,
-        validation_fraction=args.validation_fraction,
-        tokenizer=args.tokenizer,
-        options=options,
-        max_left_out=args.max_left_out,
-    )
+    common = {
+        "validation_fraction": args.validation_fraction,
+        "tokenizer": args.tokenizer,
+        "options": options,
+        "max_left_out": args.max_left_out,
+    }
+    engine = read_engine(args)
+    if engine is not None:
+        from trinity_megatron.data.cluster.prepare import prepare_on_cluster
+
+        manifest = prepare_on_cluster(args.out, args.source, engine, **common)
+    else:
+        vocabulary = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
+        manifest = prepare_data(args.out, args.source, **vocabulary, **common, workers=args.workers)
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
         print(f"{args.out} {name}: {split.documents:,} documents, {split.tokens:,} tokens")
     _report_short_validation(manifest.validation.tokens)
@@ -151,7 +171,12 @@ def _check_chat_flags(args: argparse.Namespace) -> None:
         if args.chat_template is not None:
             raise UserError("--chat-template is for conversations. Remedy: add --chat, or drop it.")
         return
-    for name, value in (("split-on", args.split_on), ("plain-text", args.plain_text or None)):
+    for name, value in (
+        ("split-on", args.split_on),
+        ("plain-text", args.plain_text or None),
+        ("workers", args.workers),
+        ("engine", args.engine),
+    ):
         if value is not None:
             raise UserError(f"--{name} does not go with --chat. Remedy: drop --{name}.")
     if args.tokenizer is None:

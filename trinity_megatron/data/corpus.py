@@ -64,9 +64,17 @@ def is_unchanged(file: SourceFile) -> bool:
 
 
 def read_documents(
-    files: Sequence[SourceFile], options: ReadOptions = _DEFAULTS
+    files: Sequence[SourceFile],
+    options: ReadOptions = _DEFAULTS,
+    split_files: set[str] | None = None,
 ) -> Iterator[Document | Skipped]:
     """Read the documents of all files in order.
+
+    Args:
+        files: The files.
+        options: How documents are found.
+        split_files: Gets the names of the text files in which ``options.split_on`` occurs, for
+            :func:`check_separator` when all files are read.  Without it these are all files.
 
     Yields:
         A document, or an entry for what holds none: an empty file or row, a bad row as long as
@@ -77,7 +85,8 @@ def read_documents(
             be read, more rows are bad than may be, or ``options.split_on`` occurs nowhere.
     """
     num_bad = 0
-    split_files: set[str] = set()
+    are_all = split_files is None
+    split_files = set() if split_files is None else split_files
     for file in files:
         with naming(file.path):
             for entry in _read_file(file, options, split_files):
@@ -94,6 +103,16 @@ def read_documents(
                         raise UserError(_bad_row(file, entry, options.skip_bad_rows))
                     entry = Skipped(entry.name, f"bad row: {entry.problem}", file.name)
                 yield entry
+    if are_all:
+        check_separator(options, split_files)
+
+
+def check_separator(options: ReadOptions, split_files: set[str]) -> None:
+    """Refuse a separator that occurs nowhere.
+
+    Raises:
+        UserError: No file has it.
+    """
     if options.split_on is not None and not split_files:
         raise UserError(
             f"split_on {options.split_on!r} occurs in no text file; correct --split-on, or leave "

@@ -4,9 +4,11 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from rich.console import Console
@@ -14,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from trinity_megatron.data.corpus import Document
+from trinity_megatron.data.encode_pool import encode_batches
 from trinity_megatron.data.given_tokenizer import GivenTokenizer
 from trinity_megatron.data.inputs import DataInputs
 from trinity_megatron.data.manifest import SplitSummary
@@ -24,7 +27,7 @@ from trinity_megatron.data.split import (
     WANTED_VALIDATION_TOKENS,
     select_validation,
 )
-from trinity_megatron.data.tokenizer import END_OF_TEXT, encode_documents, train_tokenizer
+from trinity_megatron.data.tokenizer import END_OF_TEXT, train_tokenizer
 from trinity_megatron.data.unigram import unigram_entropy
 
 logger = logging.getLogger(__name__)
@@ -49,8 +52,27 @@ class EncodedSplits:
     is_enlarged: bool
 
 
+class SplitEncoder(Protocol):
+    """Writes both splits of a corpus."""
+
+    def __call__(
+        self,
+        folder: Path,
+        inputs: DataInputs,
+        tokenizer: Tokenizer,
+        corpus: Corpus,
+        is_validation: np.ndarray,
+    ) -> tuple[SplitSummary, SplitSummary]:
+        """Write the splits and return their summaries: training, validation."""
+        ...
+
+
 def write_splits(
-    folder: Path, inputs: DataInputs, corpus: Corpus, given: GivenTokenizer | None
+    folder: Path,
+    inputs: DataInputs,
+    corpus: Corpus,
+    given: GivenTokenizer | None,
+    encode: SplitEncoder,
 ) -> EncodedSplits:
     """Write both splits.
 
@@ -62,6 +84,7 @@ def write_splits(
         inputs: Inputs of the data.
         corpus: The documents.
         given: A given tokenizer; None to train one.
+        encode: Encodes the documents.
 
     Raises:
         UserError: The corpus is too small to split, or to train the tokenizer.
@@ -83,7 +106,7 @@ def write_splits(
             logger.info("%d validation tokens are few; holding out more", written.validation.tokens)
         before = is_validation
         tokenizer = given.tokenizer if given else _train(corpus, is_validation, inputs.vocab_size)
-        train, validation = _encode(folder, inputs, tokenizer, corpus, is_validation)
+        train, validation = encode(folder, inputs, tokenizer, corpus, is_validation)
         written = EncodedSplits(tokenizer, train, validation, is_enlarged=wanted_bytes > 0)
         if validation.tokens >= WANTED_VALIDATION_TOKENS:
             return written
@@ -108,31 +131,70 @@ def _train(corpus: Corpus, is_validation: np.ndarray, vocab_size: int) -> Tokeni
         return train_tokenizer(texts(), vocab_size=vocab_size)
 
 
-def _encode(
+def encode_splits(
     folder: Path,
     inputs: DataInputs,
     tokenizer: Tokenizer,
     corpus: Corpus,
     is_validation: np.ndarray,
+    *,
+    workers: int | None = None,
 ) -> tuple[SplitSummary, SplitSummary]:
-    eos_token = inputs.eos_token or END_OF_TEXT
-    writers = [_SplitWriter(folder / split, inputs.vocab_size) for split in SPLITS]
+    """Encode a corpus on this machine, see :func:`encode_batches`."""
     rows = zip(corpus.documents(), is_validation, corpus.sizes, strict=True)
+    writers = [SplitWriter(folder / split, inputs.vocab_size) for split in SPLITS]
     with _progress("Encoding", int(corpus.sizes.sum())) as advance:
-        for batch in _batches(rows):
-            texts = [document.text for document, _, _ in batch]
-            encoded = encode_documents(tokenizer, texts, eos_token=eos_token)
-            for (_, held_out, size), ids in zip(batch, encoded, strict=True):
-                writers[int(held_out)].add(ids, int(size))
-                advance(int(size))
+        write_rows(rows, writers, tokenizer, inputs, workers=workers, advance=advance)
     train, validation = (writer.finish() for writer in writers)
     return train, validation
 
 
-def _batches(
-    rows: Iterable[tuple[Document, bool, int]],
-) -> Iterator[list[tuple[Document, bool, int]]]:
-    batch: list[tuple[Document, bool, int]] = []
+Row = tuple[Document, bool, int]
+
+
+def write_rows(
+    rows: Iterable[Row],
+    writers: Sequence["SplitWriter"],
+    tokenizer: Tokenizer,
+    inputs: DataInputs,
+    *,
+    workers: int | None,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Encode documents and append each to its split.
+
+    Args:
+        rows: Document, whether it is held out, and its bytes.
+        writers: Of training and validation.
+        tokenizer: The tokenizer.
+        inputs: Inputs of the data.
+        workers: See :func:`encode_batches`.
+        advance: Is told the bytes of each document.
+    """
+    waiting: deque[list[Row]] = deque()
+
+    def texts() -> Iterator[list[str]]:
+        for batch in _batches(rows):
+            waiting.append(batch)
+            yield [document.text for document, _, _ in batch]
+
+    encoded = encode_batches(
+        texts(),
+        tokenizer,
+        eos_token=inputs.eos_token or END_OF_TEXT,
+        dtype=writers[0].dtype,
+        workers=workers,
+    )
+    for tokens, lengths in encoded:
+        ends = np.cumsum(lengths)
+        batch = waiting.popleft()
+        for (_, held_out, size), start, end in zip(batch, ends - lengths, ends, strict=True):
+            writers[int(held_out)].add(tokens[start:end], int(size))
+            advance(int(size))
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
     characters = 0
     for row in rows:
         batch.append(row)
@@ -144,35 +206,55 @@ def _batches(
         yield batch
 
 
-class _SplitWriter:
-    """Writes one split and counts its documents, bytes and tokens."""
+class SplitWriter:
+    """Writes one split and counts its documents, bytes and tokens.
+
+    Args:
+        prefix: Of ``.bin`` and ``.idx``.
+        vocab_size: Number of tokens of the tokenizer.
+    """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         # Imported here because it takes seconds: megatron.core imports torch.
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
         self._prefix = prefix
-        self._dtype = DType.optimal_dtype(vocab_size)
-        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self._dtype)
-        self._counts = np.zeros(vocab_size, np.int64)
+        self.dtype = DType.optimal_dtype(vocab_size)
+        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self.dtype)
+        self.counts = np.zeros(vocab_size, np.int64)
         self._documents = 0
         self._bytes = 0
 
-    def add(self, ids: list[int], num_bytes: int) -> None:
+    def add(self, tokens: np.ndarray, num_bytes: int) -> None:
         """Append a document, including its end-of-text token."""
-        tokens = np.array(ids, dtype=self._dtype)
-        self._builder.add_document(tokens, [len(ids)])
+        self._builder.add_document(tokens, [len(tokens)])
         np.add.at(
-            self._counts, tokens, 1
+            self.counts, tokens, 1
         )  # bincount would allocate the vocabulary for each document
         self._documents += 1
         self._bytes += num_bytes
 
+    def add_shard(self, prefix: Path, counts: np.ndarray, summary: SplitSummary) -> None:
+        """Append the documents that another writer has written.
+
+        Args:
+            prefix: Of its files.
+            counts: How often each token occurs in it, int64 ``[vocab_size]``.
+            summary: Its own.
+        """
+        if summary.documents:
+            self._builder.add_index(str(prefix))
+        self.counts += counts
+        self._documents += summary.documents
+        self._bytes += summary.bytes
+
     def finish(self) -> SplitSummary:
         """Close the files and return the summary."""
         self._builder.finalize(f"{self._prefix}.idx")
-        tokens = int(self._counts.sum())
-        return SplitSummary(self._documents, tokens, self._bytes, unigram_entropy(self._counts))
+        tokens = int(self.counts.sum())
+        # A shard of a few documents may have none of this split.
+        entropy = unigram_entropy(self.counts) if tokens else 0.0
+        return SplitSummary(self._documents, tokens, self._bytes, entropy)
 
 
 @contextlib.contextmanager

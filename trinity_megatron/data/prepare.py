@@ -3,6 +3,7 @@
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from trinity_megatron.data.corpus import (
@@ -12,7 +13,7 @@ from trinity_megatron.data.corpus import (
     hash_file,
     is_unchanged,
 )
-from trinity_megatron.data.encode import write_splits
+from trinity_megatron.data.encode import SplitEncoder, encode_splits, write_splits
 from trinity_megatron.data.given_tokenizer import GivenTokenizer, copy_tokenizer, load_tokenizer
 from trinity_megatron.data.inputs import READER_VERSION, DataInputs
 from trinity_megatron.data.left_out import check_formats
@@ -51,6 +52,7 @@ def prepare_data(
     tokenizer: Path | None = None,
     options: ReadOptions = _DEFAULTS,
     max_left_out: float = 0.1,
+    workers: int | None = None,
 ) -> DataManifest:
     """Write a corpus as Megatron's indexed data, with a trained or given tokenizer.
 
@@ -70,6 +72,8 @@ def prepare_data(
             model. Its ``eos_token`` ends every document. If None, a tokenizer is trained.
         options: Options for reading documents from files.
         max_left_out: Largest share, by bytes, of the files that may be text but cannot be read.
+        workers: Processes that encode, each with one thread; 1 for this one.  If None, this one
+            with a thread for each core.  The data do not depend on it.
 
     Raises:
         UserError: An argument or a source cannot be used, too much is left out, the corpus is too
@@ -78,18 +82,14 @@ def prepare_data(
     """
     if tokenizer is None:
         check_vocab_size(vocab_size)
-    if not 0 < validation_fraction < 1:
-        raise UserError(
-            f"validation_fraction {validation_fraction} is not between 0 and 1; 0.05 is usual"
-        )
-    if not 0 <= max_left_out <= 1:
-        raise UserError(f"max_left_out {max_left_out} is not between 0 and 1; 0.1 is usual")
+    check_settings(validation_fraction, max_left_out)
     out = Path(out).resolve()
     check_out(out)
     given = None if tokenizer is None else load_given(tokenizer, out)
     files, skipped = find_files(sources, exclude=out, options=options)
     check_formats(skipped, files, max_left_out)
-    inputs = _make_inputs(files, options, vocab_size, validation_fraction, given)
+    hashes = sorted((file.name, hash_file(file.path)) for file in files)
+    inputs = make_inputs(files, hashes, options, vocab_size, validation_fraction, given)
     existing = find_existing(out, inputs)
     if existing is not None:
         return existing
@@ -100,19 +100,47 @@ def prepare_data(
             return existing
         remove_half_written(out)
         corpus = scan(files, skipped, options, max_left_out)
+        encode = partial(encode_splits, workers=workers)
         return build_folder(
-            out, inputs, corpus.files, lambda folder: _write(folder, inputs, corpus, given)
+            out,
+            inputs,
+            corpus.files,
+            lambda folder: write_folder(folder, inputs, corpus, given, encode),
         )
 
 
-def _make_inputs(
+def check_settings(validation_fraction: float, max_left_out: float) -> None:
+    """Refuse shares that are none.
+
+    Raises:
+        UserError: Names the setting and a usual value.
+    """
+    if not 0 < validation_fraction < 1:
+        raise UserError(
+            f"validation_fraction {validation_fraction} is not between 0 and 1; 0.05 is usual"
+        )
+    if not 0 <= max_left_out <= 1:
+        raise UserError(f"max_left_out {max_left_out} is not between 0 and 1; 0.1 is usual")
+
+
+def make_inputs(
     files: Sequence[SourceFile],
+    hashes: Sequence[tuple[str, str]],
     options: ReadOptions,
     vocab_size: int,
     validation_fraction: float,
     given: GivenTokenizer | None,
 ) -> DataInputs:
-    hashes = sorted((file.name, hash_file(file.path)) for file in files)
+    """What the data are made of.
+
+    Args:
+        files: The source files.
+        hashes: Name and SHA-256 of each, sorted.
+        options: How documents are found.
+        vocab_size: Of a tokenizer to train.
+        validation_fraction: Share of the documents for validation.
+        given: A given tokenizer.
+    """
     return DataInputs(
         vocab_size=int(vocab_size) if given is None else given.vocab_size,
         validation_fraction=float(validation_fraction),
@@ -188,11 +216,26 @@ def sync_files(folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in names}
 
 
-def _write(
-    folder: Path, inputs: DataInputs, corpus: Corpus, given: GivenTokenizer | None
+def write_folder(
+    folder: Path,
+    inputs: DataInputs,
+    corpus: Corpus,
+    given: GivenTokenizer | None,
+    encode: SplitEncoder,
 ) -> DataManifest:
-    """Write the splits and the tokenizer into a folder and make their manifest."""
-    written = write_splits(folder, inputs, corpus, given)
+    """Write the splits and the tokenizer into a folder and make their manifest.
+
+    Args:
+        folder: That exists.
+        inputs: What the data are made of.
+        corpus: The documents.
+        given: The tokenizer; None to train one.
+        encode: Encodes the documents.
+
+    Raises:
+        UserError: The corpus is too small.
+    """
+    written = write_splits(folder, inputs, corpus, given, encode)
     if written.train.tokens < MIN_SPLIT_TOKENS:
         raise UserError(
             f"sources leave {written.train.tokens} tokens for training, fewer than "

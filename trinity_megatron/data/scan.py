@@ -54,9 +54,15 @@ def scan(
         if isinstance(entry, Skipped):
             left_out.add(entry)
             continue
-        content = entry.text.encode("utf-8")
-        keys.append(int.from_bytes(hashlib.sha256(content).digest()[:8], "big"))
-        sizes.append(len(content))
+        key, size = hash_text(entry.text)
+        keys.append(key)
+        sizes.append(size)
     left_out.check(files, max_left_out)
     left_out.report()
     return Corpus(files, left_out, options, np.array(keys, np.uint64), np.array(sizes, np.int64))
+
+
+def hash_text(text: str) -> tuple[int, int]:
+    """Hash of a text, 64 bits, and its UTF-8 bytes."""
+    content = text.encode("utf-8")
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big"), len(content)

@@ -1,0 +1,1 @@
+"""Preparing data as tasks of a cluster, by datatrove's executors."""

@@ -1,0 +1,1 @@
+"""Synthetic data: documents rewritten by a language model behind an OpenAI-compatible address."""
