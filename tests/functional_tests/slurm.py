@@ -47,7 +47,7 @@ PreemptMode=REQUEUE
 ReturnToService=2
 KillWait=30
 MessageTimeout=60
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=240
 PartitionName=high Nodes=ALL PriorityTier=9 PreemptMode=OFF
 """
