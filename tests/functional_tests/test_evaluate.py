@@ -21,6 +21,7 @@ OVERLAPPED = (
     "--expert-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce "
     "--overlap-param-gather"
 )
+SEQUENCE_PARALLEL = "--tensor-model-parallel-size 2 --sequence-parallel"
 # Exponentials of a sum over thousands of tokens in fp32: the table has more digits than that holds.
 COARSE = "word_perplexity"
 _TASK = """
@@ -89,6 +90,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
             [
                 job("plain_ep2", OVERLAPPED),
                 job("scored_ep2", f"{every} {OVERLAPPED} --out {folder}/ep2"),
+                job("scored_tp2", f"{every} {SEQUENCE_PARALLEL} --out {folder}/tp2"),
             ],
         ),
     ]
@@ -182,6 +184,19 @@ def test_numbers_in_the_training_are_those_of_its_checkpoint(
     assert logged[STEPS] == pytest.approx(ours["local_quiz"]["acc,none"], abs=1e-7)
     page = (runs.folder / "saved" / "report" / "report.html").read_text()
     assert f"{ours['perplexity_code']['bits_per_byte,none']:.4f}" in page
+
+
+@pytest.mark.parametrize("name", ["ep2", "tp2"])
+def test_numbers_in_a_training_over_two_ranks(name: str, runs: SimpleNamespace) -> None:
+    found, expected = (
+        json.loads((runs.folder / run / "evaluation" / "10.json").read_text())["results"]
+        for run in (name, "saved")
+    )
+    for task in ("perplexity_code", "perplexity_notes"):
+        # The weights are those of one rank within the rounding of ten steps.
+        key = "bits_per_byte,none"
+        assert found[task][key] == pytest.approx(expected[task][key], rel=1e-4)
+    assert found.keys() == expected.keys()
 
 
 @pytest.mark.parametrize(("scored", "plain"), [("scored", "plain"), ("scored_ep2", "plain_ep2")])

@@ -98,6 +98,11 @@ class _Asker:
 
         self._args, self._max_length = args, max_length
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if args.apply_chat_template and not self._tokenizer.chat_template:
+            raise UserError(
+                f"--apply-chat-template: the tokenizer in {folder} has no chat template. Remedy: "
+                "leave it out, or --tokenizer DIR with one that has."
+            )
         choice = TaskChoice(split_names(args.tasks), args.data, lengths, self._tokenizer)
         self._tasks = load_tasks(choice, max_length=max_length)
 
@@ -129,6 +134,8 @@ def _check(args: argparse.Namespace) -> None:
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
     )
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise UserError(f"--num-fewshot {args.num_fewshot} is below 0. Remedy: at least 0.")
     check_folder(args.data)
     world = torch.distributed.get_world_size()
     tensor, expert = args.tensor_model_parallel_size, args.expert_model_parallel_size

@@ -99,6 +99,7 @@ class Evaluation(Callback):
             results = harness.evaluate(
                 shared, self._tokenizer, self._tasks, flags, max_length=args.seq_length
             )
+            results["config"]["model_args"] = {"load": args.save, "step": iteration}
             write_results(Path(args.out), iteration, harness.to_json(results))
         except Exception as error:
             if shared.has_failed:
