@@ -69,7 +69,7 @@ from trinity_megatron.training.callbacks.disk_space import disk_watched  # noqa:
 from trinity_megatron.training.callbacks.end_of_run import ValidationTokens, finish_run  # noqa: E402
 from trinity_megatron.training.callbacks.finite_check import FiniteCheck  # noqa: E402
 from trinity_megatron.training.callbacks.gradient_check import GradientCheck  # noqa: E402
-from trinity_megatron.training.callbacks.hang_watchdog import watch_steps  # noqa: E402
+from trinity_megatron.training.callbacks.hang_watchdog import HangWatchdog, hangs_watched  # noqa: E402
 from trinity_megatron.training.callbacks.heartbeat import heartbeat  # noqa: E402
 from trinity_megatron.training.callbacks.oom_report import explain, is_out_of_memory  # noqa: E402
 from trinity_megatron.training.callbacks.progress import Progress  # noqa: E402
@@ -124,6 +124,7 @@ def main() -> None:
                 stack.enter_context(upstream_output_in(log))
 
         args = parse_trinity_args(begin)
+        watchdog = stack.enter_context(hangs_watched(args))
         for line in check_upstream(REGISTRY.values(), allow_changes=args.allow_upstream_changes):
             tell_once(f"> Megatron-Core differs from the one this was written for: {line}")
         stack.enter_context(training_without_cuda() if ON_CPU else _training_with_cuda())
@@ -140,7 +141,7 @@ def main() -> None:
         if args.use_megatron_fsdp:
             stack.enter_context(trinity_fsdp())
             stack.enter_context(fsdp_on_cpu() if ON_CPU else contextlib.nullcontext())
-        _train(args)
+        _train(args, watchdog)
 
 
 @contextlib.contextmanager
@@ -149,7 +150,7 @@ def _training_with_cuda() -> Iterator[None]:
         yield
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace, watchdog: HangWatchdog) -> None:
     if args.save and args.rank == 0:
         for start in (args.load, args.pretrained_checkpoint):
             if start and start != args.save:
@@ -181,12 +182,12 @@ def _train(args: argparse.Namespace) -> None:
     with writer.kept_open() if writer else contextlib.nullcontext():
         end: SystemExit | None = None
         try:
-            with _prepared_loop(args, metrics):
+            with _prepared_loop(args, metrics, watchdog):
                 pretrain(
                     pretrain_cfg_container_from_args(args, config),
                     train_valid_test_datasets_provider,
                     ModelType.encoder_or_decoder,
-                    partial(forward_step, validation),
+                    watchdog.watched(partial(forward_step, validation)),
                 )
         except EndedBySignal:
             raise
@@ -203,7 +204,9 @@ def _train(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[None]:
+def _prepared_loop(
+    args: argparse.Namespace, metrics: StepMetrics, watchdog: HangWatchdog
+) -> Iterator[None]:
     """Megatron's training loop with the callbacks, and the checks of what it reads and writes."""
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
@@ -222,7 +225,7 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             *([ReplicaCheck(args.check_replicas)] if args.check_replicas else []),
             enter(old_checkpoints_deleted(args)),
             enter(disk_watched(args)),
-            enter(watch_steps()),
+            watchdog,
             enter(heartbeat(args)),
             enter(save_on_signals(args)),
         ]

@@ -30,6 +30,7 @@ RUN_FLAGS = (
     "--spike-window",
     "--on-damage",
     "--check-replicas",
+    "--hang-seconds",
     "--allow-data-change",
     "--refuse-long-conversations",
     "--allow-upstream-changes",
