@@ -7,7 +7,7 @@ pass begins with a message from it.  The rows of a batch are divided among the d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,12 +36,20 @@ class SharedModel:
         model: Megatron's model, wrapped or not, in evaluation mode; not cut by pipeline or context
             parallelism.
         vocab_size: Tokens of the tokenizer; the model may have more rows.
+        beat: Called on every rank when a pass begins.
 
     Attributes:
         has_failed: Whether a pass has failed on this rank; the others still wait in it.
     """
 
-    def __init__(self, model: torch.nn.Module, vocab_size: int) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        vocab_size: int,
+        *,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._beat = beat
         self.vocab_size = vocab_size
         self._module: Any = unwrap_model(model)
         config = self._module.config
@@ -75,6 +83,7 @@ class SharedModel:
         """On the other ranks: take part in each pass until rank 0 is done."""
         while (call := self._receive()) is not None:
             name, values = call
+            self._beat()
             getattr(self, name)(*values)
         self._cached = None
 
@@ -114,6 +123,7 @@ class SharedModel:
         return self._call("_read", tokens, start)
 
     def _call(self, name: str, *values: Any) -> Any:
+        self._beat()
         try:
             self._announce((name, values))
             return getattr(self, name)(*values)

@@ -33,6 +33,9 @@ _EXCEPTION = re.compile(
 )
 # Of srun, which ends with the largest code: 143 of the ranks that were stopped then.
 _TASK_REFUSED = re.compile(rf"^srun: error: .*: Exited with exit code {USER_ERROR}$")
+# Of process/watchdog.py: a hang, and that it was none.
+_HANG = re.compile(r"^ranks? [\d, ]+( and \d+ more)? hangs?: .+")
+_GOES_ON = re.compile(r"^> the run goes on after ")
 # Of launch/local.py.
 _VERDICT = re.compile(r"^trinity-megatron: (?P<text>(rank (?P<rank>\d+) )?.+)")
 
@@ -201,7 +204,8 @@ def find_reason(lines: Sequence[str], code: int) -> str:
     """The line of an error output that says most; else the exit code.
 
     A rank that is killed says nothing, and the others complain of the connection: the launcher
-    knows which failed first.
+    knows which failed first.  Where one hangs the others complain of the time; a line before says
+    which.
 
     Args:
         lines: The last ones of the output.
@@ -213,13 +217,25 @@ def find_reason(lines: Sequence[str], code: int) -> str:
         return _shorten(verdict["text"].partition(", as happens")[0])
     of_first = [found for found in exceptions if verdict and found["rank"] == verdict["rank"]]
     refusals = (found for line in lines if (found := _USER_ERROR.match(line)))
-    for found in (*refusals, *of_first, *exceptions):
+    hangs = [] if code == USER_ERROR else _find_hang(lines)
+    for found in (*hangs, *refusals, *of_first, *exceptions):
         return _shorten(found[0])
     if verdict:
         return _shorten(verdict["text"])
     if code > 128 and code - 128 in signal.valid_signals():
         return f"ended by {signal.Signals(code - 128).name}"
     return f"exit code {code}"
+
+
+def _find_hang(lines: Sequence[str]) -> list[re.Match[str]]:
+    """The last hang that the run has not gone on from; an empty list without one."""
+    hangs: list[re.Match[str]] = []
+    for line in lines:
+        if _GOES_ON.match(line):
+            hangs.clear()
+        elif found := _HANG.match(line):
+            hangs[:] = [found]
+    return hangs
 
 
 def _shorten(text: str) -> str:

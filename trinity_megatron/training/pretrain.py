@@ -71,7 +71,7 @@ from trinity_megatron.training.callbacks.end_of_run import ValidationTokens, fin
 from trinity_megatron.training.callbacks.evaluation import Evaluation  # noqa: E402
 from trinity_megatron.training.callbacks.finite_check import FiniteCheck  # noqa: E402
 from trinity_megatron.training.callbacks.gradient_check import GradientCheck  # noqa: E402
-from trinity_megatron.training.callbacks.hang_watchdog import watch_steps  # noqa: E402
+from trinity_megatron.training.callbacks.hang_watchdog import HangWatchdog, hangs_watched  # noqa: E402
 from trinity_megatron.training.callbacks.heartbeat import heartbeat  # noqa: E402
 from trinity_megatron.training.callbacks.oom_report import explain, is_out_of_memory  # noqa: E402
 from trinity_megatron.training.callbacks.progress import Progress  # noqa: E402
@@ -122,6 +122,7 @@ def main() -> None:
                 stack.enter_context(upstream_output_in(log))
 
         args = parse_trinity_args(lambda args: stack.enter_context(_alone_in(args)), begin)
+        watchdog = stack.enter_context(hangs_watched(args))
         for line in check_upstream(REGISTRY.values(), allow_changes=args.allow_upstream_changes):
             tell_once(f"> Megatron-Core differs from the one this was written for: {line}")
         stack.enter_context(training_without_cuda() if ON_CPU else _training_with_cuda())
@@ -138,7 +139,7 @@ def main() -> None:
         if args.use_megatron_fsdp:
             stack.enter_context(trinity_fsdp())
             stack.enter_context(fsdp_on_cpu() if ON_CPU else contextlib.nullcontext())
-        _train(args)
+        _train(args, watchdog)
 
 
 @contextlib.contextmanager
@@ -147,7 +148,7 @@ def _training_with_cuda() -> Iterator[None]:
         yield
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace, watchdog: HangWatchdog) -> None:
     if args.save and args.rank == 0:
         for start in (args.load, args.pretrained_checkpoint):
             if start and start != args.save:
@@ -179,12 +180,12 @@ def _train(args: argparse.Namespace) -> None:
     with writer.kept_open() if writer else contextlib.nullcontext():
         end: SystemExit | None = None
         try:
-            with _prepared_loop(args, metrics):
+            with _prepared_loop(args, metrics, watchdog):
                 pretrain(
                     pretrain_cfg_container_from_args(args, config),
                     train_valid_test_datasets_provider,
                     ModelType.encoder_or_decoder,
-                    partial(forward_step, validation),
+                    watchdog.watched(partial(forward_step, validation)),
                 )
         except EndedBySignal:
             raise
@@ -201,12 +202,14 @@ def _train(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[None]:
+def _prepared_loop(
+    args: argparse.Namespace, metrics: StepMetrics, watchdog: HangWatchdog
+) -> Iterator[None]:
     """Megatron's training loop with the callbacks, and the checks of what it reads and writes."""
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         # First: it looks for data below another folder, which no thread may do.
-        evaluation = [Evaluation(args)] if args.evaluate_every else []
+        evaluation = [Evaluation(args, watchdog.beat)] if args.evaluate_every else []
         enter(guarded_loads(verify_checksums=args.verify_checksums, advise=advise_other_step))
         enter(damage_left_behind(args))
         enter(plain_index_cache())
@@ -223,7 +226,7 @@ def _prepared_loop(args: argparse.Namespace, metrics: StepMetrics) -> Iterator[N
             *evaluation,
             enter(old_checkpoints_deleted(args)),
             enter(disk_watched(args)),
-            enter(watch_steps()),
+            watchdog,
             enter(heartbeat(args)),
             enter(save_on_signals(args)),
         ]

@@ -132,6 +132,12 @@ def test_the_telling_line() -> None:
     assert find_reason(["[rank 3] error: no.", *trace], 1) == "[rank 3] error: no."
     assert find_reason([first], 1) == first.removeprefix("trinity-megatron: ")
     assert find_reason([], 139) == "ended by SIGSEGV" and find_reason([], 7) == "exit code 7"
+    hang = "rank 2 hangs: nothing has happened for 150 s in step 3; it is in f, x.py:1"
+    late = "[rank0]: RuntimeError: Timed out waiting 600000ms for recv operation to complete"
+    assert find_reason([hang, late, first], 1) == hang
+    assert find_reason([hang.replace("rank 2 hangs", "ranks 2, 3 hang"), late], 1) != late
+    assert find_reason([hang, "> the run goes on after 170 s", own], 1) == own
+    assert find_reason([hang, "error: --data is missing."], 2) == "error: --data is missing."
     assert len(find_reason(["ValueError: " + "x" * 1000], 1)) < 250
 
 

@@ -61,6 +61,7 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     check_spikes(args)
     check_replica_flag(args)
     check_evaluation(args)
+    finish_hang_seconds(args)
     finish_nan_check(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)
@@ -149,6 +150,27 @@ def check_replica_flag(args: argparse.Namespace) -> None:
                 f"--check-replicas {args.check_replicas} with --{name.replace('_', '-')}: the "
                 "ranks hold parts of the parameters, not the same ones. Remedy: drop one of them."
             )
+
+
+def finish_hang_seconds(args: argparse.Namespace) -> None:
+    """Set the time in which a hang is named; it is shorter than that in which the run ends.
+
+    Raises:
+        UserError: Names the flag, its value and the remedy.
+    """
+    minutes, seconds = args.distributed_timeout_minutes, args.distributed_timeout_seconds_after_init
+    shortest, flag = 60.0 * minutes, f"--distributed-timeout-minutes {minutes}"
+    if seconds is not None and seconds < shortest:
+        shortest, flag = seconds, f"--distributed-timeout-seconds-after-init {seconds}"
+    if args.hang_seconds is None:
+        # Source: report section 3.3, an alarm if no step completes within three minutes.
+        args.hang_seconds = min(180.0, shortest / 2)
+    if not 1 <= args.hang_seconds < shortest:
+        raise UserError(
+            f"--hang-seconds {args.hang_seconds:g} is out of range: at least 1, and less than the "
+            f"{shortest:g} s after which collectives give up ({flag}). Remedy: a smaller one, or a "
+            "longer time for them."
+        )
 
 
 def check_data_is_named(args: argparse.Namespace) -> None:

@@ -97,6 +97,13 @@ class RunConfig:
     evaluate_limit: int | None = field(default=None, metadata={"argparse_meta": {"metavar": "N"}})
     """Only the first N documents of each task."""
 
+    hang_seconds: float | None = field(
+        default=None, metadata={"argparse_meta": {"metavar": "SECONDS"}}
+    )
+    """Name a rank that hangs, with the stacks of all, when nothing has happened for so long.
+    Default: 180, or half of the time after which collectives give up
+    (--distributed-timeout-minutes), which ends the run."""
+
     allow_data_change: bool = False
     """Resume with other training data than those of the checkpoint."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,14 @@ class Evaluation(Callback):
 
     Args:
         args: Of the run, with ``evaluate_every``.
+        beat: Called with each forward pass: an evaluation has many.
 
     Raises:
         UserError: A task, its data or the package is missing; on rank 0.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, beat: Callable[[], None]) -> None:
+        self._beat = beat
         self._interval = args.evaluate_every
         self._tasks: Any = None
         if args.rank == 0:
@@ -79,7 +81,7 @@ class Evaluation(Callback):
     def _evaluate(self, iteration: int, model: Sequence[Any]) -> Mapping[str, float]:
         """The scores, on every rank; none if the harness has failed."""
         args = get_args()
-        shared = SharedModel(model[0], args.tokenizer_vocab_size)
+        shared = SharedModel(model[0], args.tokenizer_vocab_size, beat=self._beat)
         scalars: list[Any] = [{}]
         if self._tasks is None:
             shared.serve()

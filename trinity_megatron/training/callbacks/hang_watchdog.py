@@ -1,103 +1,179 @@
-"""Notice when no step ends any more: say where each rank is, and write its stacks.
+"""Notice when no step ends any more: say which rank hangs and where, with the stacks of all.
 
 The collectives give up after ``--distributed-timeout-minutes``, and then every rank complains of
-the others.  Before that each rank looks at itself: one that is outside of torch and Megatron,
-reading data or in code of the user's, is the one that the others wait for.
+the others.  Before that each rank looks at itself, and one says which it is that the others wait
+for (``process.watchdog``).
 """
 
 from __future__ import annotations
 
-import faulthandler
-import sys
-import threading
+import argparse
+import contextlib
+import json
+import os
 import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron.training import get_args
+import torch
 
-from trinity_megatron.process.screen import tell
+from trinity_megatron.cpu_host.cuda_stand_ins import is_cpu_host
+from trinity_megatron.process.watchdog import Watchdog
 from trinity_megatron.training.callbacks.callback import Callback
 
-# Source: report section 3.3, an alarm if no step completes within three minutes.
-SECONDS = 180.0
 STACKS_NAME = "stacks"
-# Where a rank is that waits for others, or on a GPU for its device.
-_WAITING = ("/torch/", "/megatron/", "/trinity_megatron/")
+# As torch's own reader of these files wants it: torchfrtrace --prefix nccl_trace_rank_ STACKS
+_TRACE_NAME = "nccl_trace_rank_"
+_NUM_RECORDED = "2000"  # collectives; the least that torch recommends
 
 
 class HangWatchdog(Callback):
-    """Watches the steps of this rank from a thread of its own.
+    """Tells the watchdog of this rank where the training is.
 
     Args:
-        rank: This rank.
-        folder: Where stacks go; None for the error output only.
+        watchdog: Started, and stopped by the caller.
+        args: Of the run.
+
+    Attributes:
+        has_stepped: Whether this start has completed a step.
     """
 
-    def __init__(self, rank: int, folder: Path | None) -> None:
-        self._rank, self._folder = rank, folder
-        self._where, self._last, self._longest = "", 0.0, 0.0
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+    def __init__(self, watchdog: Watchdog, args: argparse.Namespace) -> None:
+        self._watchdog, self._args = watchdog, args
+        self._step_start = 0.0
+        self.has_stepped = False
+
+    def on_train_start(self) -> None:
+        """Record that the loop begins."""
+        self._watchdog.beat("before the first step")
 
     def on_train_step_start(self, iteration: int, model: Any, optimizer: Any) -> None:
-        """Record the start of a step; the first one starts the thread."""
-        self._where, self._last = f"in step {iteration}", time.monotonic()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
-            self._thread.start()
+        """Record the start of a step."""
+        self._step_start = time.monotonic()
+        self._watchdog.beat(f"in step {iteration}")
 
     def on_train_step_end(self, iteration: int, model: Any, optimizer: Any, result: Any) -> None:
-        """Record the end of a step."""
-        now = time.monotonic()
-        self._longest = max(self._longest, now - self._last)
-        self._where, self._last = f"after step {iteration}", now
+        """Record the end of a step; the first one of a start compiles, and is no measure."""
+        if self.has_stepped:
+            took = time.monotonic() - self._step_start
+            self._watchdog.longest = max(self._watchdog.longest, took)
+        self.has_stepped = True
+        self._watchdog.beat(f"after step {iteration}")
 
-    def stop(self) -> None:
-        """Watch no longer."""
-        self._stopped.set()
+    def on_checkpoint_save_start(
+        self, iteration: int, model: Any, optimizer: Any, *, non_persistent: bool
+    ) -> None:
+        """Record that a save begins."""
+        self._watchdog.beat(f"in the save after step {iteration}")
 
-    def _watch(self) -> None:
-        warned = 0.0
-        while not self._stopped.wait(SECONDS / 20):
-            last = self._last
-            late = time.monotonic() - last
-            if late > max(SECONDS, 3 * self._longest) and warned != last:
-                warned = last
-                self._alarm(late)
+    def on_checkpoint_save_end(self, iteration: int) -> None:
+        """Record that a save has ended, or goes on in the background."""
+        self._watchdog.beat(f"after the save of step {iteration}")
 
-    def _alarm(self, seconds: float) -> None:
-        frame = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])[
-            -1
-        ]
-        waits = any(part in frame.filename for part in _WAITING)
-        message = (
-            f"rank {self._rank}: nothing has happened for {seconds:.0f} s {self._where}; it is in "
-            f"{frame.name}, {frame.filename}:{frame.lineno}"
-        )
-        if self._rank == 0 or not waits:
-            where = f"; stacks of all ranks in {self._folder}" if self._folder else ""
-            tell(f"{message}{where}", is_error=True)
-        if self._folder is None:
-            return
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / f"rank_{self._rank:05d}.txt").open("a") as file:
-                print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=file, flush=True)
-                faulthandler.dump_traceback(file)
-        except OSError as error:
-            tell(f"rank {self._rank}: no stacks written ({error})", is_error=True)
+    def on_evaluation_start(self) -> None:
+        """Record that an evaluation begins."""
+        self._watchdog.beat(f"in the evaluation after step {self._args.curr_iteration + 1}")
+
+    def on_evaluation_end(self) -> None:
+        """Record that an evaluation has ended."""
+        self._watchdog.beat("after an evaluation")
+
+    def on_train_end(self) -> None:
+        """Record that the loop has ended."""
+        self._watchdog.beat("after the last step")
+
+    def beat(self) -> None:
+        """Record that something has happened where the training is."""
+        self._watchdog.beat()
+
+    def watched[**P, R](self, forward_step: Callable[P, R]) -> Callable[P, R]:
+        """A forward step that records each micro-batch: an evaluation has many.
+
+        Args:
+            forward_step: Of Megatron.
+        """
+
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            self._watchdog.beat()
+            return forward_step(*args, **kwargs)
+
+        return wrapper
 
 
 @contextmanager
-def watch_steps() -> Iterator[HangWatchdog]:
-    """A watchdog of the run, which stops at the end of the block."""
-    args = get_args()
-    watchdog = HangWatchdog(args.rank, Path(args.out) / STACKS_NAME if args.out else None)
+def hangs_watched(args: argparse.Namespace) -> Iterator[HangWatchdog]:
+    """A watchdog of the run, from its start-up on.
+
+    Args:
+        args: Of the run, checked.
+    """
+    folder = Path(args.out) / STACKS_NAME if args.out else None
+    if not is_cpu_host():  # before the process groups are made
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _NUM_RECORDED)
+    callback: HangWatchdog
+
+    def end_after() -> float:
+        return collective_timeout(args, is_after_first_step=callback.has_stepped)
+
+    watchdog = Watchdog(
+        args.rank,
+        args.world_size,
+        folder,
+        seconds=args.hang_seconds,
+        end_after=end_after,
+        find_collective=lambda: None if is_cpu_host() else _nccl_collective(args.rank, folder),
+    )
+    callback = HangWatchdog(watchdog, args)
+    watchdog.start()
     try:
-        yield watchdog
+        yield callback
     finally:
         watchdog.stop()
+
+
+def collective_timeout(args: argparse.Namespace, *, is_after_first_step: bool) -> float:
+    """Seconds after which a collective gives up.
+
+    Args:
+        args: Of the run.
+        is_after_first_step: Whether Megatron has set the time-out for what follows it.
+    """
+    later = args.distributed_timeout_seconds_after_init
+    if is_after_first_step and later is not None:
+        return later
+    return 60.0 * args.distributed_timeout_minutes
+
+
+def _nccl_collective(rank: int, folder: Path | None) -> str | None:
+    """What NCCL's flight recorder says of this rank; its whole record goes to the folder."""
+    recorder = torch._C._distributed_c10d
+    if folder is not None and hasattr(recorder, "_dump_nccl_trace"):
+        with contextlib.suppress(OSError):
+            (folder / f"{_TRACE_NAME}{rank}").write_bytes(recorder._dump_nccl_trace())
+    if not hasattr(recorder, "_dump_nccl_trace_json"):
+        return None
+    record = json.loads(recorder._dump_nccl_trace_json(True, True))
+    return find_nccl_collective(record.get("entries", ()))
+
+
+def find_nccl_collective(entries: Sequence[Mapping[str, Any]]) -> str | None:
+    """The collective that a device waits in: the oldest that is not complete.
+
+    Args:
+        entries: Of a flight recorder's dump, in the order in which they were enqueued.
+
+    Returns:
+        Its name, number, process group and whether the device has begun it; None without one.
+
+    Source: torch/csrc/distributed/c10d/FlightRecorder.hpp, version 2.10 of the dump.
+    """
+    for entry in entries:
+        if entry["state"] == "completed" or entry.get("retired"):
+            continue
+        number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
+        group = entry["process_group"][1] or entry["process_group"][0]
+        begun = "" if entry["state"] == "started" else ", which its device has not begun"
+        return f"{entry['profiling_name']} {number} of {group}{begun}"
+    return None

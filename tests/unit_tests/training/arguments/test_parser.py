@@ -36,6 +36,7 @@ RUN_FLAGS = (
     "--evaluate-tasks",
     "--evaluate-data",
     "--evaluate-limit",
+    "--hang-seconds",
     "--allow-data-change",
     "--refuse-long-conversations",
     "--allow-upstream-changes",
