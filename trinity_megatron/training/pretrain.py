@@ -223,7 +223,6 @@ def _prepared_loop(
             *([GradientCheck()] if args.check_gradient_norm else []),
             *_spike_skipping(args, metrics.config),
             *([ReplicaCheck(args.check_replicas)] if args.check_replicas else []),
-            *evaluation,
             enter(old_checkpoints_deleted(args)),
             enter(disk_watched(args)),
             watchdog,
@@ -232,6 +231,7 @@ def _prepared_loop(
         ]
         if args.out:  # else the screen has Megatron's lines
             callbacks.append(Progress(metrics.latest))
+        callbacks += evaluation  # when the others have ended the step
         # The clock of the metrics starts last and stops first; signals are noted first.
         enter(callbacks_in_training_loop([*reversed(callbacks), recorder]))
         enter(
