@@ -206,7 +206,12 @@ GOOD_ROW = b'{"text": "x"}\n'
         ("a.jsonl", GOOD_ROW, "", ("is raw text, and --tokenizer-model is no folder",)),
         ("a.jsonl", GOOD_ROW, "--vocab-size 9", ("--vocab-size 9",)),
         ("a.jsonl", b'{"body": "x"}\n', "{}", ("a.jsonl, line 1", "'text'", "text_key: NAME")),
-        ("a.jsonl.gz", gzip.compress(GOOD_ROW * 9, mtime=0)[:-9], "{}", ("a.jsonl.gz", "Truncated")),
+        (
+            "a.jsonl.gz",
+            gzip.compress(GOOD_ROW * 9, mtime=0)[:-9],
+            "{}",
+            ("a.jsonl.gz", "Truncated"),
+        ),
         ("a.parquet", b"PAR1" + bytes(99), "{}", ("a.parquet", "not a parquet file")),
         ("a.jsonl", GOOD_ROW, "{} --data-path x", ("--data-path x",)),
     ],
