@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.functional_tests.launch import ADAM, Job, environment, train
+from tests.functional_tests.launch import (
+    ADAM,
+    TAKES_ALL,
+    Job,
+    environment,
+    only_in_all,
+    train,
+)
 from trinity_megatron.checkpoint.convert import megatron_to_hf
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -93,7 +100,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
                 job("scored_tp2", f"{every} {SEQUENCE_PARALLEL} --out {folder}/tp2"),
             ],
         ),
-    ]
+    ][: 2 if TAKES_ALL else 1]
     logs = train(data, folder, worlds)
     return SimpleNamespace(folder=folder, tasks=tasks, data=data, logs=logs)
 
@@ -167,7 +174,7 @@ def test_numbers_of_transformers_on_the_export(runs: SimpleNamespace, ours: dict
     assert ours["local_text"]["chrf,none"] > 0
 
 
-@pytest.mark.parametrize("layout", ["tensor", "expert"])
+@pytest.mark.parametrize("layout", [pytest.param("tensor", marks=only_in_all), "expert"])
 def test_numbers_over_two_ranks(layout: str, runs: SimpleNamespace, ours: dict[str, Any]) -> None:
     found = evaluate(runs, layout, "--nproc", "2", f"--{layout}-model-parallel-size", "2")
     assert_same(found, ours)
@@ -187,6 +194,7 @@ def test_numbers_in_the_training_are_those_of_its_checkpoint(
     assert f"{ours['perplexity_code']['bits_per_byte,none']:.4f}" in page
 
 
+@only_in_all
 @pytest.mark.parametrize("name", ["ep2", "tp2"])
 def test_numbers_in_a_training_over_two_ranks(name: str, runs: SimpleNamespace) -> None:
     found, expected = (
@@ -200,7 +208,10 @@ def test_numbers_in_a_training_over_two_ranks(name: str, runs: SimpleNamespace) 
     assert found.keys() == expected.keys()
 
 
-@pytest.mark.parametrize(("scored", "plain"), [("scored", "plain"), ("scored_ep2", "plain_ep2")])
+@pytest.mark.parametrize(
+    ("scored", "plain"),
+    [("scored", "plain"), pytest.param("scored_ep2", "plain_ep2", marks=only_in_all)],
+)
 def test_an_evaluation_changes_nothing_of_the_training(
     scored: str, plain: str, runs: SimpleNamespace
 ) -> None:

@@ -21,9 +21,9 @@ FLAGS = (
 # Number of ranks, further flags, how many kills in `make test` and in all, and within how many
 # seconds after the save that starts the clock: the process of an asynchronous save starts slowly.
 WORLDS = {
-    "1": (1, "", 10, 50, 3.0),
-    "4": (4, "--expert-model-parallel-size 2", 4, 50, 6.0),
-    "1-async": (1, "--async-save", 5, 50, 2.0),
+    "1": (1, "", 12, 50, 3.0),
+    "4": (4, "--expert-model-parallel-size 2", 3, 50, 6.0),
+    "1-async": (1, "--async-save", 4, 50, 2.0),
     "4-async": (4, "--async-save --expert-model-parallel-size 2", 1, 50, 4.0),
 }
 
