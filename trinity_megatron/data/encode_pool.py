@@ -118,14 +118,14 @@ def _encode_in_pool(
         pool.shutdown(cancel_futures=True)
 
 
-_encoder: BatchEncoder | None = None
+# Of this process, a worker of the pool: set once, when it begins.
+_encoder: list[BatchEncoder] = []
 
 
 def _begin_worker(tokenizer: str, eos_token: str, dtype: type[np.number]) -> None:
-    global _encoder
     os.environ[_THREADS_VARIABLE] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = BatchEncoder(Tokenizer.from_str(tokenizer), eos_token, dtype)
+    _encoder.append(BatchEncoder(Tokenizer.from_str(tokenizer), eos_token, dtype))
 
 
 def _end_with_parent() -> None:
@@ -137,5 +137,5 @@ def _end_with_parent() -> None:
 
 
 def _encode_in_worker(texts: Sequence[str]) -> Encoded:
-    assert _encoder is not None
-    return _encoder(texts)
+    (encode,) = _encoder
+    return encode(texts)

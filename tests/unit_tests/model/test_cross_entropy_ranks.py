@@ -1,6 +1,7 @@
 """Cross entropy over a vocabulary that is split over ranks.
 
-In a module of its own: the ranks are forked, and must not inherit a process group.
+The ranks come from a server of processes: where a test before this one has started autograd's
+threads, a fork of this process could run no backward pass.
 """
 
 from pathlib import Path
@@ -109,5 +110,5 @@ def run_rank(rank: int, store: str) -> None:
 @pytest.mark.distributed
 def test_split_vocabulary(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(
-        run_rank, (str(tmp_path / "store"),), nprocs=WORLD, start_method="fork"
+        run_rank, (str(tmp_path / "store"),), nprocs=WORLD, start_method="forkserver"
     )
