@@ -1,12 +1,11 @@
 """What the model of a mixture reads is the oracle's list, however often the run is stopped."""
 
+import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +192,7 @@ def test_ten_kills_change_nothing(order: str, data: Path, tmp_path: Path) -> Non
         prefix = tmp_path / f"tokens_{number}"
         more = f" --num-workers {generator.choice((0, 1, 3))}"
         job = Job("run", flags + more, tmp_path / "checkpoints", {"tokens": str(prefix)})
-        train_until(data, tmp_path, job, ranks, stop, prefix)
+        train_until(data, tmp_path, job, ranks, stop)
         attempts.append((prefix, ranks))
     begin = 2**31 - 1
     for prefix, ranks in reversed(attempts):
@@ -244,33 +243,21 @@ def without_a_stop(mixture: Path, samples: int) -> np.ndarray:
     return np.stack(found)
 
 
-def train_until(
-    data: Path, folder: Path, job: Job, ranks: int, stop: int | None, prefix: Path
-) -> None:
-    """Train, and kill all ranks once one has begun a step; None trains to the end."""
+def train_until(data: Path, folder: Path, job: Job, ranks: int, stop: int | None) -> None:
+    """Train, and kill all processes once a rank has begun a step; None trains to the end."""
+    job = dataclasses.replace(job, probe={**job.probe, "kill_at": stop})
     plan = folder / "plan.json"
     plan.write_text(json.dumps([{"ranks": ranks, "jobs": [entry(data, folder, job)]}]))
     command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(plan)]
     with (folder / "log").open("w") as log:
-        run = subprocess.Popen(
-            command, env=environment(), cwd=folder, stdout=log, stderr=log, start_new_session=True
+        run = subprocess.run(
+            command,
+            env=environment(),
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            timeout=300,
         )
-    try:
-        end = time.monotonic() + 300
-        while run.poll() is None and time.monotonic() < end and not has_begun(prefix, stop):
-            time.sleep(0.02)
-    finally:
-        if stop is not None:
-            os.killpg(run.pid, signal.SIGKILL)
-        code = run.wait(300)
     lines = "\n".join((folder / "log").read_text().splitlines()[-40:])
-    assert code == (0 if stop is None else -signal.SIGKILL), lines
-
-
-def has_begun(prefix: Path, step: int | None) -> bool:
-    path = Path(f"{prefix}.0")
-    if step is None or not path.exists():
-        return False
-    width = SEQ_LENGTH + 1
-    rows = np.fromfile(path, np.int32)
-    return len(rows) >= width and int(rows[::width][-1]) >= step
+    assert run.returncode == (0 if stop is None else -signal.SIGKILL), lines

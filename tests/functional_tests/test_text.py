@@ -122,7 +122,7 @@ def job(folder: Path, name: str, more: str) -> Job:
 def logs(data: Path, folder: Path) -> Logs:
     """A run of one rank and three workers that is killed, and what goes on from its checkpoint."""
     killed = job(folder, "killed", "--num-workers 3")
-    train_until(data, folder, killed, 1, 8, folder / "killed.tokens")
+    train_until(data, folder, killed, 1, 8)
     resumed = "--ckpt-step 6 --save-interval 100 --num-workers"
     two = [job(folder, f"on_two_{n}", f"{resumed} {n}") for n in (0, 1, 3)]
     return train(data, folder, [(2, two)])

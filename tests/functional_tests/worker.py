@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -54,6 +55,7 @@ def probed(
     collectives: str | None = None,
     gather_state: bool = False,
     tokens: str | None = None,
+    kill_at: int | None = None,
     poison: list[int] | None = None,
     kill: dict[str, Any] | None = None,
 ) -> Iterator[None]:
@@ -66,6 +68,7 @@ def probed(
         pad: Tokens of padding at the end of the last sequence of each global batch of 8.
         collectives: Prefix of the files of ``counted``, one for each rank.
         tokens: Prefix of the files of ``read_tokens``, one for each rank.
+        kill_at: Step (1-based) at whose first micro-batch the whole process group is killed.
         poison: Steps (1-based) whose labels are all the same token.
         kill: See ``kills.killed``.
         gather_state: Save and load the optimizer's state as Megatron does, see ``gathered``.
@@ -100,7 +103,7 @@ def probed(
             padded(pad),
             counted(collectives),
             gathered(gather_state),
-            read_tokens(tokens),
+            read_tokens(tokens, kill_at),
             poisoned(poison or []),
             killed(kill),
         ):
@@ -263,7 +266,7 @@ def gathered(active: bool) -> Iterator[None]:
 
 
 @contextmanager
-def read_tokens(prefix: str | None) -> Iterator[None]:
+def read_tokens(prefix: str | None, kill_at: int | None = None) -> Iterator[None]:
     """Append the tokens of every training micro-batch to a file, with the step (1-based).
 
     A row of the file is int32: the step, and the tokens of a sequence.
@@ -281,6 +284,8 @@ def read_tokens(prefix: str | None) -> Iterator[None]:
             rows = torch.cat([step, batch["tokens"].cpu()], dim=1).to(torch.int32)
             with open(f"{prefix}.{torch.distributed.get_rank()}", "ab") as file:
                 file.write(rows.numpy().tobytes())
+            if get_args().curr_iteration + 1 == kill_at:
+                os.killpg(0, signal.SIGKILL)
         return batch
 
     if prefix is not None:

@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,7 @@ _SUFFIX = ".incomplete"
 _FINGERPRINT, _LOCK = "source.json", "lock"
 # One reads while the other writes or waits for the disk.
 _NUM_THREADS = 2
+_WAKE_SECONDS = 0.25
 # Size of a job: the work that is repeated after an interruption.
 _JOB_BYTES = 512 * 2**20
 
@@ -182,7 +183,7 @@ class Staging:
 
             with _on_ctrl_c(self._stop.set), ThreadPoolExecutor(_NUM_THREADS) as pool:
                 futures = [pool.submit(do, index) for index in range(len(sizes))]
-                wait(futures, return_when=FIRST_EXCEPTION)
+                _wait_for_all_or_an_error(futures)
                 failed = [each.exception() for each in futures if each.done()]
                 if any(failed):
                     self._stop.set()  # what has not begun ends at once
@@ -227,6 +228,15 @@ def _read_marker(marker: Path) -> list[Any] | None:
     except ValueError:  # an earlier release wrote it, or it is cut off
         return None
     return content if isinstance(content, list) and len(content) == 1 else None
+
+
+def _wait_for_all_or_an_error(futures: Sequence[Future[Any]]) -> None:
+    # Python sees a signal between two of its own steps.  One that arrives just before the thread
+    # falls asleep would otherwise be seen only when a part ends, which can be minutes away.
+    while True:
+        done, others = wait(futures, timeout=_WAKE_SECONDS, return_when=FIRST_EXCEPTION)
+        if not others or any(each.exception() for each in done):
+            return
 
 
 @contextmanager
