@@ -1,4 +1,4 @@
-"""What writes the shards of a checkpoint, in this process or in one of its own, keeps its error.
+"""Workers that write the shards of a checkpoint; the errors they meet reach the training process.
 
 Megatron's writer passes on the type of an error without its text, and one of its threads that fails
 ends the writing process without a word.
@@ -48,7 +48,9 @@ class _Outputs:
         self._queue.put(output)
 
 
-def write_or_say(write: Callable[..., None], rank: int, buckets: Sequence[Any], queue: Any) -> None:
+def write_or_report(
+    write: Callable[..., None], rank: int, buckets: Sequence[Any], queue: Any
+) -> None:
     """Run Megatron's ``write_preloaded_data_multithread``; an error goes into the queue as it is.
 
     Args:

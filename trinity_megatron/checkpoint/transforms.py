@@ -1,4 +1,4 @@
-"""How Megatron's tensors are put together from those of Hugging Face, as blocks of equal numbers.
+"""Transforms between Hugging Face's and Megatron's tensors, as blocks of the same values.
 
 A conversion computes nothing: every Megatron tensor is tiled by blocks, each of which is a block of
 one Hugging Face tensor.  A transform is the list of these blocks.  Read from left to right it is

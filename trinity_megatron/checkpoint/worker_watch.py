@@ -1,4 +1,4 @@
-"""The process that saves in the background is watched.
+"""Watch the background process of asynchronous saves, and report when it has been killed.
 
 Megatron's training process waits for its answers for ever.  A process that was killed, for example
 because the machine ran out of memory, answers nothing: the run would stand still.

@@ -1,4 +1,4 @@
-"""Megatron-FSDP on a CPU host: it names CUDA as a literal where it makes meshes and its wrapper."""
+"""Megatron-FSDP on a CPU host: replaces the literal ``cuda`` in its device meshes and wrapper."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

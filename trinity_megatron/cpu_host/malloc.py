@@ -1,4 +1,4 @@
-"""How memory of tensors is got and given back on a CPU.
+"""Settings of the memory allocator on a CPU host.
 
 PyTorch has no pool of its own there: every tensor is a block of the C library, and glibc hands
 large freed blocks back to the kernel, which has to find and clear their pages again a moment later.

@@ -1,4 +1,4 @@
-"""Which library multiplies matrices on a CPU, and what it wants.
+"""Choice of the library for matrix products on a CPU, and the multiple of rows it prefers.
 
 PyTorch's builds for x86 hand them to Intel's MKL, which takes its AVX2 kernels on every CPU that is
 not Intel's: half of what an AMD CPU with AVX-512 can do, or less.  oneDNN, in the same builds,

@@ -1,1 +1,1 @@
-"""``trinity-megatron gpu-check``: does the GPU path of this machine compute the right thing?"""
+"""``trinity-megatron doctor`` and ``gpu-check``: checks of a machine and of its GPU path."""

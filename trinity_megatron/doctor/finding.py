@@ -1,4 +1,4 @@
-"""What an examination says, a line each."""
+"""A finding of ``trinity-megatron doctor``: one line with its state and its remedy."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal

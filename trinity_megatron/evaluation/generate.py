@@ -85,10 +85,10 @@ class Generator:
         for step in steps:
             for tokens, token in zip(made, step, strict=True):
                 tokens += [] if token is None else [token]
-            yield self._tell_further(made, told)
-        yield self._tell_further(made, told, is_end=True)
+            yield self._print_new_text(made, told)
+        yield self._print_new_text(made, told, is_end=True)
 
-    def _tell_further(
+    def _print_new_text(
         self, made: Sequence[Sequence[int]], told: list[str], *, is_end: bool = False
     ) -> list[str]:
         """What is new in each text; ``told`` follows.  Half a character waits for its end."""

@@ -1,4 +1,4 @@
-"""Small tables on their way to a GPU, and back."""
+"""Copies of small tables between host and GPU, without a host sync."""
 
 from typing import Any
 

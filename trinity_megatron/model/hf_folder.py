@@ -1,4 +1,4 @@
-"""What a folder is that should be a Hugging Face checkpoint to train on, and is not."""
+"""Errors for folders that are not a Hugging Face checkpoint to train on."""
 
 import json
 import re

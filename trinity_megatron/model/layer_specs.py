@@ -1,4 +1,4 @@
-"""Which modules a Trinity model is made of: wiring, no arithmetic.
+"""Layer specs of the Trinity model: which modules it is made of.
 
 ``--spec trinity_megatron.layer_specs get_trinity_layer_spec`` works in an unmodified
 ``pretrain_gpt.py`` of Megatron.

@@ -1,4 +1,4 @@
-"""Megatron's parallel linear layers, which are one product where there are no gradients and peers.
+"""Megatron's parallel linear layers, computed as one matrix product in inference on one rank.
 
 Theirs pass through functions of autograd and their checks even then, which takes twice as long as
 the product of one token.

@@ -1,4 +1,4 @@
-"""The gradient norm on a GPU without Transformer Engine and apex, without a wait for each tensor.
+"""The gradient norm on a GPU without Transformer Engine and apex, without a host sync per tensor.
 
 Megatron's fallbacks read the norm of every tensor from the device, and scale tensor by tensor.
 """

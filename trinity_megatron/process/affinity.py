@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 
-def take_cores_of_parent() -> None:
+def inherit_cores_of_parent() -> None:
     """Let this process run on every core that a thread of its parent may run on.
 
     A process inherits the cores of the thread that starts it: under ``OMP_PROC_BIND`` the first

@@ -1,4 +1,4 @@
-"""What a rank says of itself when nothing happens any more, and which rank the others wait for.
+"""Stall reports: what each rank was doing, and which rank the others wait for.
 
 Each rank writes a record into a folder that all share: no collective and no store can be relied on
 while one of them hangs.

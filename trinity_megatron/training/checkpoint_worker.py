@@ -6,7 +6,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
-from trinity_megatron.process.affinity import take_cores_of_parent
+from trinity_megatron.process.affinity import inherit_cores_of_parent
 from trinity_megatron.upstream.registry import replaced
 
 _LOOP = "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop"
@@ -20,6 +20,6 @@ def host_in_worker() -> AbstractContextManager[None]:
 
 def _loop_on_host(*args: Any) -> None:
     """What the worker runs; by name, as it is a fresh process."""
-    take_cores_of_parent()
+    inherit_cores_of_parent()
     enter_host()
     _upstream_loop(*args)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from trinity_megatron.checkpoint.integrity.checks import Checks
-from trinity_megatron.checkpoint.integrity.guarded_load import agree
+from trinity_megatron.checkpoint.integrity.guarded_load import first_message
 from trinity_megatron.checkpoint.integrity.safe_pickle import check_named_file
 from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
 from trinity_megatron.checkpoint.torch_dist.tracker import (
@@ -198,7 +198,7 @@ def leave_damage_behind(folder: Path, *, has_schedule: bool = False) -> None:
     has_gone_back = False
     while (step := from_first_rank(lambda: latest_step(folder))) is not None:
         found, unseen = _find_on_rank(folder / iteration_name(step), rank, ranks)
-        message, unseen = agree(found, lambda: ""), agree(unseen, lambda: "")
+        message, unseen = first_message(found, lambda: ""), first_message(unseen, lambda: "")
         if unseen is not None:
             raise OSError(f"--on-damage previous: {unseen}. Nothing was set aside.")
         if message is None:

@@ -191,7 +191,7 @@ def _train(args: argparse.Namespace, watchdog: HangWatchdog) -> None:
             raise
         except SystemExit as early:  # --exit-interval and the like
             if early.code:
-                _say_why(args, early.code)
+                _print_error(args, early.code)
                 raise
             end = early
         if args.out:
@@ -246,7 +246,7 @@ def _spike_skipping(args: argparse.Namespace, config: TrinityConfig) -> list[Spi
     return [SpikeSkipping(config, sigma=args.skip_spikes, window=args.spike_window)]
 
 
-def _say_why(args: argparse.Namespace, code: object) -> None:
+def _print_error(args: argparse.Namespace, code: object) -> None:
     """Megatron's re-run engine ends a run with a code alone."""
     if code in (EXIT_CODE_RESUME_TO_DISAMBIGUATE, EXIT_CODE_FAILED_ON_RESULT_VALIDATION):
         where = f"; {args.out}/{LOGS_NAME} says what it found" if args.out else ""
@@ -317,7 +317,7 @@ def _is_new(folder: Path) -> bool:
         return False
 
 
-def _say_once(message: str) -> None:
+def _print_once(message: str) -> None:
     """Print an error that most likely every rank met.
 
     The first rank to exit makes torchrun stop the others.  Other ranks wait 10 s so that rank 0
@@ -342,13 +342,13 @@ def run() -> None:
             message = describe_error(error)
         if message is None or os.environ.get("TRINITY_DEBUG") == "1":
             raise
-        _say_once(f"error: {message}")
+        _print_once(f"error: {message}")
         sys.exit(USER_ERROR)
     except RuntimeError as error:
         is_known = is_out_of_memory(error) or isinstance(error, MachineError)
         if not is_known or os.environ.get("TRINITY_DEBUG") == "1":
             raise
-        _say_once(f"error: {error if isinstance(error, MachineError) else explain(error)}")
+        _print_once(f"error: {error if isinstance(error, MachineError) else explain(error)}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trinity_megatron.checkpoint.save_worker import write_or_say
+from trinity_megatron.checkpoint.save_worker import write_or_report
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 
 enter_host()
@@ -36,7 +36,7 @@ def write(buckets: list[Any]) -> Any:
     """What Megatron's writer puts into the queue."""
     results: queue.Queue = queue.Queue()
     megatron: Callable[..., None] = FileSystemWriterAsync.write_preloaded_data_multithread
-    write_or_say(partial(megatron, [_StorageWriterTransforms()], False), 0, buckets, results)
+    write_or_report(partial(megatron, [_StorageWriterTransforms()], False), 0, buckets, results)
     assert results.qsize() == 1
     return results.get()
 

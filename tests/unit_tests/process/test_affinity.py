@@ -16,9 +16,9 @@ sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1]]).returncode)
 """
 CHILD = """
 import os
-from trinity_megatron.process.affinity import take_cores_of_parent
+from trinity_megatron.process.affinity import inherit_cores_of_parent
 print(len(os.sched_getaffinity(0)))
-take_cores_of_parent()
+inherit_cores_of_parent()
 print(len(os.sched_getaffinity(0)))
 """
 

@@ -1,4 +1,4 @@
-"""Stand around Megatron's own loading and saving: checksums, and no program of a checkpoint is run.
+"""Wrap Megatron's loading and saving: verify checksums, and unpickle with an allow-list.
 
 Megatron reads through torch's ``FileSystemReader``; both unpickle whatever a checkpoint names.
 """
@@ -51,13 +51,13 @@ def guarded_loads(
         return raising_together(load, advise)
 
     def load_common(load: Callable[..., Any]) -> Callable[..., Any]:
-        def look_first(folder: str) -> Any:
+        def check_before_load(folder: str) -> Any:
             # torch would print the trace, and look for another file.
             path = Path(folder) / ".metadata"
             read_metadata(path.read_bytes(), path, checks)
             return load(folder)
 
-        return raise_together(look_first)
+        return raise_together(check_before_load)
 
     def load(before: Callable[..., Any]) -> Callable[..., Any]:
         return safe_torch_load(load_in_place(before), verify_checksums=verify_checksums)
@@ -122,7 +122,7 @@ def raising_together(
             if error is None:
                 raise
         folder = next(each for each in (*args, *kwargs.values()) if isinstance(each, str | Path))
-        message = agree(str(error) if error else None, lambda: advise(Path(folder)))
+        message = first_message(str(error) if error else None, lambda: advise(Path(folder)))
         if message is not None:
             raise BadCheckpoint(message) from error
         return result
@@ -130,7 +130,7 @@ def raising_together(
     return load_together
 
 
-def agree(message: str | None, advise: Callable[[], str]) -> str | None:
+def first_message(message: str | None, advise: Callable[[], str]) -> str | None:
     """The message of the first rank that has one, with the advice of rank 0; on all ranks."""
     if not _is_distributed():
         return None if message is None else message + advise()

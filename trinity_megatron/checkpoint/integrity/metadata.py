@@ -1,4 +1,4 @@
-"""Reading and writing ``.metadata`` with a checksum and without running what it names."""
+"""Read and write ``.metadata`` with a checksum; it is unpickled with an allow-list."""
 
 import pickle
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Unpickling with a list of what may be named.
+"""Unpickling with an allow-list of classes and functions.
 
 A pickle calls what it names.  ``.metadata`` of a ``torch_dist`` checkpoint is one, and so is every
 object that is no tensor: the arguments of the run, the random state, parts of the optimizer.

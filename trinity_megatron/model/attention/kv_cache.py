@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a model has read: what each layer may still look at."""
+"""KV cache of generation; local layers keep the keys and values of their window only."""
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext

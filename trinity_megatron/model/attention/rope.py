@@ -1,4 +1,4 @@
-"""Megatron's rotary embedding where Transformer Engine's kernels are not: fused, without a wait."""
+"""Megatron's rotary embedding without Transformer Engine: fused, and without a host sync."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

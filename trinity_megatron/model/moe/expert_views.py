@@ -1,4 +1,4 @@
-"""The matrices of a stacked weight, with gradients that reach the stack without a detour."""
+"""Views of the matrices of a stacked expert weight; their gradients accumulate into the stack."""
 
 from typing import Any
 

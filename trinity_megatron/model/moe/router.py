@@ -1,4 +1,4 @@
-"""Sigmoid top-k router with an expert bias that only selects."""
+"""Sigmoid top-k router; the expert bias changes the selection, not the gates."""
 
 from typing import Any, NamedTuple
 

@@ -49,7 +49,7 @@ def check_mixture(args: argparse.Namespace) -> None:
     if data.has_streams:
         _finish_streams(args, data)
     if data.mixture.order == "rsdb" and not data.raw:
-        _say_large_buffers(args, data)
+        _warn_of_large_buffers(args, data)
     samples = args.train_samples or BatchSizes.of(args).samples_after(args.train_iters or 0)
     plan = make_plan(data, seq_length=args.seq_length, seed=args.seed, samples=samples)
     for line in describe_epochs(plan):
@@ -154,7 +154,7 @@ def _words(data: MixtureData) -> str:
     return "raw text" if data.raw else "order: rsdb"
 
 
-def _say_large_buffers(args: argparse.Namespace, data: MixtureData) -> None:
+def _warn_of_large_buffers(args: argparse.Namespace, data: MixtureData) -> None:
     buffer = args.data_mixture["buffer"]
     capacity = 2 * buffer["documents"] * buffer["streams"]
     held = sum(item.documents for item in data.indexed.values())

@@ -1,4 +1,4 @@
-"""End a run whose gradient is NaN or infinite, without a further wait for the device."""
+"""End a run whose gradient is NaN or infinite, without a further host sync."""
 
 from __future__ import annotations
 

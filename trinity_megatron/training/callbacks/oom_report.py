@@ -1,4 +1,4 @@
-"""What a rank that ran out of memory says: what it holds by arithmetic, and what would help."""
+"""Report of a rank that ran out of memory: bytes by arithmetic, and flags that would help."""
 
 from __future__ import annotations
 

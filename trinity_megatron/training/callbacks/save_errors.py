@@ -19,7 +19,7 @@ from megatron.training import get_args
 from megatron.training.async_utils import is_empty_async_queue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from trinity_megatron.checkpoint.save_worker import write_or_say
+from trinity_megatron.checkpoint.save_worker import write_or_report
 from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
 from trinity_megatron.checkpoint.torch_dist.tracker import iteration_name, read_tracker
 from trinity_megatron.checkpoint.worker_watch import find_ended_worker, watched_worker
@@ -58,7 +58,7 @@ def named_save_errors() -> Iterator[Callback]:
 def _with_error_text(get: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any) -> Any:
         write, preload, arguments = get(self)
-        return (None if write is None else partial(write_or_say, write)), preload, arguments
+        return (None if write is None else partial(write_or_report, write)), preload, arguments
 
     return wrapper
 
@@ -84,7 +84,7 @@ class SaveErrors(Callback):
             return True
         message = from_first_rank(partial(_refusal, iteration, folder))
         if message is not None:
-            self._go_on_without(iteration, message)
+            self._continue_without_save(iteration, message)
         return message is None
 
     def on_checkpoint_save_start(
@@ -127,7 +127,7 @@ class SaveErrors(Callback):
             self._raise_better(error)
             return False
         self._begun = [begun for begun in self._begun if begun[0] != step]
-        self._go_on_without(step, message)
+        self._continue_without_save(step, message)
         return True
 
     def refuse_unsaved_end(self) -> None:
@@ -139,7 +139,7 @@ class SaveErrors(Callback):
         if self._unsaved is not None:
             raise UserError(self._unsaved[1])
 
-    def _go_on_without(self, step: int, message: str) -> None:
+    def _continue_without_save(self, step: int, message: str) -> None:
         self._unsaved = step, message
         if step < get_args().train_iters:  # else the run ends, with this message
             tell_once(f"> WARNING: {message} The training goes on (--on-failed-save continue)")

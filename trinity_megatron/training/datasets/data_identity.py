@@ -181,7 +181,7 @@ def check_data(saved: object, step: int | None, args: argparse.Namespace) -> Non
     if now is None or not consumed:
         return
     if before is None:
-        _say_old_order(saved, args, now)
+        _warn_of_old_order(saved, args, now)
         return
     changed = differences(before, now)
     remedy = "the data of that run"
@@ -208,7 +208,7 @@ def check_data(saved: object, step: int | None, args: argparse.Namespace) -> Non
         tell(f"> the training data have changed: {what}. A new order begins; {passed}")
     for name, lines in changed.items():
         tell(f"> the {name} data have changed: {'; '.join(lines)}")
-    _say_other_order(saved, args)
+    _warn_of_other_order(saved, args)
 
 
 def _begins_phase(step: int | None, args: argparse.Namespace) -> bool:
@@ -257,7 +257,7 @@ def _in_words(dataset: Dataset | None) -> str:
     return f"{numbers} (fingerprint {dataset['content'][:12]})"
 
 
-def _say_other_order(saved: object, args: argparse.Namespace) -> None:
+def _warn_of_other_order(saved: object, args: argparse.Namespace) -> None:
     for name in ("seed", "seq_length"):
         before, now = getattr(saved, name, None), getattr(args, name)
         if before is not None and before != now:
@@ -267,7 +267,7 @@ def _say_other_order(saved: object, args: argparse.Namespace) -> None:
             )
 
 
-def _say_old_order(saved: object, args: argparse.Namespace, now: Identity) -> None:
+def _warn_of_old_order(saved: object, args: argparse.Namespace, now: Identity) -> None:
     """Say that a checkpoint of an earlier release has shuffled several epochs together."""
     steps, batch = getattr(saved, "train_iters", None), getattr(saved, "global_batch_size", None)
     samples = getattr(saved, "train_samples", None) or (steps or 0) * (batch or 0)

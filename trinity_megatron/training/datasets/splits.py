@@ -173,7 +173,7 @@ def check_splits(args: argparse.Namespace) -> None:
             for source in sources:
                 _check_length(args, name, source)
     if is_evaluating(args):
-        _say_repeated(args, splits[1])
+        _warn_of_repeated_data(args, splits[1])
 
 
 def _check_length(args: argparse.Namespace, name: str, source: Source) -> None:
@@ -191,7 +191,7 @@ def _check_length(args: argparse.Namespace, name: str, source: Source) -> None:
     )
 
 
-def _say_repeated(args: argparse.Namespace, sources: list[Source]) -> None:
+def _warn_of_repeated_data(args: argparse.Namespace, sources: list[Source]) -> None:
     """Say that an evaluation reads more sequences than there are."""
     if any("://" in source.prefix for source in sources):
         return

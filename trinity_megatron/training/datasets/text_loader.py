@@ -130,7 +130,7 @@ class TextLoader(StreamLoader):
             raise made
         assert made.stream == stream, (made.stream, stream)
         self._state_of[stream] = made.state
-        self._say_epochs(made)
+        self._report_epochs(made)
         for line in made.notices:
             tell(f"> {line}")
         return made.sample
@@ -168,7 +168,7 @@ class TextLoader(StreamLoader):
         self._state_of[stream] = found
         return int(found["num_samples"])
 
-    def _say_epochs(self, made: MadeSample) -> None:
+    def _report_epochs(self, made: MadeSample) -> None:
         """Say that a corpus begins again in the first of this rank's streams."""
         turns = made.state["positions"] >> 32
         for name, turn, parts in zip(
