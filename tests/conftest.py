@@ -1,11 +1,16 @@
 """A small prepared data folder for all tests that train."""
 
+import functools
+import inspect
 import sysconfig
 from pathlib import Path
 
 import pytest
 
 from trinity_megatron.data.prepare import prepare_data
+
+# Megatron's parser reads its flags from the sources of its config classes, 0.2 s each time.
+inspect.getsource = functools.cache(inspect.getsource)
 
 
 @pytest.fixture(scope="session")

@@ -174,7 +174,8 @@ def test_numbers_of_transformers_on_the_export(runs: SimpleNamespace, ours: dict
     assert ours["local_text"]["chrf,none"] > 0
 
 
-@pytest.mark.parametrize("layout", [pytest.param("tensor", marks=only_in_all), "expert"])
+@only_in_all
+@pytest.mark.parametrize("layout", ["tensor", "expert"])
 def test_numbers_over_two_ranks(layout: str, runs: SimpleNamespace, ours: dict[str, Any]) -> None:
     found = evaluate(runs, layout, "--nproc", "2", f"--{layout}-model-parallel-size", "2")
     assert_same(found, ours)

@@ -82,7 +82,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_an_asynchronous_save(small_disk: Path, data: Path) -> None:
     command = [sys.executable, "-m", "trinity_megatron.cli", "train", *SMALL, "--data", str(data)]
-    command += ["--out", str(small_disk / "run"), "--train-iters", "60"]
+    command += ["--out", str(small_disk / "run"), "--train-iters", "30"]
 
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -92,7 +92,7 @@ def test_an_asynchronous_save(small_disk: Path, data: Path) -> None:
     # One is there from the start: how long an asynchronous one takes depends on the machine.
     first = run("--save-interval", "10", "--exit-interval", "10")
     assert first.returncode == 0, first.stderr
-    result = run("--async-save", "--save-interval", "25")
+    result = run("--async-save", "--save-interval", "13")
     assert result.returncode == 2, result.stderr
     [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     checkpoints = small_disk / "run" / "checkpoints"

@@ -61,7 +61,10 @@ def wait_for_steps(process: subprocess.Popen, count: int) -> None:
     [
         pytest.param(1, signal.SIGTERM, "", "launcher", marks=only_in_all),
         (2, signal.SIGINT, "", "group"),
-        (2, signal.SIGUSR1, "--exit-signal SIGUSR1 --save-interval 2", "launcher"),
+        pytest.param(
+            *(2, signal.SIGUSR1, "--exit-signal SIGUSR1 --save-interval 2", "launcher"),
+            marks=only_in_all,
+        ),
         pytest.param(2, signal.SIGTERM, "--exit-signal SIGUSR2", "rank", marks=only_in_all),
     ],
     ids=["one-rank", "ctrl-c", "exit-signal-after-a-save", "to-one-rank-only"],

@@ -366,9 +366,12 @@ def import_once() -> None:
     """What every rank would import at its first step: 2 s of processor time for each of them."""
     import transformers
 
+    from trinity_megatron.planner.flops import measured_matmul_rate
+
     importlib.import_module("torch._dynamo")
     importlib.import_module("megatron.core.tokenizers.text.libraries.huggingface_tokenizer")
     _ = transformers.PreTrainedTokenizerFast, transformers.AutoTokenizer
+    measured_matmul_rate(torch.device("cpu"))  # 0.7 s for each of them
     # Megatron's flags come from the sources of its config classes, read anew by every job.
     inspect.getsource = functools.lru_cache(maxsize=None)(inspect.getsource)
 

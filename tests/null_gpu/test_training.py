@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional_tests.launch import ROOT
+from tests.functional_tests.launch import ROOT, only_in_all
 from tests.null_gpu.conftest import Result
 
 pytestmark = [pytest.mark.null_gpu, pytest.mark.slow]
@@ -47,6 +47,7 @@ def test_it_runs_from_start_to_end(out: Path) -> None:
     assert (out / "report" / "report.html").exists()
 
 
+@only_in_all
 def test_it_goes_on(out: Path, variables: dict[str, str], data: Path) -> None:
     output = train(variables, data, out, "--train-iters", "402")
     assert "402, of which 400 before this start" in output

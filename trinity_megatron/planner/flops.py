@@ -1,5 +1,6 @@
 """Floating-point operations: how many training takes, how many a device can do."""
 
+import functools
 import time
 
 import torch
@@ -65,8 +66,12 @@ def peak_flops(device: torch.device) -> float:
     return measured_matmul_rate(device)
 
 
+@functools.cache  # 0.7 s of a core
 def measured_matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a large matrix product: bf16 on a GPU, fp32 on a CPU (best of a few)."""
+    """FLOP/s of a large matrix product: bf16 on a GPU, fp32 on a CPU (best of a few).
+
+    Measured once in a process.
+    """
     on_gpu = device.type == "cuda"
     size, rounds = (8192, 20) if on_gpu else (1024, 5)
     generator = torch.Generator(device).manual_seed(0)  # the training's own must not move

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
+from tests.functional_tests.launch import sampled
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 from trinity_megatron.model.fp8 import FP8_RECIPES, check_fp8, fp8_defaults, supported_recipes
 
 # What each GPU runs with CUDA 13.  Source: NVIDIA, Transformer Engine's user guide, "Low precision
 # training": FP8 from Ada on, blockwise from Hopper on, MXFP8 on data-centre Blackwell.
-GPUS = {
+ALL_GPUS = {
     "A100": ((8, 0), ()),
     "L40S (Ada)": ((8, 9), ("tensorwise", "delayed")),
     "H100 and H200 (Hopper)": ((9, 0), ("blockwise", "tensorwise", "delayed")),
@@ -23,6 +24,7 @@ GPUS = {
     "B300": ((10, 3), ("mxfp8", "blockwise", "tensorwise", "delayed")),
     "RTX PRO 6000 (consumer Blackwell)": ((12, 0), ("blockwise", "tensorwise", "delayed")),
 }
+GPUS = sampled(ALL_GPUS, "A100", "H100 and H200 (Hopper)", "B300")
 MEGATRON_RECIPES = ("tensorwise", "delayed", "mxfp8", "blockwise", "custom")
 FURTHER_FLAGS = (
     "",

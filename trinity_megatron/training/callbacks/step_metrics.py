@@ -66,7 +66,6 @@ class StepMetrics(Callback):
         self._idle_steps: torch.Tensor | None = None
         self._seconds = 0.0
         self._tokens = 0
-        self._peak: float | None = None
         self._has_layer_numbers = False
         self._rates: dict[str, float] = {}
         self._muons: list[Muon] = []
@@ -240,13 +239,11 @@ class StepMetrics(Callback):
         self._tokens, self._seconds = 0, 0.0
         if not is_writer:
             return {}
-        if self._peak is None:
-            self._peak = peak_flops(device)
         args = get_args()
         flops = training_flops_per_token(self.config, args.seq_length) * tokens / seconds
         return {
             "speed/tokens_per_second": tokens / seconds,
-            "speed/mfu": flops / (self._peak * args.world_size),
+            "speed/mfu": flops / (peak_flops(device) * args.world_size),
         }
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.functional_tests.launch import only_in_all
+
 # In a process of its own: the host is chosen once, when torch says whether there is a GPU.
 SCRIPT = """
 import sys
@@ -33,7 +35,15 @@ OPTIONAL = ("transformer_engine", "apex")
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) for name in OPTIONAL), reason="an optional package is there"
 )
-@pytest.mark.parametrize("preset", ["tiny", "nano", "mini", "large"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "tiny",
+        "large",
+        pytest.param("nano", marks=only_in_all),
+        pytest.param("mini", marks=only_in_all),
+    ],
+)
 def test_presets_need_no_optional_package_on_a_gpu(preset: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, "--preset", preset, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
