@@ -17,6 +17,7 @@ from tests.reference.mixture_order import mixture_samples, read_documents
 from trinity_megatron.data.mixture.corpora import read_mixture
 from trinity_megatron.data.mixture.plan import phase_starts
 from trinity_megatron.data.mixture.schedule import whole_parts
+from trinity_megatron.data.rsdb.length_bias import LengthBias
 from trinity_megatron.data.rsdb.virtual_stream import BufferedMixture, VirtualStream
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -48,8 +49,15 @@ def write(data: Path, folder: Path, ends: tuple[int, int], order: str = "shuffle
     for name, first in (("valid", 0), ("valid2", 7)):
         shorten(data / "validation", folder / name, 7, first)
     path = folder / "mix.yaml"
-    path.write_text(TEXT.format(*ends, data / "tokenizer", order))
+    text = TEXT.format(*ends, data / "tokenizer", order)
+    path.write_text(text if order == "shuffled" else biased(text))
     return path
+
+
+def biased(text: str) -> str:
+    """Longer documents of code are read more often."""
+    bias = "length_bias: {floor: 0.3, ceiling: 0.9, tokens: 200}"
+    return text.replace("language: python", f"language: python, {bias}")
 
 
 def oracle(folder: Path, ends: tuple[int, int], samples: int) -> np.ndarray:
@@ -104,7 +112,7 @@ def logs(data: Path, folder: Path) -> Logs:
     shuffled = write(data, folder, ENDS)
     buffers = folder / "rsdb.yaml"
     text = shuffled.read_text()
-    buffers.write_text(text.replace("order: shuffled", f"order: {ORDERS['rsdb']}"))
+    buffers.write_text(biased(text.replace("order: shuffled", f"order: {ORDERS['rsdb']}")))
     flags = f"{STEADY} --step-batch-size-schedule 0:4,1K:8 --micro-batch-size 2"
     flags += f" --train-iters {STEPS} --data"
 
@@ -233,6 +241,7 @@ def without_a_stop(mixture: Path, samples: int) -> np.ndarray:
         num_streams=data.mixture.buffer.streams or 0,
         seed=SEED,
         seq_length=SEQ_LENGTH,
+        biases={2: LengthBias(0.3, 0.9, 200)},
     )
     streams = [VirtualStream(shared, number) for number in range(shared.num_streams)]
     found = []

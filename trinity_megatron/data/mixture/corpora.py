@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
+
 from trinity_megatron.data.address import StoredAt, is_address
 from trinity_megatron.data.corpus import ReadOptions, hash_file
 from trinity_megatron.data.manifest import MANIFEST_NAME, DataManifest, load_manifest
@@ -55,6 +57,7 @@ class IndexedCorpus:
         validation: Its validation data, if any: a prefix, or raw text.
         documents: Number of its documents.
         tokens: Number of its tokens.
+        epoch_tokens: Tokens that an epoch reads; fewer with a ``length_bias``, on average.
         manifest: Of the folder that ``prepare-data`` made; None for a bare prefix.
     """
 
@@ -63,6 +66,7 @@ class IndexedCorpus:
     validation: Path | RawText | None
     documents: int
     tokens: int
+    epoch_tokens: int
     manifest: DataManifest | None
 
 
@@ -202,6 +206,11 @@ def _check_raw(mixture: Mixture, raw: list[str]) -> None:
             f"Remedy: order: {' or order: '.join(TEXT_ORDERS)}."
         )
     for corpus in (mixture.corpora[name] for name in raw):
+        if corpus.length_bias is not None:
+            raise UserError(
+                f"{key}: corpora.{corpus.name}.length_bias is given, and the lengths of raw text "
+                "are not known beforehand. Remedy: drop it, or prepare-data."
+            )
         if corpus.max_epochs is not None:
             raise UserError(
                 f"{key}: corpora.{corpus.name}.max_epochs is {corpus.max_epochs}, and the tokens "
@@ -235,7 +244,10 @@ def _open_corpus(mixture: Mixture, corpus: Corpus) -> IndexedCorpus | RawCorpus:
     documents, tokens = read_size(train, f"{key}.path")
     if not tokens:
         raise UserError(f"{key}.path {train} has no tokens. Remedy: drop the corpus.")
-    return IndexedCorpus(corpus, train, validation, documents, tokens, manifest)
+    in_epoch = tokens
+    if corpus.length_bias is not None:
+        in_epoch = corpus.length_bias.expected_tokens(read_lengths(train, documents))
+    return IndexedCorpus(corpus, train, validation, documents, tokens, in_epoch, manifest)
 
 
 def _refuse_index(path: Path | StoredAt, key: str) -> None:
@@ -316,6 +328,16 @@ def read_size(prefix: Path, key: str) -> tuple[int, int]:
             f"{key}: {index} is no whole index of token ids. Remedy: prepare the data again."
         )
     return sequences, token_bytes // _BYTES_OF_TOKEN[code]
+
+
+def read_lengths(prefix: Path, documents: int) -> np.ndarray:
+    """Tokens of each document of a dataset, int32 ``[documents]``: a map of the index.
+
+    Args:
+        prefix: Of its files ``.idx`` and ``.bin``, which are known to be whole.
+        documents: Their number, each one sequence.
+    """
+    return np.memmap(f"{prefix}.idx", np.int32, "r", offset=_HEADER.size, shape=(documents,))
 
 
 def _check_tokenizers(mixture: Mixture, prepared: Sequence[IndexedCorpus]) -> None:

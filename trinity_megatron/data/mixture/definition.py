@@ -20,6 +20,7 @@ from pathlib import Path
 
 from trinity_megatron.data.address import StoredAt
 from trinity_megatron.data.formats import ReadOptions
+from trinity_megatron.data.rsdb.length_bias import LengthBias
 
 SUFFIXES = (".yaml", ".yml")
 ORDERS = ("shuffled", "sequential", "rsdb")
@@ -37,6 +38,7 @@ class Corpus:
             any.
         language: For the plan, and the losses by language.
         max_epochs: A plan that reads it more often is refused.
+        length_bias: Which of its documents an epoch reads; None for all.
         options: How documents are found in raw text.
         skips_bad_rows: Whether rows of raw text that hold no text are left out.
     """
@@ -46,6 +48,7 @@ class Corpus:
     validation: Path | StoredAt | None = None
     language: str | None = None
     max_epochs: float | None = None
+    length_bias: LengthBias | None = None
     options: ReadOptions = ReadOptions()
     skips_bad_rows: bool = False
 

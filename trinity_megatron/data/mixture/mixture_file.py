@@ -22,6 +22,7 @@ from trinity_megatron.data.mixture.definition import (
     Phase,
 )
 from trinity_megatron.data.mixture.quantities import format_tokens, parse_tokens
+from trinity_megatron.data.rsdb.length_bias import LengthBias
 from trinity_megatron.errors import MissingInputError, UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -83,6 +84,13 @@ class _Reader:
             raise self.refuse("order", f"is {order!r}", f"one of {', '.join(ORDERS)}")
         if "rsdb" in values and order != "rsdb":
             raise self.refuse("rsdb", f"is given with order: {order}", "order: rsdb, or drop it")
+        for corpus in corpora.values():
+            if corpus.length_bias is not None and order != "rsdb":
+                raise self.refuse(
+                    f"corpora.{corpus.name}.length_bias",
+                    f"is given with order: {order}, which knows no documents",
+                    "order: rsdb, or drop it",
+                )
         tokenizer = values.get("tokenizer")
         return Mixture(
             file=self.file,
@@ -147,7 +155,7 @@ class _Reader:
 
     def corpus(self, name: str, value: Any) -> Corpus:
         key = f"corpora.{name}"
-        known = ("path", "validation", "language", "max_epochs", *_TEXT_KEYS)
+        known = ("path", "validation", "language", "max_epochs", "length_bias", *_TEXT_KEYS)
         values = self.mapping(key, value, known, ("path",))
         language, epochs = values.get("language"), values.get("max_epochs")
         if language is not None and (
@@ -164,9 +172,24 @@ class _Reader:
             validation=None if given is None else self.place(f"{key}.validation", given),
             language=language,
             max_epochs=epochs,
+            length_bias=self.length_bias(f"{key}.length_bias", values.get("length_bias")),
             options=self.options(key, values),
             skips_bad_rows=self.skips_bad_rows(key, values),
         )
+
+    def length_bias(self, key: str, value: Any) -> LengthBias | None:
+        if value is None:
+            return None
+        values = self.mapping(key, value, ("floor", "ceiling", "tokens"))
+        for name in ("floor", "ceiling"):
+            share = values.get(name, 1.0)
+            if _is_no_number(share) or not 0 < share <= 1:
+                raise self.refuse(f"{key}.{name}", f"is {share!r}", "a share above 0, at most 1")
+        try:
+            given = {name: parse_tokens(values[name]) for name in ("tokens",) if name in values}
+        except ValueError as error:
+            raise self.refuse(f"{key}.tokens", str(error), "tokens: 131072") from error
+        return LengthBias(**{**values, **given})
 
     def options(self, key: str, values: Mapping[str, Any]) -> ReadOptions:
         given = {name: values[name] for name in ("text_key", "split_on") if name in values}

@@ -21,6 +21,7 @@ class CorpusPlan:
         language: Its language, if the file says it.
         by_phase: Tokens in each phase.
         held: Tokens that the corpus has; None for raw text.
+        epoch_tokens: Tokens of them that an epoch reads; None for raw text.
         epochs_begin: Consumed tokens of the run where its second, third, ... epoch begins; the
             first ten of them.
     """
@@ -29,6 +30,7 @@ class CorpusPlan:
     language: str | None
     by_phase: tuple[int, ...]
     held: int | None
+    epoch_tokens: int | None
     epochs_begin: tuple[int, ...]
 
     @property
@@ -39,7 +41,7 @@ class CorpusPlan:
     @property
     def epochs(self) -> float | None:
         """How often the corpus is read; None for raw text."""
-        return None if self.held is None else self.tokens / self.held
+        return None if self.epoch_tokens is None else self.tokens / self.epoch_tokens
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,13 @@ def make_plan(data: MixtureData, *, seq_length: int, seed: int, samples: int) ->
             for before, after in zip(counts, counts[1:], strict=False)
         )
         held: int | None = None
+        in_epoch: int | None = None
         begin: tuple[int, ...] = ()
         if isinstance(item, IndexedCorpus):
-            held = item.tokens
+            held, in_epoch = item.tokens, item.epoch_tokens
             begin = _epochs_begin(schedule, number, item, seq_length, samples)
-        plan = CorpusPlan(item.corpus.name, item.corpus.language, by_phase, held, begin)
+        name, language = item.corpus.name, item.corpus.language
+        plan = CorpusPlan(name, language, by_phase, held, in_epoch, begin)
         if isinstance(item, IndexedCorpus):
             _check_corpus(mixture, item, plan, seq_length)
         plans.append(plan)
@@ -166,7 +170,7 @@ def _epochs_begin(
     found: list[int] = []
     for epoch in range(1, 11):
         # The sample that an epoch's last token is in belongs to the next one.
-        first = max(0, epoch * item.tokens - 1) // seq_length
+        first = max(0, epoch * item.epoch_tokens - 1) // seq_length
         sample = schedule.find(number, first, samples)
         if sample is None:
             break
@@ -189,9 +193,9 @@ def _check_corpus(mixture: Mixture, item: IndexedCorpus, plan: CorpusPlan, seq_l
             if tokens
         )
         raise UserError(
-            f"{key} has {format_tokens(item.tokens)} tokens and would be read {plan.epochs:.2f} "
-            f"times ({needed}), above its max_epochs {limit:g}. Remedy: a smaller weight, a "
-            "shorter phase, more data, or a larger max_epochs."
+            f"{key} has {format_tokens(item.epoch_tokens)} tokens and would be read "
+            f"{plan.epochs:.2f} times ({needed}), above its max_epochs {limit:g}. "
+            "Remedy: a smaller weight, a shorter phase, more data, or a larger max_epochs."
         )
 
 

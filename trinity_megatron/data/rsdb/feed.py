@@ -11,9 +11,12 @@ from typing import Protocol
 
 import numpy as np
 
+from trinity_megatron.data.rsdb.length_bias import LengthBias
 from trinity_megatron.data.rsdb.permutation import permute
 
 _AHEAD = 256  # documents whose places are computed at a time
+# The length of a document that an epoch leaves out.
+LEFT_OUT = -1
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class DocumentOrder(Protocol):
     name: str
 
     def get(self, number: int) -> tuple[int, int]:
-        """Number in the corpus, and tokens, of a document of this stream."""
+        """Number in the corpus, and tokens or ``LEFT_OUT``, of a document of this stream."""
         ...
 
 
@@ -50,40 +53,52 @@ class CorpusOrder:
         seed: Of the run.
         stream: Number of the virtual stream.
         num_streams: Their number: they take turns in the documents.
+        bias: Which documents an epoch leaves out; None for none.
     """
 
     def __init__(
-        self, name: str, lengths: np.ndarray, *, seed: int, stream: int, num_streams: int
+        self,
+        name: str,
+        lengths: np.ndarray,
+        *,
+        seed: int,
+        stream: int,
+        num_streams: int,
+        bias: LengthBias | None = None,
     ) -> None:
         self.name = name
         self.lengths = lengths
+        self._bias = bias
         self._stream, self._num_streams = stream, num_streams
         self._seed = seed
         self._first = 0
         self._ahead: list[tuple[int, int]] = []
 
     def get(self, number: int) -> tuple[int, int]:
-        """Number in the corpus, and tokens, of a document of this stream.
+        """Number in the corpus, and tokens or ``LEFT_OUT``, of a document of this stream.
 
         Args:
             number: Of the document among those of the stream.
         """
         if not self._first <= number < self._first + len(self._ahead):
             self._first = number
-            documents = self._find(np.arange(number, number + _AHEAD, dtype=np.int64))
-            lengths = self.lengths[documents]
+            documents, lengths = self._find(np.arange(number, number + _AHEAD, dtype=np.int64))
             self._ahead = list(zip(documents.tolist(), lengths.tolist(), strict=True))
         return self._ahead[number - self._first]
 
-    def _find(self, numbers: np.ndarray) -> np.ndarray:
+    def _find(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         places = self._stream + numbers * self._num_streams
         epochs, within = np.divmod(places, len(self.lengths))
-        documents = np.empty_like(within)
+        documents, lengths = np.empty_like(within), np.empty_like(within)
         for epoch in np.unique(epochs):
-            chosen = epochs == epoch
+            own = epochs == epoch
             key = epoch_key(self._seed, self.name, int(epoch))
-            documents[chosen] = permute(within[chosen], len(self.lengths), key)
-        return documents
+            documents[own] = permute(within[own], len(self.lengths), key)
+            lengths[own] = self.lengths[documents[own]]
+            if self._bias is not None:
+                is_read = self._bias.chosen(documents[own], lengths[own], key)
+                lengths[own] = np.where(is_read, lengths[own], LEFT_OUT)
+        return documents, lengths
 
 
 class DocumentFeed:
@@ -124,11 +139,13 @@ class DocumentFeed:
         ]
         heapq.heapify(behind)
         taken, fed = self.taken.tolist(), self.fed.tolist()
-        found = []
-        for _ in range(count):
+        found: list[tuple[int, int, int]] = []
+        while len(found) < count:
             served, name, corpus = behind[0]
             document, length = self._orders[corpus].get(taken[corpus])
             taken[corpus] += 1
+            if length == LEFT_OUT:
+                continue
             fed[corpus] += length
             # An empty document moves nothing on, but is passed over.
             heapq.heapreplace(behind, (served + length * steps[corpus], name, corpus))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from trinity_megatron.data.rsdb.document_buffer import DocumentBuffer, Piece
 from trinity_megatron.data.rsdb.feed import CorpusOrder, DocumentFeed
+from trinity_megatron.data.rsdb.length_bias import LengthBias
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class BufferedMixture:
         num_streams: Number of streams.
         seed: Of the run.
         seq_length: Tokens of a sample.
+        biases: Of the corpora whose longer documents are read more often, by number.
     """
 
     names: Sequence[str]
@@ -36,6 +38,7 @@ class BufferedMixture:
     num_streams: int
     seed: int
     seq_length: int
+    biases: Mapping[int, LengthBias] = field(default_factory=dict)
 
     def phase_of(self, sample: int) -> int:
         """The phase that a sample of the run is in."""
@@ -61,8 +64,11 @@ class VirtualStream:
                 seed=mixture.seed,
                 stream=number,
                 num_streams=mixture.num_streams,
+                bias=mixture.biases.get(corpus),
             )
-            for name, lengths in zip(mixture.names, mixture.lengths, strict=True)
+            for corpus, (name, lengths) in enumerate(
+                zip(mixture.names, mixture.lengths, strict=True)
+            )
         ]
         self.feed = DocumentFeed(orders, mixture.parts)
 

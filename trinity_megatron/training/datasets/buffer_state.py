@@ -14,6 +14,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from trinity_megatron.checkpoint.torch_dist.tracker import iteration_name
 from trinity_megatron.data.mixture.corpora import MixtureData
+from trinity_megatron.data.rsdb.length_bias import LengthBias
 from trinity_megatron.data.rsdb.virtual_stream import BufferedMixture
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.screen import tell_once
@@ -128,6 +129,10 @@ def _make_mixture(
         num_streams=described["buffer"]["streams"],
         seed=args.seed,
         seq_length=args.seq_length,
+        biases={
+            described["corpora"].index(name): LengthBias(**settings)
+            for name, settings in described["length_biases"].items()
+        },
     )
 
 

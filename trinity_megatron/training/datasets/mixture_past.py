@@ -26,10 +26,10 @@ def describe_mixture(data: MixtureData, seq_length: int) -> Described:
 
     Returns:
         ``order``; ``is_text``, whether the corpora are raw text; ``buffer``, the settings of
-        ``order: rsdb``; ``corpora``, the names in the order
-        of ``data_identity``; ``languages``, theirs or None; ``validated``, the names of those with
-        validation data; ``phases``, each with ``start`` (its first sample), ``names`` and ``parts``
-        (whole numbers in the ratio of the weights).
+        ``order: rsdb``; ``corpora``, the names in the order of ``data_identity``; ``languages``,
+        theirs or None; ``length_biases``, settings by the names of those that have one;
+        ``validated``, the names of those with validation data; ``phases``, each with ``start``
+        (its first sample), ``names`` and ``parts`` (whole numbers in the ratio of the weights).
     """
     phases = data.mixture.phases
     return {
@@ -38,6 +38,11 @@ def describe_mixture(data: MixtureData, seq_length: int) -> Described:
         "buffer": vars(data.mixture.buffer).copy(),
         "corpora": list(data.corpora),
         "languages": [item.corpus.language for item in data.corpora.values()],
+        "length_biases": {
+            name: vars(item.corpus.length_bias).copy()
+            for name, item in data.corpora.items()
+            if item.corpus.length_bias is not None
+        },
         "validated": list(data.validated),
         "phases": [
             {
@@ -102,7 +107,10 @@ def read_past(
         name: item["content"] for name, item in zip(mixture["corpora"], datasets, strict=True)
     }
     if mixture["order"] == "rsdb":  # its order of the documents depends on the names
-        contents = {name: f"{name} {content}" for name, content in contents.items()}
+        biases = mixture.get("length_biases", {})
+        contents = {
+            name: f"{name} {content} {biases.get(name, '')}" for name, content in contents.items()
+        }
     starts = [phase["start"] for phase in mixture["phases"]]
     past = []
     for phase, end in zip(mixture["phases"], [*starts[1:], consumed], strict=True):

@@ -47,6 +47,7 @@ def test_one_corpus_needs_no_phases(tmp_path: Path) -> None:
 
 
 TWO = "corpora: {web: {path: a}, code: {path: b}}\n"
+BIASED = "corpora: {{a: {{path: x, length_bias: {0}}}}}\norder: rsdb"
 BOTH = "weights: {web: 1, code: 1}"
 BAD = {
     "not YAML": ("corpora: [", "is no YAML file", "line"),
@@ -64,6 +65,11 @@ BAD = {
     "bad rows as a number": ("corpora: {a: {path: x, skip_bad_rows: 3}}", "skip_bad_rows is 3"),
     "Norwegian": ("corpora: {a: {path: x, language: no}}", "corpora.a.language is False", "'no'"),
     "negative epochs": ("corpora: {a: {path: x, max_epochs: -1}}", "max_epochs is -1"),
+    "a bias as a number": (BIASED.format("0.5"), "length_bias is the number 0.5"),
+    "a floor of 0": (BIASED.format("{floor: 0}"), "length_bias.floor is 0"),
+    "a ceiling above 1": (BIASED.format("{ceiling: 2}"), "length_bias.ceiling is 2"),
+    "a bias to no length": (BIASED.format("{tokens: x}"), "length_bias.tokens 'x'"),
+    "a bias without documents": ("corpora: {a: {path: x, length_bias: {}}}", "order: shuffled"),
     "no phases": (TWO, "phases is missing"),
     "empty phases": (TWO + "phases: []", "phases is empty"),
     "an empty phase": (TWO + f"phases: [{{until: 1T, {BOTH}}}, {{until: 1T, {BOTH}}}]",

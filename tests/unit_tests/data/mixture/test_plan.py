@@ -47,6 +47,27 @@ def opened(folder: Path) -> MixtureData:
     return open_mixture(load_mixture(folder / "mix.yaml"))
 
 
+def test_an_epoch_of_longer_documents_has_fewer_tokens(folder: Path) -> None:
+    """Every document has 100 tokens: half of them are read, and an epoch is twice as short."""
+    bias = ", length_bias: {floor: 0.2, ceiling: 0.8, tokens: 200}"
+    path = write(folder, bias)
+    path.write_text(path.read_text() + "order: rsdb\nrsdb: {documents: 4}\n")
+    plan = make_plan(opened(folder), seq_length=SEQ_LENGTH, seed=3, samples=250)
+    code = plan.corpora[2]
+    assert (code.held, code.epoch_tokens) == (1000, 500)
+    assert code.epochs == code.tokens / 500
+    (line,) = [line for line in describe_epochs(plan) if line.startswith("code")]
+    assert f"code is read {code.epochs:.2f} times" in line
+
+
+def test_raw_text_has_no_length_bias(folder: Path) -> None:
+    (folder / "raw.txt").write_text("text")
+    path = folder / "raw.yaml"
+    path.write_text("corpora: {a: {path: raw.txt, length_bias: {}}}\norder: rsdb\n")
+    with pytest.raises(UserError, match=r"corpora\.a\.length_bias .* Remedy: drop it, or prep"):
+        open_mixture(load_mixture(path))
+
+
 def test_the_plan_is_what_the_schedule_does(folder: Path) -> None:
     data = opened(folder)
     plan = make_plan(data, seq_length=SEQ_LENGTH, seed=3, samples=250)
