@@ -9,9 +9,8 @@ BIN    := .venv/bin
 LLAMA  := build/consumers/llama
 LLAMA_PACKAGES := cyllama==0.7.0 numpy
 
-# The long files of tests/functional_tests first, and the short ones fill up the end.  Three, for
-# two cores: some tests wait for a disk, a signal or another process.
-IN_PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
+# The long files of tests/functional_tests first, and the short ones fill up the end.
+IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Else every process compiles the modules it imports, see scripts/bootstrap.sh.
 unexport PYTHONDONTWRITEBYTECODE

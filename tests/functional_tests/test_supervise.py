@@ -1,11 +1,17 @@
-"""A supervised run with faults ends by itself, with the losses of the undisturbed run.
+"""A supervised run with ten faults ends by itself, with the losses of the undisturbed run.
 
-python -m pytest tests/functional_tests/test_supervise.py with TRINITY_TESTS=all; three minutes.
+With TRINITY_TESTS=all, five minutes.  TRINITY_FAULTS_SEED draws other steps and another order.
 """
 
+import dataclasses
 import json
+import os
+import random
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,15 +23,61 @@ from trinity_megatron.telemetry.tensorboard_log import BIAS_TAG, TOKENS_TAG, Run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, only_in_all]
 
-STEPS, INTERVAL = 30, 4
-# At the beginning of a step, once: step, rank and what happens.
-FAULTS = (
-    (6, 1, "SIGKILL"),
-    (11, 0, "exception"),
-    (18, 1, "damage"),
-    (23, 0, "SIGTERM"),
-    (26, 1, "flip"),
+STEPS, INTERVAL = 200, 5
+KINDS = (
+    "SIGKILL",
+    "SIGKILL of all",
+    "hang",
+    "exception",
+    "full disk",
+    "damage",
+    "SIGTERM",
+    "flip",
+    "SIGKILL",
+    "exception",
 )
+HANG_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at the beginning of a step (1-based) on a rank, once."""
+
+    step: int
+    rank: int
+    kind: str
+
+
+def draw_faults(seed: int) -> list[Fault]:
+    """Ten faults in random steps and an order by chance, in the order of their steps."""
+    generator = random.Random(seed)
+    steps = sorted(generator.sample(range(3 * INTERVAL + 2, STEPS), len(KINDS)))
+    kinds = generator.sample(KINDS, len(KINDS))
+    return [Fault(n, generator.randrange(2), k) for n, k in zip(steps, kinds, strict=True)]
+
+
+def follow(faults: Sequence[Fault]) -> list[tuple[int, Fault | None]]:
+    """The step that each start goes on from, and the fault that it ends by."""
+    starts: list[tuple[int, Fault | None]] = []
+    saved, start = [0], 0
+    disk = next(fault.step for fault in faults if fault.kind == "full disk")
+    for fault in (*faults, None):
+        if fault is not None and fault.kind == "full disk":
+            continue
+        last = STEPS if fault is None else fault.step - 1
+        for step in range(start + 1, last + 1):
+            if step % INTERVAL == 0 and not disk <= step < disk + INTERVAL:
+                saved.append(step)
+        starts.append((start, fault))
+        if fault is not None and fault.kind == "SIGTERM":  # it saves after the step
+            saved.append(fault.step)
+        if fault is not None and fault.kind == "damage":
+            saved.remove(max(saved))
+        start = max(saved)
+    return starts
+
+
+FAULTS = draw_faults(int(os.environ.get("TRINITY_FAULTS_SEED", "1")))
 # Python imports it in every process; only ranks look for faults.
 CUSTOMIZE = """
 import importlib.abc, os, sys
@@ -44,7 +96,7 @@ if FOLDER:
     sys.meta_path.insert(0, Finder())
 """
 PROGRAM = """
-import functools, json, os, signal
+import functools, json, os, resource, signal, time
 from pathlib import Path
 
 FOLDER = Path(os.environ["TRINITY_TEST_FAULTS"])
@@ -57,15 +109,22 @@ def install():
 
     @functools.wraps(train_step)
     def with_faults(*args, **kwargs):
-        for step, rank, kind in json.loads((FOLDER / "faults.json").read_text()):
-            done = FOLDER / f"{step}.done"
-            if get_args().curr_iteration + 1 == step and get_args().rank == rank:
+        rank, step = get_args().rank, get_args().curr_iteration + 1
+        for fault in json.loads((FOLDER / "faults.json").read_text()):
+            if fault["kind"] == "full disk":
+                fill_disk(fault["step"] <= step < fault["step"] + fault["interval"])
+            elif (step, rank) == (fault["step"], fault["rank"]):
+                done = FOLDER / f"{step}.done"
                 if not done.exists():
                     done.touch()
-                    break_it(kind, Path(get_args().save), args[2])
+                    break_it(fault["kind"], Path(get_args().save), args[2])
         return train_step(*args, **kwargs)
 
     training.train_step = with_faults
+
+def fill_disk(is_full):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if is_full else hard, hard))
 
 def break_it(kind, checkpoints, model):
     if kind == "flip":
@@ -75,12 +134,20 @@ def break_it(kind, checkpoints, model):
         return
     if kind == "exception":
         raise RuntimeError("an exception of the test")
+    if kind == "hang":
+        time.sleep(10_000)
     if kind == "damage":
         newest = max(checkpoints.glob("iter_*"))
         shard = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
+        kind = "SIGKILL"
+    if kind == "SIGKILL of all":  # torchrun too
+        torchrun = os.getppid()
+        ranks = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+        for pid in {torchrun, *map(int, ranks)} - {os.getpid()}:
+            os.kill(pid, signal.SIGKILL)
         kind = "SIGKILL"
     os.kill(os.getpid(), signal.Signals[kind])
 """
@@ -91,11 +158,14 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     folder = tmp_path_factory.mktemp("supervised")
     (folder / "sitecustomize.py").write_text(CUSTOMIZE)
     (folder / "faults.py").write_text(PROGRAM)
-    (folder / "faults.json").write_text(json.dumps(FAULTS))
+    faults = [dataclasses.asdict(fault) | {"interval": INTERVAL} for fault in FAULTS]
+    (folder / "faults.json").write_text(json.dumps(faults))
     command = [sys.executable, "-m", "trinity_megatron.cli"]
     flags = [*SMALL, "--train-iters", str(STEPS), "--save-interval", str(INTERVAL)]
     flags += ["--num-layers", "3", "--expert-model-parallel-size", "2", "--keep-last", "3"]
     flags += ["--use-distributed-optimizer", "--check-replicas", "1"]
+    # A hang is named after the one, and ended after the other.
+    flags += ["--hang-seconds", str(HANG_SECONDS), "--distributed-timeout-minutes", "1"]
 
     def train(out: str, *before: str, **variables: str) -> subprocess.CompletedProcess[str]:
         own = ["train", "--data", str(data), "--out", str(folder / out), "--nproc", "2", *flags]
@@ -104,7 +174,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
             env={**environment(), **variables},
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=1800,
         )
 
     undisturbed = train("undisturbed")
@@ -122,25 +192,34 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     return SimpleNamespace(folder=folder, result=supervised)
 
 
+SAYS = {
+    "SIGKILL": r"rank {rank} was killed by SIGKILL",
+    "SIGKILL of all": r"killed|ended by SIGKILL",
+    "hang": r"rank {rank} hangs: ",
+    "exception": r"RuntimeError: an exception of the test",
+    "damage": r"rank {rank} was killed by SIGKILL",
+    "SIGTERM": r"SIGTERM",
+    "flip": r"expert_bias on ranks 0, 1. A device",
+}
+
+
 def test_it_ends_by_itself_and_says_how(runs: SimpleNamespace) -> None:
     assert runs.result.returncode == 0, runs.result.stderr[-4000:]
     log = (runs.folder / "run" / "supervise.log").read_text().splitlines()
     print("\n".join(log))
-    assert len(log) == len(FAULTS) + 1
-    for line, (step, _, kind) in zip(log, FAULTS, strict=False):
-        assert f"in step {step} " in line or kind == "SIGTERM"
-    starts = ("the beginning", "step 4", "step 8", "step 12", "step 23", "step 24")
-    for number, (line, start) in enumerate(zip(log, starts, strict=True), start=1):
-        assert f"start {number} from {start} has" in line
-    assert "rank 1 was killed by SIGKILL. Step 4 is saved" in log[0]
-    assert "RuntimeError: an exception of the test. Step 8" in log[1]
-    assert "rank 1 was killed by SIGKILL. Step 16" in log[2]  # which is damaged
-    assert "SIGTERM" in log[3] and "Step 23 is saved" in log[3]  # after the step
-    assert "expert_bias on ranks 0, 1. A device" in log[4]
-    assert "has completed the run" in log[5]
-    # It was the checkpoint of step 16.
-    assert (runs.folder / "run" / "checkpoints" / "damaged_iter_0000016").is_dir()
-    assert "goes on from step 12" in runs.result.stderr
+    expected = follow(FAULTS)
+    for number, (line, (start, fault)) in enumerate(zip(log, expected, strict=True), start=1):
+        origin = f"step {start}" if start else "the beginning"
+        assert f"start {number} from {origin} has" in line
+        if fault is None:
+            assert "has completed the run" in line
+            continue
+        assert f"in step {fault.step} " in line or fault.kind == "SIGTERM"
+        assert re.search(SAYS[fault.kind].format(rank=fault.rank), line), line
+    disk = next(fault.step for fault in FAULTS if fault.kind == "full disk")
+    refused = -(-disk // INTERVAL) * INTERVAL
+    assert f"the save of step {refused} to " in runs.result.stdout + runs.result.stderr
+    assert list((runs.folder / "run" / "checkpoints").glob("damaged_iter_*"))
     assert json.loads((runs.folder / "run" / "heartbeat.json").read_text())["saved"] == STEPS
 
 

@@ -13,12 +13,19 @@ import torch
 from megatron.core.transformer.moe import token_dispatcher
 
 from tests.null_gpu import train
+from trinity_megatron.optimizer.sharded import sharded_parameters
 from trinity_megatron.optimizer.sharded.sharded_parameters import _Stage
+
+# The ranks that share this rank's Muon matrices, of the group that is made next.
+_sharing: list[int] = []
 
 
 def say_the_same(objects: list, own: Any, group: Any = None) -> None:
     """In the place of ``all_gather_object``; other pipeline stages have other ranks."""
     objects[:] = [own] * len(objects)
+    if isinstance(own, tuple):  # the first rank of a group: all others are in one more group
+        others = min(set(range(len(objects))) - set(_sharing), default=0)
+        objects[:] = [own if r in _sharing else (others, own[1]) for r in range(len(objects))]
     if isinstance(own, _Stage):
         distance = torch.distributed.get_world_size() // len(objects)
         objects[:] = [_moved(own, number * distance) for number in range(len(objects))]
@@ -73,6 +80,13 @@ def main() -> None:
 
     torch.distributed.all_to_all_single = all_to_all_single
     torch.distributed.all_gather_object = say_the_same
+    make_group = sharded_parameters._make_group
+
+    def note_ranks(ranks: list[int], *args: Any) -> Any:
+        _sharing[:] = ranks
+        return make_group(ranks, *args)
+
+    sharded_parameters._make_group = note_ranks
     move = functools.wraps(token_dispatcher.maybe_move_tensor_to_cpu)(
         lambda *args, **kwargs: splits.move(*args, **kwargs)
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tests.null_gpu.collective_counts import CollectiveCounts
 from tests.null_gpu.device import NullDevice
 from trinity_megatron.training import pretrain
 
@@ -29,6 +30,8 @@ class StepRecord:
         self._waits: Counter[str] = Counter()
         self._has_begun = False
         self._startup_peak = 0
+        self._collectives = CollectiveCounts(find_caller)
+        self._startup: list[dict[str, Any]] = []
 
     def around(self, train_step: Any) -> Any:
         """Megatron's ``train_step``, recorded."""
@@ -37,6 +40,7 @@ class StepRecord:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if not self._has_begun:
                 self._startup_peak = torch.cuda.max_memory_allocated()
+                self._startup = self._collectives.take()
             self.write()
             self._begin()
             return train_step(*args, **kwargs)
@@ -67,6 +71,8 @@ class StepRecord:
             "peak": torch.cuda.max_memory_allocated(),
             "reserved": torch.cuda.memory_reserved(),
             "startup_peak": self._startup_peak,
+            "startup_collectives": self._startup,
+            "collectives": self._collectives.take(),
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
             "kernels": self._device.kernels(self._path.with_suffix(".kernels")),
         }

@@ -62,3 +62,43 @@ print("the training has ended")
     read = RunLog(tmp_path / "log").scalars("loss")
     assert set(read) - {1000} == set(range(len(set(read) - {1000})))
     assert limit // 100 <= len(read) <= limit // 40
+
+
+def test_nothing_is_missing_once_it_can_be_written_again(tmp_path: Path) -> None:
+    """The disk is full in the middle of a record; some steps later it has room again."""
+    script = f"""
+import resource, time
+from pathlib import Path
+from tensorboard.summary.writer import event_file_writer
+from torch.utils.tensorboard import SummaryWriter
+from trinity_megatron.telemetry import forgiving_writer
+forgiving_writer._RETRY_SECONDS = 0.05
+event_file_writer.RecordWriter = forgiving_writer.ForgivingRecordWriter
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, {resource.RLIM_INFINITY}))
+writer = SummaryWriter("log", max_queue=2)
+for step in range(600):
+    if step in (100, 400):
+        writer.flush()
+        limit(sum(path.stat().st_size for path in Path("log").iterdir()) + 200)
+    if step in (200, 500):
+        limit({resource.RLIM_INFINITY})
+    writer.add_scalar("loss", step, step)
+    if step % 7 == 0:
+        writer.flush()
+        time.sleep(0.01)
+writer.close()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("cannot be written: File too large") == 2
+    assert result.stdout.count("is written again") == 2
+    read = RunLog(tmp_path / "log").scalars("loss")
+    assert read == {step: step for step in range(600)}

@@ -121,14 +121,16 @@ def _make_group(ranks: list[int], data_parallel: ProcessGroup, timeout: timedelt
     """The group of these ranks; every rank of the world calls it, with its own ranks."""
     world = torch.distributed.group.WORLD
     assert world is not None
-    ranks_of_all = gather_objects(ranks, world)
-    own = torch.distributed.get_process_group_ranks(data_parallel)
-    if all(len(some) == len(own) for some in ranks_of_all):
+    # Two numbers of each rank, not its list: that would grow with the square of the world.
+    of_all = gather_objects((ranks[0], len(ranks) == data_parallel.size()), world)
+    if all(has_group for _, has_group in of_all):
         return data_parallel  # neither tensor nor pipeline parallelism: Megatron has the group
-    found = None
-    for some in sorted({tuple(some) for some in ranks_of_all}):
-        group = torch.distributed.new_group(list(some), timeout=timeout)
-        if list(some) == ranks:
-            found = group
-    assert found is not None
-    return found
+    members: dict[int, list[int]] = {}
+    for rank, (first, _) in enumerate(of_all):
+        members.setdefault(first, []).append(rank)
+    assert members[ranks[0]] == ranks
+    groups = {
+        first: torch.distributed.new_group(members[first], timeout=timeout)
+        for first in sorted(members)
+    }
+    return groups[ranks[0]]
