@@ -25,6 +25,7 @@ RECIPE_FLAGS=(
     --train-iters "${TRAIN_ITERS:-138830}"
     --dataloader-inter-document-masking
     --save-interval 250 --keep-last 3 --save-retain-interval 5000
-    --skip-spikes 6 --rewind-on-spike --on-damage previous --async-save
+    --skip-spikes 6 --rewind-on-spike --on-damage previous
+    --async-save --ckpt-assume-constant-structure
 )
 [ -n "${SHARDED:-}" ] || RECIPE_FLAGS+=(--check-replicas 500)  # whole replicas only

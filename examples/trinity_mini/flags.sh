@@ -21,6 +21,7 @@ fi
 RECIPE_FLAGS=(
     --train-iters "${TRAIN_ITERS:-596046}"
     --save-interval 500 --keep-last 3 --save-retain-interval 10000
-    --skip-spikes 6 --rewind-on-spike --on-damage previous --async-save
+    --skip-spikes 6 --rewind-on-spike --on-damage previous
+    --async-save --ckpt-assume-constant-structure
 )
 [ -n "${SHARDED:-}" ] || RECIPE_FLAGS+=(--check-replicas 500)  # whole replicas only

@@ -14,8 +14,10 @@ FLAGS = (
     "--fake-process-group --preset tiny --train-iters 3 --eval-iters 0 --micro-batch-size 1 "
     "--log-interval 100"
 )
-EP8 = "--expert-model-parallel-size 8"
-PP2_EP16 = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 16"
+EP8 = "--expert-model-parallel-size 8 --use-distributed-optimizer"
+PP2_EP16 = (
+    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 16 --use-distributed-optimizer"
+)
 WORLDS = [
     pytest.param(100, 8, EP8, 5, id="sm_100-8"),
     pytest.param(90, 8, EP8, 5, id="sm_90-8", marks=only_in_all),
@@ -44,3 +46,12 @@ def test_rank_0_of_a_world(
     # As without a world; several stages ask each other at the end of a step.
     assert sum(waits.values()) <= most_waits, waits
     assert not any("experts" in where for where in waits), waits
+    # Objects that all ranks send to all: a start has few and small ones, a step none.
+    gathers = [
+        call
+        for call in first["startup_collectives"]
+        if call["name"] == "all_gather_object" and call["ranks"] == ranks
+    ]
+    assert 0 < len(gathers) <= 3
+    assert all(call["bytes"] <= 256 * call["calls"] for call in gathers), gathers
+    assert not any("object" in call["name"] for call in second["collectives"])
