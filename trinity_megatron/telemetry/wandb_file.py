@@ -1,8 +1,7 @@
 """The last step in a .wandb file, from which a killed offline run is continued.
 
-wandb has no public way to tell what such a run has written.  Its process dies with the training,
-so the rows of our journal may be ahead of its file, and a row that is sent twice would give the
-step two rows.
+wandb has no public way to tell it, and the rows of our journal may be ahead of the file of a killed
+run: a row that is sent twice would give the step two rows.
 """
 
 import contextlib

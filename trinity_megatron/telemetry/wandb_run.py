@@ -13,9 +13,9 @@ import secrets
 import shutil
 import ssl
 import sys
-import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ ENVIRONMENT = {
     "WANDB_SILENT": "true",
     "WANDB_CONSOLE": "off",  # else every line that the training prints goes through wandb first
     "WANDB_ERROR_REPORTING": "false",  # of wandb on itself: waits up to 30 s at exit
-    # What wandb holds back from its file when a kill ends both, see Journal; 15 s by default.
+    # What wandb holds back from its file when a kill ends both, see RowJournal; 15 s by default.
     "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "2",
 }
 
@@ -43,11 +43,7 @@ class WandbUnavailableError(RuntimeError):
 
 
 def import_wandb() -> Any:
-    """The package wandb.
-
-    Raises:
-        WandbUnavailableError: It cannot be imported.
-    """
+    """The package wandb; raises a WandbUnavailableError if it cannot be imported."""
     try:
         import wandb
     except Exception as error:
@@ -67,9 +63,8 @@ def record_type() -> Any:
 
 def find_folder(args: argparse.Namespace) -> Path:
     """Where wandb makes its own folder ``wandb``."""
-    out = getattr(args, "out", None)
-    inside = os.path.join(args.save, "wandb") if args.save else out or "."
-    return Path(args.wandb_save_dir or inside).absolute()
+    inside = os.path.join(args.save, "wandb") if args.save else getattr(args, "out", None)
+    return Path(args.wandb_save_dir or inside or ".").absolute()
 
 
 def find_or_make_id(folders: Sequence[Path]) -> str:
@@ -79,23 +74,17 @@ def find_or_make_id(folders: Sequence[Path]) -> str:
         if file.is_file() and (known := file.read_text().strip()):
             return known
     made = secrets.token_hex(4)
-    if folders:
-        folders[0].mkdir(parents=True, exist_ok=True)
-        (folders[0] / ID_FILE).write_text(made + "\n")
+    for folder in folders[:1]:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ID_FILE).write_text(made + "\n")
     return made
 
 
 def check_folder(folder: Path) -> None:
-    """Make the folder; refuse one that cannot be used or is nearly full.
-
-    Raises:
-        WandbUnavailableError: Names the folder, what is wrong, and the remedy.
-    """
-    try:
+    """Make the folder; raise a WandbUnavailableError if it cannot be used or is nearly full."""
+    with named_if_unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise unwritable(folder, error) from None
     if free < MIN_FREE_BYTES:
         raise WandbUnavailableError(
             f"Its folder {folder} is full ({free >> 10} KiB left of the "
@@ -104,12 +93,16 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def unwritable(folder: Path, error: OSError) -> WandbUnavailableError:
-    """The error that names the folder, what is wrong, and the remedy."""
-    return WandbUnavailableError(
-        f"Its folder {folder} cannot be written ({error.strerror or error}). "
-        "Remedy: another --wandb-save-dir."
-    )
+@contextlib.contextmanager
+def named_if_unwritable(folder: Path) -> Iterator[None]:
+    """Turn an OSError into a WandbUnavailableError, which names the folder and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise WandbUnavailableError(
+            f"Its folder {folder} cannot be written ({error.strerror or error}). "
+            "Remedy: another --wandb-save-dir."
+        ) from None
 
 
 def find_files(folder: Path, run_id: str) -> list[Path]:
@@ -121,7 +114,8 @@ def find_files(folder: Path, run_id: str) -> list[Path]:
 def why_offline(files: Sequence[Path]) -> str | None:
     """Why a run with these files is kept offline: empty if the user knows, None if it is not."""
     wandb = import_wandb()
-    if wandb.setup().settings.mode in ("offline", "dryrun"):
+    settings = wandb.setup().settings
+    if settings.mode in ("offline", "dryrun"):
         return ""
     try:
         is_logged_in = wandb.login(prompt=False, verify=False)
@@ -130,7 +124,7 @@ def why_offline(files: Sequence[Path]) -> str | None:
     if not is_logged_in:
         asked = "WANDB_MODE" in os.environ
         return "Not logged in to W&B (remedy: `wandb login`)" if asked else ""
-    if trouble := find_connection_error(url := wandb.setup().settings.base_url):
+    if trouble := find_connection_error(url := settings.base_url):
         return f"The W&B server {url} is out of reach ({trouble})"
     offline = (file for file in files if "offline-run" in str(file))
     if not all(file.with_name(f"{file.name}.synced").exists() for file in offline):
@@ -142,30 +136,30 @@ def find_connection_error(url: str) -> str | None:
     """Why a server is certainly out of reach; wandb itself would try until its time is over."""
     try:
         urllib.request.build_opener().open(url, timeout=_CONNECT_SECONDS).close()
-    except urllib.error.HTTPError:
-        return None
-    except urllib.error.URLError as error:
-        reason = error.reason
+    except Exception as error:  # among them refusals of HTTP: these are answers
+        reason = getattr(error, "reason", None)
         if isinstance(reason, OSError) and not isinstance(reason, ssl.SSLError | TimeoutError):
             return reason.strerror or str(reason)
-    except Exception:
-        return None  # no answer yet, or a strange one
     return None
 
 
-def start_run(args: argparse.Namespace, folder: Path, run_id: str, mode: str | None) -> Any:
-    """Start or continue a run.
+def open_run(
+    args: argparse.Namespace, run_id: str, is_given_up: Callable[[], bool]
+) -> tuple[Any, str | None]:
+    """Start or continue a run, offline where W&B cannot be reached.
 
     Args:
         args: Megatron's arguments; what is no JSON is not uploaded.
-        folder: Where wandb makes its own folder.
         run_id: Its id.
-        mode: ``"offline"``; None: as the environment says.
+        is_given_up: Whether a start that failed is not to be repeated offline.
 
     Returns:
-        ``wandb.Run``.
+        ``wandb.Run``, and why it is offline: empty if the user knows, None if it is not.
     """
-    run = import_wandb().init(
+    check_folder(folder := find_folder(args))
+    reason = why_offline(find_files(folder, run_id))
+    start = partial(
+        import_wandb().init,
         project=args.wandb_project,
         name=args.wandb_exp_name or None,
         entity=args.wandb_entity or None,
@@ -173,12 +167,28 @@ def start_run(args: argparse.Namespace, folder: Path, run_id: str, mode: str | N
         id=run_id,
         resume=os.environ.get("WANDB_RESUME", "allow"),
         config={**json_values(vars(args)), **describe_code()},
-        mode=mode,
     )
+    run = None
+    if reason is None:
+        try:
+            run = start()
+        except Exception as error:
+            if is_given_up():
+                raise
+            reason = f"The W&B server did not start the run ({first_line(error)})"
+            teardown()  # it holds the id
+    run = run or start(mode="offline")
     # On a full disk each line of wandb's own log files would print a traceback.
     for handler in logging.getLogger("wandb").handlers:
         handler.handleError = lambda record: None  # type: ignore[method-assign]
-    return run
+    return run, reason
+
+
+def sync_command(run: Any) -> str:
+    """What sends later all that a run has written, in backquotes."""
+    if run.offline:  # all parts of the run, in their order
+        return f"`wandb sync {Path(run.sync_dir).parent}/offline-run-*-{run.id}`"
+    return f"`wandb sync --include-online {run.sync_dir}`"
 
 
 def json_values(values: dict[str, Any]) -> dict[str, Any]:
