@@ -35,11 +35,7 @@ _CAPACITY = 100_000  # calls that may wait
 
 
 def open_writer(args: argparse.Namespace) -> "WandbWriter | None":
-    """Megatron's W&B writer; None where Megatron has none, and with WANDB_MODE=disabled.
-
-    Args:
-        args: Megatron's arguments, and ``out``.
-    """
+    """Megatron's W&B writer; None where Megatron has none, and with WANDB_MODE=disabled."""
     is_here = args.wandb_project and args.rank == args.world_size - 1
     return WandbWriter(args) if is_here and os.environ.get("WANDB_MODE") != "disabled" else None
 
@@ -81,7 +77,7 @@ class WandbWriter:
         self._args, self._folder = args, wandb_run.find_folder(args)
         # Appending is atomic and wakes no thread.
         self._values: deque[tuple[int, dict[str, Any]]] = deque()  # of a step
-        self._calls: deque[Callable[[], None]] = deque()  # few
+        self._calls: deque[Callable[[], None]] = deque()  # some for each checkpoint
         self._step = self._exit_code = 0
         self._wake = threading.Event()
         self._is_held = self._is_closed = self._is_abandoned = self._is_full = False
@@ -251,7 +247,9 @@ class WandbWriter:
     def _write(self, rows: dict[int, dict[str, Any]]) -> None:
         with wandb_run.named_if_unwritable(self._folder):
             if self._journal is None:
-                self._journal, rows = self._begin(rows)
+                file = self._folder / "wandb" / f"journal-{self._run.id}.jsonl"
+                self._journal = RowJournal(file)
+                rows = {**self._find_lost(self._journal.rows, min(rows)), **rows}
             self._journal.append(rows)
         image = import_wandb().Image
         for step, row in sorted(rows.items()):
@@ -260,16 +258,15 @@ class WandbWriter:
                 self._run.log(values, step=step)
                 self._sent_step = step
 
-    def _begin(self, rows: dict[int, dict[str, Any]]) -> tuple[RowJournal, dict[int, dict]]:
-        """The journal, and the rows with what a kill took from wandb before them."""
-        journal = RowJournal(self._folder / "wandb" / f"journal-{self._run.id}.jsonl")
-        first, last = min(rows), self._last_step
+    def _find_lost(self, rows: dict[int, dict[str, Any]], first: int) -> dict[int, dict[str, Any]]:
+        """What a kill took from wandb: rows between its last step and the first of this run."""
+        last = self._last_step
         if first <= last:
             self._say(
                 f"W&B has the steps up to {last} of this run: steps {first} to {last}, which are "
                 "trained again, are not sent again."
             )
-        return journal, {n: row for n, row in journal.rows.items() if last < n < first} | rows
+        return {step: row for step, row in rows.items() if last < step < first}
 
     def _log_artifact(self, artifact: ArtifactRequest, aliases: Sequence[str] | None) -> None:
         if self._has_artifact_failed:
