@@ -177,7 +177,8 @@ def open_run(
                 raise
             reason = f"The W&B server did not start the run ({first_line(error)})"
             teardown()  # it holds the id
-    run = run or start(mode="offline")
+    if run is None:
+        run = start(mode="offline")
     # On a full disk each line of wandb's own log files would print a traceback.
     for handler in logging.getLogger("wandb").handlers:
         handler.handleError = lambda record: None  # type: ignore[method-assign]
