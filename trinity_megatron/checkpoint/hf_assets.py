@@ -19,6 +19,7 @@ from trinity_megatron.data.given_tokenizer import get_special_token, is_tokenize
 from trinity_megatron.data.tokenizer import CONFIG_NAME, TEMPLATE_NAME
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.hf_config import read_hf_config
+from trinity_megatron.untrusted.json_file import read_json
 
 ASSETS_NAME = "hf"
 # Beside the iterations of a run: SHA-256 of the tokenizer.json that it was trained with, and a copy
@@ -89,7 +90,7 @@ def find_assets(checkpoint: Path) -> Assets | None:
 
 def _read_headers(path: Path) -> dict[str, str]:
     try:
-        headers = json.loads(path.read_text(encoding="utf-8"))
+        headers = read_json(path)
         check_file_names(headers, path)
         for file, header in headers.items():
             infos = sorted(parse_header(file, header).values(), key=lambda info: info.start)
@@ -178,7 +179,7 @@ def _ends_as(known: Path, tokenizer: Path) -> bool:
     ends = []
     for folder in (known, tokenizer):
         file = folder / CONFIG_NAME
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        config = read_json(file) if file.is_file() else {}
         ends.append(get_special_token(config, "eos"))
     return ends[0] == ends[1]
 
@@ -244,7 +245,7 @@ def write_tokenizer(tokenizer: Path, target: Path) -> dict[str, int]:
             shutil.copyfile(path, target / path.name)
     names = {}
     if (tokenizer / "tokenizer_config.json").is_file():
-        names = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+        names = read_json(tokenizer / "tokenizer_config.json")
     vocabulary = Tokenizer.from_file(str(tokenizer / _TOKENIZER_FILE))
     ids: dict[str, int] = {}
     for kind in ("bos", "eos", "pad"):

@@ -1,7 +1,6 @@
 """A given tokenizer, such as that of a released model: loading, checks and copying."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from trinity_megatron.data.tokenizer import (
     encode_documents,
 )
 from trinity_megatron.errors import UserError
+from trinity_megatron.untrusted.json_file import parse_json
 
 # Files in the folder of a model that do not belong to its tokenizer.
 _OTHER_NAMES = {"config.json", "generation_config.json"}
@@ -99,7 +99,7 @@ def read_vocab_size(folder: Path) -> int:
     if not (folder / CONFIG_NAME).is_file():
         return size
     try:
-        added = json.loads(_read(folder, CONFIG_NAME)).get("added_tokens_decoder") or {}
+        added = parse_json(_read(folder, CONFIG_NAME)).get("added_tokens_decoder") or {}
         return max([size, *(int(token) + 1 for token in added)])
     except (ValueError, AttributeError) as error:
         raise UserError(
@@ -169,9 +169,9 @@ def _parse(folder: Path, content: bytes) -> Tokenizer:
 def _read_eos_token(folder: Path) -> str:
     """Read the end-of-text token from ``tokenizer_config.json``."""
     try:
-        config = json.loads(_read(folder, CONFIG_NAME).decode("utf-8"))
+        config = parse_json(_read(folder, CONFIG_NAME))
         eos_token = get_special_token(config, "eos")
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(
             f"tokenizer {folder}: {CONFIG_NAME} is not a JSON object ({error}); copy or download "
             "it again"

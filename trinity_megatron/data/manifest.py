@@ -11,8 +11,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 from trinity_megatron.data.corpus import Skipped, hash_file
 from trinity_megatron.data.inputs import FORMAT_VERSION, DataInputs
 from trinity_megatron.errors import MissingInputError, UserError
+from trinity_megatron.untrusted.json_file import read_json
 
 MANIFEST_NAME = "manifest.json"
+_MAX_BYTES = 2**30  # it has a line for each file of the sources
 # First bytes of an index file.  Source: megatron.core.datasets.indexed_dataset, _INDEX_HEADER.
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 
@@ -105,7 +107,7 @@ def load_manifest(path: Path) -> DataManifest:
     if not path.is_dir():
         raise MissingInputError(f"data folder {path} does not exist; {remedy}")
     try:
-        values = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+        values = read_json(path / MANIFEST_NAME, max_bytes=_MAX_BYTES)
         if not isinstance(values, dict):
             raise ValueError(f"it is {type(values).__name__}, not an object")
         _check_version(path, values["format_version"])

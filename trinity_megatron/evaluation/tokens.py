@@ -1,12 +1,12 @@
 """Token ids to compare models on: of a file, of prepared data, or random."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from trinity_megatron.errors import UserError
+from trinity_megatron.untrusted.json_file import read_json
 
 BATCH_SIZE = 2
 
@@ -24,7 +24,7 @@ def read_tokens(path: Path, vocab_size: int) -> torch.Tensor:
         if path.suffix == ".npy":
             values = np.load(path)
         elif path.suffix == ".json":
-            values = np.array(json.loads(path.read_text()))
+            values = np.array(read_json(path))
         else:
             values = np.array(path.read_text().replace(",", " ").split(), dtype=np.int64)
         if values.ndim > 2 or not np.issubdtype(values.dtype, np.integer):
