@@ -26,12 +26,12 @@ def read_yaml(path: Path) -> Any:
     if len(content) > _MAX_BYTES:
         raise ValueError(f"it has more than {_MAX_BYTES >> 20} MiB")
     try:
-        return yaml.load(content.decode("utf-8"), Loader=_BoundedLoader)
+        return yaml.load(content.decode("utf-8"), Loader=BoundedLoader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 
-class _BoundedLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class BoundedLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Refuses aliases that repeat too much, and keys given twice, of which YAML takes the last."""
 
     def get_single_node(self) -> yaml.Node | None:
