@@ -17,6 +17,7 @@ from trinity_megatron.checkpoint.integrity.checks import check_stays_inside
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.given_tokenizer import get_special_token, is_tokenizer_file
 from trinity_megatron.data.tokenizer import CONFIG_NAME, TEMPLATE_NAME
+from trinity_megatron.data.tokenizer_file import parse_tokenizer
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.hf_config import read_hf_config
 from trinity_megatron.untrusted.json_file import read_json
@@ -233,8 +234,6 @@ def write_tokenizer(tokenizer: Path, target: Path) -> dict[str, int]:
     Raises:
         ValueError: The folder has no tokenizer.
     """
-    from tokenizers import Tokenizer
-
     if not (tokenizer / _TOKENIZER_FILE).is_file():
         raise UserError(
             f"{tokenizer} holds no tokenizer.json. Remedy: --tokenizer DIR with the tokenizer that "
@@ -246,7 +245,7 @@ def write_tokenizer(tokenizer: Path, target: Path) -> dict[str, int]:
     names = {}
     if (tokenizer / "tokenizer_config.json").is_file():
         names = read_json(tokenizer / "tokenizer_config.json")
-    vocabulary = Tokenizer.from_file(str(tokenizer / _TOKENIZER_FILE))
+    vocabulary = parse_tokenizer((tokenizer / _TOKENIZER_FILE).read_bytes())
     ids: dict[str, int] = {}
     for kind in ("bos", "eos", "pad"):
         token = get_special_token(names, kind)

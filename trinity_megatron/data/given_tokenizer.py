@@ -16,6 +16,7 @@ from trinity_megatron.data.tokenizer import (
     count_tokens,
     encode_documents,
 )
+from trinity_megatron.data.tokenizer_file import check_vocab, parse_tokenizer
 from trinity_megatron.errors import UserError
 from trinity_megatron.untrusted.json_file import parse_json
 
@@ -100,7 +101,9 @@ def read_vocab_size(folder: Path) -> int:
         return size
     try:
         added = parse_json(_read(folder, CONFIG_NAME)).get("added_tokens_decoder") or {}
-        return max([size, *(int(token) + 1 for token in added)])
+        size = max([size, *(int(token) + 1 for token in added)])
+        check_vocab(size)
+        return size
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"tokenizer {folder}: {CONFIG_NAME} is damaged ({error}); copy or download it again"
@@ -158,7 +161,7 @@ def _read(folder: Path, name: str) -> bytes:
 
 def _parse(folder: Path, content: bytes) -> Tokenizer:
     try:
-        return Tokenizer.from_buffer(content)
+        return parse_tokenizer(content)
     except Exception as error:  # the library raises no more specific exception
         raise UserError(
             f"tokenizer {folder}: {TOKENIZER_NAME} cannot be loaded ({error}); copy or download it "
