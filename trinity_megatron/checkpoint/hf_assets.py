@@ -21,6 +21,7 @@ from trinity_megatron.data.tokenizer_file import parse_tokenizer
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.hf_config import read_hf_config
 from trinity_megatron.untrusted.json_file import read_json
+from trinity_megatron.untrusted.links import copy_file
 
 ASSETS_NAME = "hf"
 # Beside the iterations of a run: SHA-256 of the tokenizer.json that it was trained with, and a copy
@@ -51,7 +52,7 @@ class Assets:
         """Copy everything but the headers."""
         for path in self.folder.iterdir():
             if path.name != _HEADERS_NAME:
-                shutil.copyfile(path, target / path.name)
+                copy_file(path, target / path.name)
 
 
 def save_assets(hf: Path, target: Path, headers: Mapping[str, str]) -> None:
@@ -65,7 +66,7 @@ def save_assets(hf: Path, target: Path, headers: Mapping[str, str]) -> None:
     target.mkdir(exist_ok=True)
     for path in sorted(hf.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
-            shutil.copyfile(path, target / path.name)
+            copy_file(path, target / path.name)
     (target / _HEADERS_NAME).write_text(json.dumps(dict(headers)), encoding="utf-8")
 
 
@@ -162,7 +163,7 @@ def keep_tokenizer(tokenizer: Path, save: Path) -> None:
     half.mkdir()
     for path in tokenizer.iterdir():
         if is_tokenizer_file(path):
-            shutil.copyfile(path, half / path.name)
+            copy_file(path, half / path.name)
     shutil.rmtree(save / _TOKENIZER_NAME, ignore_errors=True)  # damaged
     half.rename(save / _TOKENIZER_NAME)
 
@@ -241,7 +242,7 @@ def write_tokenizer(tokenizer: Path, target: Path) -> dict[str, int]:
         )
     for path in sorted(tokenizer.iterdir()):
         if is_tokenizer_file(path):
-            shutil.copyfile(path, target / path.name)
+            copy_file(path, target / path.name)
     names = {}
     if (tokenizer / "tokenizer_config.json").is_file():
         names = read_json(tokenizer / "tokenizer_config.json")

@@ -1,7 +1,6 @@
 """A given tokenizer, such as that of a released model: loading, checks and copying."""
 
 import hashlib
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from trinity_megatron.data.tokenizer import (
 from trinity_megatron.data.tokenizer_file import check_vocab, parse_tokenizer
 from trinity_megatron.errors import UserError
 from trinity_megatron.untrusted.json_file import parse_json
+from trinity_megatron.untrusted.links import copy_file
 
 # Files in the folder of a model that do not belong to its tokenizer.
 _OTHER_NAMES = {"config.json", "generation_config.json"}
@@ -118,7 +118,7 @@ def copy_tokenizer(given: GivenTokenizer, folder: Path) -> None:
     """
     folder.mkdir()
     for name in given.files:
-        shutil.copyfile(given.folder / name, folder / name)
+        copy_file(given.folder / name, folder / name)
     copied = (hash_file(folder / TOKENIZER_NAME), _read_eos_token(folder))
     if copied != (given.fingerprint, given.eos_token):
         raise UserError(f"tokenizer {given.folder} changed while it was read; run again")

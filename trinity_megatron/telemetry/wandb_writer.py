@@ -34,6 +34,7 @@ from trinity_megatron.telemetry.wandb_run import (
     teardown,
     unwritable,
     why_offline,
+    without_password,
 )
 
 logger = logging.getLogger(__name__)
@@ -354,7 +355,7 @@ class WandbWriter:
             self._run.finish(exit_code=self._exit_code)
         except TimeoutError:
             limit = float(os.environ["WANDB_FINISH_TIMEOUT"])
-            server = self._run.settings.base_url
+            server = without_password(self._run.settings.base_url)
             raise WandbUnavailableError(
                 f"{server} did not take all data within {limit:.0f} s."
             ) from None

@@ -1,5 +1,6 @@
 """Trying work apart: in a process that may be ended without harm."""
 
+import faulthandler
 import os
 import resource
 import signal
@@ -35,6 +36,7 @@ def try_apart(work: Callable[[], object], *, seconds: int, num_bytes: int) -> st
 def _work_and_exit(work: Callable[[], object], seconds: int, num_bytes: int) -> None:
     code = _TOO_MUCH
     try:
+        faulthandler.disable()
         quiet = os.open(os.devnull, os.O_WRONLY)  # a Rust program prints why it aborts
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
