@@ -13,7 +13,7 @@ from trinity_megatron.data.streams import (
     check_size,
     read_lines,
 )
-from trinity_megatron.untrusted.json_file import parse_json
+from trinity_megatron.untrusted.json_file import check_depth, parse_json
 
 _CHUNK_BYTES = 2**20
 _LISTED_KEYS = 20
@@ -207,9 +207,16 @@ class JsonValues:
                 raise self._damage(str(error)) from error
             else:
                 if end < len(self._buffer) or not self._fill():  # else a number may go on
+                    self._check_depth(value)
                     self._spans_lines = "\n" in self._buffer[self._position : end]
                     self._position = end
                     return value
+
+    def _check_depth(self, value: Any) -> None:
+        try:
+            check_depth(value)
+        except ValueError as error:
+            raise self._damage(str(error)) from error
 
     def _peek(self, space: re.Pattern[str] = _JSON_SPACE) -> str:
         """The next character that is not white space; empty at the end."""

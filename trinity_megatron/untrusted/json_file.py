@@ -9,6 +9,7 @@ from typing import Any
 MAX_BYTES = 64 * 2**20
 # Above it content must be text rather than brackets: each pair of these is an object of 64 bytes.
 _BYTES_PER_BRACKET = 16
+_MAX_DEPTH = 200
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
@@ -39,11 +40,33 @@ def parse_json(content: bytes) -> Any:
         ValueError: It is no JSON in UTF-8, is nested too deeply, or would take far more memory than
             its text does.
     """
-    if len(content) > MAX_BYTES:
-        brackets = content.count(b"[") + content.count(b"{")
-        if brackets * _BYTES_PER_BRACKET > len(content):
-            raise ValueError(f"{len(content) >> 20} MiB of JSON hold {brackets} objects")
+    brackets = content.count(b"[") + content.count(b"{")
+    if len(content) > MAX_BYTES and brackets * _BYTES_PER_BRACKET > len(content):
+        raise ValueError(f"{len(content) >> 20} MiB of JSON hold {brackets} objects")
     try:
-        return json.loads(content.decode("utf-8"))
+        value = json.loads(content.decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if brackets > _MAX_DEPTH:
+        check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Refuse a value that functions which call themselves could not follow.
+
+    Args:
+        value: Of JSON.
+
+    Raises:
+        ValueError: It is nested too deeply.
+    """
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = [each for each in level if isinstance(each, dict | list)]
+        level = [
+            part for each in inner for part in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")

@@ -100,6 +100,20 @@ def test_a_hostile_line(tmp_path: Path, line: bytes) -> None:
         read(path)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_conversation_of_nested_calls(tmp_path: Path, name: str) -> None:
+    from trinity_megatron.data.chat.conversations import read_conversations
+
+    calls = "[" * 900 + "]" * 900
+    message = f'{{"role": "assistant", "content": "", "tool_calls": {calls}}}'
+    rows = [f'{{"messages": [{message}]}}'] * 2
+    (tmp_path / name).write_text("\n".join(rows) if name == "a.jsonl" else f"[{','.join(rows)}]")
+    options = ReadOptions(text_key="messages")
+    with pytest.raises(UserError, match="nested too deeply"):
+        files, _ = find_files([tmp_path / name], options=options)
+        list(read_conversations(files, options, lambda conversation: conversation))
+
+
 @pytest.fixture
 def index(tmp_path: Path) -> Path:
     builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.uint16)

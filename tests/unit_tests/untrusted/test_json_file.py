@@ -9,6 +9,8 @@ from trinity_megatron.untrusted.json_file import MAX_BYTES, parse_json, read_jso
 HOSTILE = {
     "nested": (b"[" * 100_000, "nested too deeply"),
     "nested objects": (b'{"a":' * 100_000, "nested too deeply"),
+    "nested within what Python reads": (b"[" * 300 + b"]" * 300, "nested too deeply"),
+    "nested objects within that": (b'{"a":' * 300 + b"1" + b"}" * 300, "nested too deeply"),
     "a number": (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),
     "not UTF-8": (b'{"a": "\xff"}', "utf-8"),
     "cut": (b'{"a": ', "Expecting value"),
@@ -29,6 +31,12 @@ def test_a_file_of_any_length_is_not_read_whole(tmp_path: Path) -> None:
         file.truncate(2**40)  # without blocks on the disk
     with pytest.raises(ValueError, match="more than 64 MiB"):
         read_json(path)
+
+
+def test_what_is_not_nested() -> None:
+    assert parse_json(b"[" * 150 + b"]" * 150)
+    assert parse_json(b'["' + b"[" * 1000 + b'"]') == ["[" * 1000]
+    assert len(parse_json(b"[" + b"[[]]," * 999 + b"{}]")) == 1000
 
 
 def test_a_large_text_is_no_bomb() -> None:
