@@ -21,7 +21,7 @@ from trinity_megatron.untrusted.trial import try_apart
 MAX_TOKENS = 2**24
 # A text may grow so much by what replaces its characters.
 _MAX_GROWTH = 100
-_TRIAL_SECONDS, _TRIAL_BYTES = 3, 2**30
+_TRIAL_SECONDS, _TRIAL_BYTES = 2, 2**30
 _PROBE = (
     {"role": "user", "content": "A question"},
     {"role": "assistant", "content": "An answer"},
@@ -69,11 +69,7 @@ def load_transformers_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        for path in sorted(folder.glob("*.json")):
-            if path.name == TOKENIZER_NAME:
-                parse_tokenizer(path.read_bytes())
-            elif not path.name.endswith(".index.json"):
-                read_json(path)
+        check_json_files(folder)
         _check_config(folder / CONFIG_NAME)
         with named_panic():
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -88,6 +84,22 @@ def load_transformers_tokenizer(folder: Path) -> Any:
     for source in templates.values():
         check_template(tokenizer, source, str(folder))
     return tokenizer
+
+
+def check_json_files(folder: Path) -> None:
+    """Check the JSON files of a folder before a library of others reads them.
+
+    Raises:
+        ValueError: One is damaged; see :func:`parse_tokenizer`.
+    """
+    for path in sorted(folder.glob("*.json")):
+        if path.name == TOKENIZER_NAME:
+            parse_tokenizer(path.read_bytes())
+        elif not path.name.endswith(".index.json"):
+            try:
+                read_json(path)
+            except ValueError as error:
+                raise ValueError(f"{path.name}: {error}") from error
 
 
 def check_template(tokenizer: Any, source: str, name: str) -> None:

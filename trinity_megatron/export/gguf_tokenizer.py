@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trinity_megatron.data.pre_tokenizer import get_pre_tokenizer
-from trinity_megatron.data.tokenizer_file import parse_tokenizer
+from trinity_megatron.data.tokenizer_file import check_json_files, parse_tokenizer
 from trinity_megatron.errors import UserError
 from trinity_megatron.untrusted.json_file import read_json
 
@@ -54,10 +54,11 @@ def add_tokenizer(gguf: ModuleType, writer: Any, folder: Path, num_rows: int) ->
 
 def _read(folder: Path) -> Tokenizer:
     try:
+        check_json_files(folder)  # the package gguf reads them too
         return parse_tokenizer((folder / _FILE).read_bytes())
     except Exception as error:  # the library raises no more specific exception
         raise UserError(
-            f"{folder / _FILE} cannot be loaded ({error}). Remedy: copy it again."
+            f"tokenizer {folder} cannot be loaded ({error}). Remedy: copy it again."
         ) from error
 
 
