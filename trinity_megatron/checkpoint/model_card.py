@@ -60,6 +60,5 @@ def _name(parent: str) -> str:
     path = Path(parent)
     name = path.parent.name if path.name == "checkpoints" else path.name
     # Anybody may have written it; it is one word of Markdown.
-    return "".join(letter for letter in name[:_MAX_LETTERS] if letter.isprintable()).replace(
-        "`", "'"
-    )
+    name = name[:_MAX_LETTERS].replace("`", "'")
+    return "".join(letter for letter in name if letter.isprintable())
