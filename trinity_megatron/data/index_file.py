@@ -5,6 +5,7 @@ from pathlib import Path
 
 # Source: megatron.core.datasets.indexed_dataset, _IndexWriter and DType.
 _HEADER = struct.Struct("<9sQBQQ")
+HEADER_BYTES = _HEADER.size
 _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
 _BYTES_OF_TOKEN = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # by code; 6 and 7 are no whole numbers
 _ENTRY_BYTES = 8

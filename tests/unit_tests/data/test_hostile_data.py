@@ -48,13 +48,13 @@ def test_a_packed_text_is_cut_off_at_the_size_of_a_document(
     from trinity_megatron.data import rows, streams
 
     for module in (streams, rows):
-        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 8 * MIB)
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 4 * MIB)
     path = tmp_path / f"a.txt.{kind}"
-    path.write_bytes(PACK[kind](b"a" * (256 * MIB)))
+    path.write_bytes(PACK[kind](b"a" * (96 * MIB)))
     assert path.stat().st_size < MIB
     with pytest.raises(UserError, match="is too large"):
         read(path)
-    assert try_apart(lambda: read(path), seconds=30, num_bytes=128 * MIB) is None
+    assert try_apart(lambda: read(path), seconds=30, num_bytes=64 * MIB) is None
 
 
 def test_packed_too_often(tmp_path: Path) -> None:

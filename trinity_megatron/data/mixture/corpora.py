@@ -11,7 +11,7 @@ import numpy as np
 
 from trinity_megatron.data.address import StoredAt, is_address
 from trinity_megatron.data.corpus import ReadOptions, hash_file
-from trinity_megatron.data.index_file import read_index_size
+from trinity_megatron.data.index_file import HEADER_BYTES, read_index_size
 from trinity_megatron.data.manifest import MANIFEST_NAME, DataManifest, load_manifest
 from trinity_megatron.data.mixture.definition import (
     TEXT_ORDERS,
@@ -328,7 +328,7 @@ def read_lengths(prefix: Path, documents: int) -> np.ndarray:
         prefix: Of its files ``.idx`` and ``.bin``, which are known to be whole.
         documents: Their number, each one sequence.
     """
-    return np.memmap(f"{prefix}.idx", np.int32, "r", offset=_HEADER.size, shape=(documents,))
+    return np.memmap(f"{prefix}.idx", np.int32, "r", offset=HEADER_BYTES, shape=(documents,))
 
 
 def _check_tokenizers(mixture: Mixture, prepared: Sequence[IndexedCorpus]) -> None:

@@ -18,6 +18,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E
 )
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
 
+from trinity_megatron.errors import UserError  # noqa: E402
 from trinity_megatron.training.datasets.epoch_order import (  # noqa: E402
     EpochOrderConfig,
     EpochOrderGPTDataset,
