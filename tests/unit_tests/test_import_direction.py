@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 
 # From below upwards: a folder or top-level module imports lower floors, and itself.
 FLOORS = (
-    ("errors", "upstream", "process", "cpu_host", "telemetry", "data"),
+    ("errors", "untrusted", "upstream", "process", "cpu_host", "telemetry", "data"),
     ("model", "optimizer", "report"),
     ("checkpoint", "planner", "launch"),
     ("training", "evaluation", "export", "doctor"),
@@ -28,7 +28,9 @@ SIDEWAYS = {
     ("process", "errors"),
     ("upstream", "errors"),
     ("cpu_host", "upstream"),
+    ("untrusted", "errors"),
     ("data", "errors"),
+    ("data", "untrusted"),
     ("telemetry", "errors"),
     ("telemetry", "process"),
     ("optimizer", "model"),

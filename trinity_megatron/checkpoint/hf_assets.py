@@ -17,8 +17,11 @@ from trinity_megatron.checkpoint.integrity.checks import check_stays_inside
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.given_tokenizer import get_special_token, is_tokenizer_file
 from trinity_megatron.data.tokenizer import CONFIG_NAME, TEMPLATE_NAME
+from trinity_megatron.data.tokenizer_file import parse_tokenizer
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.hf_config import read_hf_config
+from trinity_megatron.untrusted.json_file import read_json
+from trinity_megatron.untrusted.links import copy_file
 
 ASSETS_NAME = "hf"
 # Beside the iterations of a run: SHA-256 of the tokenizer.json that it was trained with, and a copy
@@ -49,7 +52,7 @@ class Assets:
         """Copy everything but the headers."""
         for path in self.folder.iterdir():
             if path.name != _HEADERS_NAME:
-                shutil.copyfile(path, target / path.name)
+                copy_file(path, target / path.name)
 
 
 def save_assets(hf: Path, target: Path, headers: Mapping[str, str]) -> None:
@@ -63,7 +66,7 @@ def save_assets(hf: Path, target: Path, headers: Mapping[str, str]) -> None:
     target.mkdir(exist_ok=True)
     for path in sorted(hf.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
-            shutil.copyfile(path, target / path.name)
+            copy_file(path, target / path.name)
     (target / _HEADERS_NAME).write_text(json.dumps(dict(headers)), encoding="utf-8")
 
 
@@ -89,7 +92,7 @@ def find_assets(checkpoint: Path) -> Assets | None:
 
 def _read_headers(path: Path) -> dict[str, str]:
     try:
-        headers = json.loads(path.read_text(encoding="utf-8"))
+        headers = read_json(path)
         check_file_names(headers, path)
         for file, header in headers.items():
             infos = sorted(parse_header(file, header).values(), key=lambda info: info.start)
@@ -160,7 +163,7 @@ def keep_tokenizer(tokenizer: Path, save: Path) -> None:
     half.mkdir()
     for path in tokenizer.iterdir():
         if is_tokenizer_file(path):
-            shutil.copyfile(path, half / path.name)
+            copy_file(path, half / path.name)
     shutil.rmtree(save / _TOKENIZER_NAME, ignore_errors=True)  # damaged
     half.rename(save / _TOKENIZER_NAME)
 
@@ -178,7 +181,7 @@ def _ends_as(known: Path, tokenizer: Path) -> bool:
     ends = []
     for folder in (known, tokenizer):
         file = folder / CONFIG_NAME
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        config = read_json(file) if file.is_file() else {}
         ends.append(get_special_token(config, "eos"))
     return ends[0] == ends[1]
 
@@ -232,8 +235,6 @@ def write_tokenizer(tokenizer: Path, target: Path) -> dict[str, int]:
     Raises:
         ValueError: The folder has no tokenizer.
     """
-    from tokenizers import Tokenizer
-
     if not (tokenizer / _TOKENIZER_FILE).is_file():
         raise UserError(
             f"{tokenizer} holds no tokenizer.json. Remedy: --tokenizer DIR with the tokenizer that "
@@ -241,11 +242,11 @@ def write_tokenizer(tokenizer: Path, target: Path) -> dict[str, int]:
         )
     for path in sorted(tokenizer.iterdir()):
         if is_tokenizer_file(path):
-            shutil.copyfile(path, target / path.name)
+            copy_file(path, target / path.name)
     names = {}
     if (tokenizer / "tokenizer_config.json").is_file():
-        names = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
-    vocabulary = Tokenizer.from_file(str(tokenizer / _TOKENIZER_FILE))
+        names = read_json(tokenizer / "tokenizer_config.json")
+    vocabulary = parse_tokenizer((tokenizer / _TOKENIZER_FILE).read_bytes())
     ids: dict[str, int] = {}
     for kind in ("bos", "eos", "pad"):
         token = get_special_token(names, kind)

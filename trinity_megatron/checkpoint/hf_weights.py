@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from trinity_megatron.checkpoint.transforms import Block, Shape
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.hf_folder import explain_folder, refuse_quantised_weights
+from trinity_megatron.untrusted.json_file import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -141,7 +142,7 @@ class HFWeights:
         index = self.folder / INDEX_NAME
         if index.is_file():
             try:
-                weight_map = json.loads(index.read_text())["weight_map"]
+                weight_map = read_json(index)["weight_map"]
                 files = sorted({str(name) for name in weight_map.values()})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{index} is damaged. Remedy: download it again.") from error

@@ -1,11 +1,15 @@
 """The lineage of a run on the model card of its export."""
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trinity_megatron.errors import UserError
+
 CARD_NAME = "README.md"
 _HEADING = "## Lineage"
+_MAX_LINES, _MAX_LETTERS = 100, 200
 _EMPTY = "---\nlibrary_name: transformers\n---\n"
 
 
@@ -17,11 +21,20 @@ def write_lineage(folder: Path, lineage: Mapping[str, Any]) -> None:
     Args:
         folder: Gets ``README.md``.
         lineage: ``args.lineage`` of the run (``training/lineage.py``).
+
+    Raises:
+        UserError: The lineage is damaged.
     """
     card = folder / CARD_NAME
     text = card.read_text(encoding="utf-8") if card.is_file() else _EMPTY
     before, heading, earlier = text.partition(f"\n{_HEADING}\n")
-    lines = "\n".join(_lines(lineage))
+    try:
+        lines = "\n".join(islice(_lines(lineage), _MAX_LINES))
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"the lineage in the arguments of the checkpoint is damaged ({error!r:.100}). Remedy: "
+            "a checkpoint that trinity-megatron has saved."
+        ) from error
     rest = earlier.lstrip("\n") if heading else ""
     card.write_text(f"{before.rstrip()}\n\n{_HEADING}\n\n{lines}\n{rest}", encoding="utf-8")
 
@@ -45,4 +58,7 @@ def _lines(lineage: Mapping[str, Any] | None) -> Iterator[str]:
 def _name(parent: str) -> str:
     """The name of a run; its path is nobody else's business."""
     path = Path(parent)
-    return path.parent.name if path.name == "checkpoints" else path.name
+    name = path.parent.name if path.name == "checkpoints" else path.name
+    # Anybody may have written it; it is one word of Markdown.
+    name = name[:_MAX_LETTERS].replace("`", "'")
+    return "".join(letter for letter in name if letter.isprintable())

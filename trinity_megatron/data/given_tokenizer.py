@@ -1,8 +1,6 @@
 """A given tokenizer, such as that of a released model: loading, checks and copying."""
 
 import hashlib
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,10 @@ from trinity_megatron.data.tokenizer import (
     count_tokens,
     encode_documents,
 )
+from trinity_megatron.data.tokenizer_file import check_vocab, parse_tokenizer
 from trinity_megatron.errors import UserError
+from trinity_megatron.untrusted.json_file import parse_json
+from trinity_megatron.untrusted.links import copy_file
 
 # Files in the folder of a model that do not belong to its tokenizer.
 _OTHER_NAMES = {"config.json", "generation_config.json"}
@@ -99,8 +100,10 @@ def read_vocab_size(folder: Path) -> int:
     if not (folder / CONFIG_NAME).is_file():
         return size
     try:
-        added = json.loads(_read(folder, CONFIG_NAME)).get("added_tokens_decoder") or {}
-        return max([size, *(int(token) + 1 for token in added)])
+        added = parse_json(_read(folder, CONFIG_NAME)).get("added_tokens_decoder") or {}
+        size = max([size, *(int(token) + 1 for token in added)])
+        check_vocab(size)
+        return size
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"tokenizer {folder}: {CONFIG_NAME} is damaged ({error}); copy or download it again"
@@ -115,7 +118,7 @@ def copy_tokenizer(given: GivenTokenizer, folder: Path) -> None:
     """
     folder.mkdir()
     for name in given.files:
-        shutil.copyfile(given.folder / name, folder / name)
+        copy_file(given.folder / name, folder / name)
     copied = (hash_file(folder / TOKENIZER_NAME), _read_eos_token(folder))
     if copied != (given.fingerprint, given.eos_token):
         raise UserError(f"tokenizer {given.folder} changed while it was read; run again")
@@ -158,7 +161,7 @@ def _read(folder: Path, name: str) -> bytes:
 
 def _parse(folder: Path, content: bytes) -> Tokenizer:
     try:
-        return Tokenizer.from_buffer(content)
+        return parse_tokenizer(content)
     except Exception as error:  # the library raises no more specific exception
         raise UserError(
             f"tokenizer {folder}: {TOKENIZER_NAME} cannot be loaded ({error}); copy or download it "
@@ -169,9 +172,9 @@ def _parse(folder: Path, content: bytes) -> Tokenizer:
 def _read_eos_token(folder: Path) -> str:
     """Read the end-of-text token from ``tokenizer_config.json``."""
     try:
-        config = json.loads(_read(folder, CONFIG_NAME).decode("utf-8"))
+        config = parse_json(_read(folder, CONFIG_NAME))
         eos_token = get_special_token(config, "eos")
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(
             f"tokenizer {folder}: {CONFIG_NAME} is not a JSON object ({error}); copy or download "
             "it again"

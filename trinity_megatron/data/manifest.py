@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from trinity_megatron.data.corpus import Skipped, hash_file
+from trinity_megatron.data.index_file import read_index_size
 from trinity_megatron.data.inputs import FORMAT_VERSION, DataInputs
 from trinity_megatron.errors import MissingInputError, UserError
+from trinity_megatron.untrusted.json_file import read_json
 
 MANIFEST_NAME = "manifest.json"
-# First bytes of an index file.  Source: megatron.core.datasets.indexed_dataset, _INDEX_HEADER.
-_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_MAX_BYTES = 2**30  # it has a line for each file of the sources
 
 
 class UnsupportedFormatError(UserError):
@@ -105,7 +106,7 @@ def load_manifest(path: Path) -> DataManifest:
     if not path.is_dir():
         raise MissingInputError(f"data folder {path} does not exist; {remedy}")
     try:
-        values = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+        values = read_json(path / MANIFEST_NAME, max_bytes=_MAX_BYTES)
         if not isinstance(values, dict):
             raise ValueError(f"it is {type(values).__name__}, not an object")
         _check_version(path, values["format_version"])
@@ -236,9 +237,10 @@ def _find_damage(manifest: DataManifest) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
         if path.suffix == ".idx":
-            with path.open("rb") as stream:
-                if stream.read(len(_INDEX_MAGIC)) != _INDEX_MAGIC:
-                    return f"{name} does not begin as an index of Megatron does"
+            try:
+                read_index_size(path, path.with_suffix(".bin"))
+            except ValueError as error:
+                return f"{name} is no whole index of token ids ({error})"
     found = hash_file(manifest.tokenizer_path / "tokenizer.json")
     if found != manifest.tokenizer_fingerprint:
         return "tokenizer/tokenizer.json is not the file that was written"

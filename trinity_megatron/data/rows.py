@@ -13,6 +13,7 @@ from trinity_megatron.data.streams import (
     check_size,
     read_lines,
 )
+from trinity_megatron.untrusted.json_file import check_depth, parse_json
 
 _CHUNK_BYTES = 2**20
 _LISTED_KEYS = 20
@@ -132,8 +133,8 @@ def read_json_lines(stream: BinaryIO, key: str) -> Iterator[Row]:
 def parse_json_line(line: bytes, key: str) -> str | RowError:
     """The text of one line of JSON, empty for a null; or why it has none."""
     try:
-        return get_text(json.loads(line.decode("utf-8")), key)
-    except (ValueError, RecursionError) as error:
+        return get_text(parse_json(line), key)
+    except ValueError as error:
         return RowError(f"not a JSON row in UTF-8 ({error})")
 
 
@@ -206,9 +207,16 @@ class JsonValues:
                 raise self._damage(str(error)) from error
             else:
                 if end < len(self._buffer) or not self._fill():  # else a number may go on
+                    self._check_depth(value)
                     self._spans_lines = "\n" in self._buffer[self._position : end]
                     self._position = end
                     return value
+
+    def _check_depth(self, value: Any) -> None:
+        try:
+            check_depth(value)
+        except ValueError as error:
+            raise self._damage(str(error)) from error
 
     def _peek(self, space: re.Pattern[str] = _JSON_SPACE) -> str:
         """The next character that is not white space; empty at the end."""

@@ -1,11 +1,11 @@
 """Folders that Hugging Face `datasets` or Spark wrote: which of their files hold rows."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
 from trinity_megatron.data.rows import shorten
 from trinity_megatron.errors import UserError
+from trinity_megatron.untrusted.json_file import read_json
 
 _DESCRIPTION = "description of a dataset"
 
@@ -41,8 +41,8 @@ def find_not_data(
 
 def _read_object(path: Path) -> dict[str, object]:
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        value = read_json(path)
+    except (OSError, ValueError):
         return {}  # then it is a file like others
     return value if isinstance(value, dict) else {}
 

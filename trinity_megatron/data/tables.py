@@ -12,7 +12,8 @@ ARROW_FILE_MAGIC = b"ARROW1\0\0"
 ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
 PARQUET_MAGIC = b"PAR1"
 _END_OF_STREAM = ARROW_STREAM_MAGIC + bytes(4)
-_BATCH_ROWS = 1024
+# Rows that are unpacked together: a file of a kilobyte may hold rows of a gigabyte each.
+_BATCH_ROWS = 8
 
 
 class MissingColumnError(ValueError):

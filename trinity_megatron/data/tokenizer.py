@@ -4,7 +4,8 @@ Source: report section 2 (tokenizer).
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -106,11 +107,33 @@ def encode_documents(
     """Encode documents with an end-of-text token after each and no other special tokens.
 
     The string ``<|endoftext|>`` within a text is encoded as ordinary characters.
+
+    Raises:
+        UserError: The tokenizer's patterns cannot be matched with a text.
     """
     eod_id = get_eod_id(tokenizer, eos_token)
     tokenizer.encode_special_tokens = True
-    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    with named_panic():
+        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [[*encoding.ids, eod_id] for encoding in encodings]
+
+
+@contextmanager
+def named_panic() -> Iterator[None]:
+    """Name the tokenizer where its library panics, which is no ``Exception`` of Python.
+
+    Raises:
+        UserError: It does.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"the tokenizer cannot be used: {error}. Remedy: another tokenizer; a pattern in its "
+            "tokenizer.json is damaged, or takes too long on a text."
+        ) from error
 
 
 def count_tokens(tokenizer: Tokenizer) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from trinity_megatron.data.tokenizer_file import load_transformers_tokenizer
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.console import make_screen_safe
 from trinity_megatron.process.rank import (
@@ -91,13 +92,11 @@ class _Asker:
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path, max_length: int) -> None:
-        from transformers import AutoTokenizer
-
         lengths = split_lengths(args.niah_lengths, max_length)
         from trinity_megatron.evaluation.harness import load_tasks
 
         self._args, self._max_length = args, max_length
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._tokenizer: Any = load_transformers_tokenizer(folder)
         if args.apply_chat_template and not self._tokenizer.chat_template:
             raise UserError(
                 f"--apply-chat-template: the tokenizer in {folder} has no chat template. Remedy: "

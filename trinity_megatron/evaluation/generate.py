@@ -19,6 +19,7 @@ from trinity_megatron.data.chat.template import (
     Message,
     load_chat_template,
 )
+from trinity_megatron.data.tokenizer_file import load_transformers_tokenizer
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.generation import Sampling, generate_tokens
 
@@ -43,11 +44,9 @@ class Generator:
     """
 
     def __init__(self, load: Path, *, tokenizer: Path | None = None) -> None:
-        from transformers import AutoTokenizer
-
         source = TorchDistReader(load)
         self.folder = find_tokenizer_folder(load, source, tokenizer)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        self.tokenizer: Any = load_transformers_tokenizer(self.folder)
         self._vocab_size = find_vocab_size(source.args, self.folder)
         self.made: list[list[int]] = []
         self._model = load_as_saved(load, source)

@@ -25,6 +25,7 @@ from trinity_megatron.evaluation.task_choice import (
     TaskChoice,
     use_local_data,
 )
+from trinity_megatron.evaluation.task_files import plain_task_files
 from trinity_megatron.model.generation import Sampling
 
 use_local_data()  # before the hub's packages are imported
@@ -140,11 +141,11 @@ class _LoadedTasks(TaskManager):
     """Tasks that are loaded once; the harness asks for them in each evaluation."""
 
     def __init__(self, choice: TaskChoice, max_length: int) -> None:
-        with _quiet_harness():
+        with _quiet_harness(), plain_task_files():
             super().__init__(include_path=None if choice.data is None else str(choice.data))
         self._loaded: Any = None
         self.specs: list[Any] = list(self._specs(choice))
-        with contextlib.chdir(choice.data or "."), _quiet_harness():
+        with contextlib.chdir(choice.data or "."), _quiet_harness(), plain_task_files():
             built = [self._build(spec) for spec in self.specs]
             self._loaded = super().load([task for one in built for task in one])
         for name, task in self._loaded["tasks"].items():
@@ -256,7 +257,7 @@ def evaluate(
         batch_size=flags.batch_size,
         max_length=flags.max_length or max_length,
     )
-    with _random_states_kept(), shared.asking():
+    with _random_states_kept(), plain_task_files(), shared.asking():
         results = lm_eval.simple_evaluate(
             lm,
             tasks=tasks.specs,

@@ -1,12 +1,12 @@
 """Token ids to compare models on: of a file, of prepared data, or random."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from trinity_megatron.errors import UserError
+from trinity_megatron.untrusted.json_file import read_json
 
 BATCH_SIZE = 2
 
@@ -22,9 +22,12 @@ def read_tokens(path: Path, vocab_size: int) -> torch.Tensor:
     """
     try:
         if path.suffix == ".npy":
-            values = np.load(path)
+            # Mapped: what its head says of the size is compared with the file.
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(values, np.ndarray):
+                raise ValueError("an archive of arrays")
         elif path.suffix == ".json":
-            values = np.array(json.loads(path.read_text()))
+            values = np.array(read_json(path))
         else:
             values = np.array(path.read_text().replace(",", " ").split(), dtype=np.int64)
         if values.ndim > 2 or not np.issubdtype(values.dtype, np.integer):
@@ -32,7 +35,7 @@ def read_tokens(path: Path, vocab_size: int) -> torch.Tensor:
         tokens = torch.from_numpy(np.atleast_2d(values).astype(np.int64))
     except FileNotFoundError as error:
         raise UserError(f"--tokens {path} is not there. Remedy: name a file.") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, EOFError) as error:
         raise UserError(
             f"--tokens {path} holds no rows of token ids of the same length ({error}). Remedy: a "
             ".npy or .json file with [sequences, length] ids, or plain numbers."

@@ -3,7 +3,6 @@
 llama.cpp has its pre-tokenizers built in, by name; ``afmoe`` is Trinity's.
 """
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from trinity_megatron.data.pre_tokenizer import get_pre_tokenizer
+from trinity_megatron.data.tokenizer_file import check_json_files, parse_tokenizer
 from trinity_megatron.errors import UserError
+from trinity_megatron.untrusted.json_file import read_json
 
 _FILE = "tokenizer.json"
 # Texts that pre-tokenizers split differently: digits, scripts without spaces, marks, white space.
@@ -37,7 +38,7 @@ def add_tokenizer(gguf: ModuleType, writer: Any, folder: Path, num_rows: int) ->
     Raises:
         UserError: llama.cpp would tokenize differently.
     """
-    tokenizer = Tokenizer.from_file(str(folder / _FILE))
+    tokenizer = _read(folder)
     check_tokenizer(tokenizer, folder)
     tokens, types = _list_tokens(gguf, tokenizer, folder, num_rows)
     writer.add_tokenizer_model("gpt2")
@@ -51,6 +52,16 @@ def add_tokenizer(gguf: ModuleType, writer: Any, folder: Path, num_rows: int) ->
     special.add_to_gguf(writer, quiet=True)
 
 
+def _read(folder: Path) -> Tokenizer:
+    try:
+        check_json_files(folder)  # the package gguf reads them too
+        return parse_tokenizer((folder / _FILE).read_bytes())
+    except Exception as error:  # the library raises no more specific exception
+        raise UserError(
+            f"tokenizer {folder} cannot be loaded ({error}). Remedy: copy it again."
+        ) from error
+
+
 def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Refuse a tokenizer that llama.cpp's ``afmoe`` does not stand for.
 
@@ -61,7 +72,7 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     Raises:
         UserError: It is not byte-level BPE, normalizes, or splits text differently from Trinity's.
     """
-    kind = json.loads((folder / _FILE).read_text(encoding="utf-8"))["model"].get("type")
+    kind = read_json(folder / _FILE)["model"].get("type")
     remedy = "Remedy: --format bf16, and llama.cpp's own converter."
     if kind != "BPE" or tokenizer.normalizer is not None or tokenizer.pre_tokenizer is None:
         raise UserError(

@@ -3,7 +3,6 @@
 Source: the released ``config.json`` files; transformers ``AfmoeConfig``.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from trinity_megatron.errors import UserError
 from trinity_megatron.model.architecture import TRINITY_ARCHITECTURE
 from trinity_megatron.model.config import TrinityConfig
 from trinity_megatron.model.hf_folder import explain_folder, refuse_quantised_config
+from trinity_megatron.model.hf_numbers import MAX_THETA, check_numbers
+from trinity_megatron.untrusted.json_file import read_json
 
 CONFIG_NAME = "config.json"
 
@@ -36,6 +37,8 @@ _SAME = {
     "max_position_embeddings": "max_position_embeddings",
     "mup_enabled": "scale_embeddings",
 }
+
+_OTHER_SIZES = ("num_shared_experts", "sliding_window")
 
 # Values that a file may leave out.  Source: AfmoeConfig of transformers 5.23.
 _DEFAULTS: dict[str, Any] = {
@@ -96,7 +99,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(explain_folder(folder, CONFIG_NAME))
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
         if not isinstance(fields, dict):
             raise ValueError("not an object")
         return fields
@@ -132,18 +135,13 @@ def model_fields_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
     refuse_other_models(hf)
     given = {**_DEFAULTS, **{name: value for name, value in hf.items() if value is not None}}
     given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
-    needed = (*_SAME, "num_shared_experts", "sliding_window")
+    needed = (*_SAME, *_OTHER_SIZES)
     if missing := [name for name in needed if name not in given]:
         raise UserError(
             f"{CONFIG_NAME} has no {', '.join(missing)}. Remedy: use the file of the checkpoint as "
             "it was released."
         )
-    for name in needed:
-        least = 0 if name in ("num_dense_layers", "num_shared_experts") else 1e-30
-        value = given[name]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name != "mup_enabled" and not (is_number and value >= least):
-            raise UserError(f"{CONFIG_NAME}: {name}={value!r} is not a positive number.")
+    check_numbers({name: given[name] for name in needed})
     fields = {ours: given[theirs] for theirs, ours in _SAME.items()}
     if hf.get("sliding_window", 0) is None:
         raise UserError(
@@ -162,6 +160,7 @@ def model_fields_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
         rotary_base=_rope_theta(hf),
     )
     if coefficient := given.get("load_balance_coeff"):
+        check_numbers({"load_balance_coeff": coefficient})
         fields.update(moe_router_bias_update_rule="sign", moe_router_bias_update_rate=coefficient)
     return fields
 
@@ -182,6 +181,7 @@ def refuse_other_models(hf: Mapping[str, Any]) -> None:
     if "model_type" not in hf:
         raise UserError(f"{CONFIG_NAME} has no model_type. Remedy: it must be 'afmoe'.")
     refuse_quantised_config(hf, CONFIG_NAME)
+    check_numbers(hf)
     _rope_theta(hf)
     every = hf.get("global_attn_every_n_layers") or _DEFAULTS["global_attn_every_n_layers"]
     pattern = get_layer_types(hf.get("num_hidden_layers") or 0, every)
@@ -279,8 +279,9 @@ def _rope_theta(hf: Mapping[str, Any]) -> float | int:
         stated[f"{field}.rope_theta"] = local.get("rope_theta")
     stated = {name: value for name, value in stated.items() if value is not None}
     for name, value in stated.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise UserError(f"{CONFIG_NAME}: {name}={value!r} is not a positive number.")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and 0 < value <= MAX_THETA):
+            raise UserError(f"{CONFIG_NAME}: {name}={value!r:.40} is not a positive number.")
     if len(set(stated.values())) > 1:
         all_stated = ", ".join(f"{name}={value!r}" for name, value in stated.items())
         raise UserError(f"{CONFIG_NAME}: {all_stated} contradict each other. Remedy: state one.")

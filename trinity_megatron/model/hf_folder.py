@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trinity_megatron.errors import UserError
+from trinity_megatron.untrusted.json_file import read_json
 
 # Of a Megatron checkpoint.
 _MEGATRON_FILES = ("latest_checkpointed_iteration.txt", ".metadata")
@@ -81,9 +82,7 @@ def _explain_absence(folder: Path) -> str:
 def _explain_adapter(folder: Path) -> str:
     base = "its base model"
     try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
-            "base_model_name_or_path"
-        ]
+        base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
         pass
     return (

@@ -4,7 +4,6 @@ The fields that a ``TrinityConfig`` has too are named as there, so that the arit
 takes either.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.presets import PRESETS, get_preset
+from trinity_megatron.untrusted.json_file import read_json
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def describe_model(name: str) -> ModelDescription:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--preset {path} is not valid JSON ({error}). Remedy: mend the file."

@@ -70,7 +70,17 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """An error for users: the message, or what the system says of which path, and a remedy."""
+    """An error for users: the message, or what the system says of which path, and a remedy.
+
+    It may hold names and values of anybody's files: what a terminal would follow is escaped.
+    """
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1]
+        for letter in _describe(error)
+    )
+
+
+def _describe(error: BaseException) -> str:
     if not isinstance(error, OSError) or error.errno is None or error.filename is None:
         return str(error) or type(error).__name__
     path = os.fsdecode(error.filename) if not isinstance(error.filename, int) else error.filename

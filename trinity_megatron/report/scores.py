@@ -6,13 +6,13 @@ A file holds what lm-evaluation-harness writes: ``results[task]["metric,filter"]
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trinity_megatron.errors import UserError
+from trinity_megatron.untrusted.json_file import read_json
 
 FOLDER_NAME = "evaluation"
 _STDERR = "_stderr"
@@ -101,7 +101,7 @@ def read_table(folder: Path) -> ScoreTable | None:
 
 def _read_scores(path: Path) -> list[Score]:
     try:
-        return list(scores_of(json.loads(path.read_text(encoding="utf-8"))))
+        return list(scores_of(read_json(path)))
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} holds no results of an evaluation ({error}). Remedy: remove it, and evaluate "

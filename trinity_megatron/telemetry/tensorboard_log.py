@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from trinity_megatron.errors import MissingInputError
+from trinity_megatron.errors import MissingInputError, UserError
 
 EVENT_FILES = "events.out.tfevents.*"  # as TensorBoard names them
 # Tags under which training/metrics.py writes; ``[num_moe_layers, num_experts]`` each.
@@ -16,6 +18,8 @@ TOKENS_TAG = "moe/tokens_per_expert"
 BIAS_TAG = "moe/expert_bias"
 # 1-based numbers of the MoE layers, int64 ``[num_moe_layers]``, once a start.
 LAYER_NUMBERS_TAG = "moe/layer_numbers"
+_MAX_VALUES = 2**24
+_REMEDY = "Remedy: the folder of a run that trinity-megatron has logged, or remove the file."
 
 
 class RunLog:
@@ -56,7 +60,7 @@ class RunLog:
     def tensors(self, tag: str) -> dict[int, np.ndarray]:
         """Values of a tensor by step, in the order of the steps; empty if it was never written."""
         return _join(
-            {e.step: tensor_util.make_ndarray(e.tensor_proto) for e in part.Tensors(tag)}
+            {e.step: _to_array(e.tensor_proto, tag) for e in part.Tensors(tag)}
             for part in self._having("tensors", tag)
         )
 
@@ -70,6 +74,21 @@ class RunLog:
 
     def _having(self, kind: str, tag: str) -> Iterable[EventAccumulator]:
         return (part for part in self._parts if tag in part.Tags()[kind])
+
+
+def _to_array(tensor: Any, tag: str) -> np.ndarray:
+    """The values of a tensor; one value may stand for all of them, so that its shape is looked at.
+
+    Raises:
+        UserError: It is damaged, or larger than anything that a run logs.
+    """
+    sizes = [dim.size for dim in tensor.tensor_shape.dim]
+    if min(sizes, default=1) < 0 or prod(sizes) > _MAX_VALUES:
+        raise UserError(f"{tag} has the shape {sizes!s:.80} in the run's log. {_REMEDY}")
+    try:
+        return tensor_util.make_ndarray(tensor)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{tag} cannot be read in the run's log ({error}). {_REMEDY}") from error
 
 
 def _start_time(file: Path) -> tuple[float, float]:

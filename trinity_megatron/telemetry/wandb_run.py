@@ -9,10 +9,12 @@ import glob
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import ssl
 import sys
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -36,6 +38,7 @@ ENVIRONMENT = {
     # What wandb holds back from its file when a kill ends both, see RowJournal; 15 s by default.
     "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "2",
 }
+_MAX_ID_LETTERS = 128
 
 
 class WandbUnavailableError(RuntimeError):
@@ -71,13 +74,34 @@ def find_or_make_id(folders: Sequence[Path]) -> str:
     """The id of the run that saves to these folders; a new one is written to the first."""
     for folder in folders:
         file = folder / ID_FILE
-        if file.is_file() and (known := file.read_text().strip()):
+        if file.is_file() and (known := _read_id(file)):
             return known
     made = secrets.token_hex(4)
     for folder in folders[:1]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ID_FILE).write_text(made + "\n")
     return made
+
+
+def _read_id(file: Path) -> str:
+    """The id in a file, which may have come with the folder of another run.
+
+    Raises:
+        WandbUnavailableError: It is none; wandb makes it a part of paths.
+    """
+    with file.open(errors="replace") as stream:
+        known = stream.read(_MAX_ID_LETTERS + 2).strip()
+    if known and not re.fullmatch(rf"[\w-]{{1,{_MAX_ID_LETTERS}}}", known, re.ASCII):
+        raise WandbUnavailableError(
+            f"{file} holds {known!r:.80}, which is no id of a run. Remedy: remove that file."
+        )
+    return known
+
+
+def without_password(url: str) -> str:
+    """An address as it may stand in a log."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def check_folder(folder: Path) -> None:
@@ -125,7 +149,7 @@ def why_offline(files: Sequence[Path]) -> str | None:
         asked = "WANDB_MODE" in os.environ
         return "Not logged in to W&B (remedy: `wandb login`)" if asked else ""
     if trouble := find_connection_error(url := settings.base_url):
-        return f"The W&B server {url} is out of reach ({trouble})"
+        return f"The W&B server {without_password(url)} is out of reach ({trouble})"
     offline = (file for file in files if "offline-run" in str(file))
     if not all(file.with_name(f"{file.name}.synced").exists() for file in offline):
         return "Earlier steps of this W&B run were kept offline and are to be sent first"

@@ -290,8 +290,9 @@ class WandbWriter:
             self._run.finish(exit_code=self._exit_code)
         except TimeoutError:
             limit = float(os.environ["WANDB_FINISH_TIMEOUT"])
+            server = wandb_run.without_password(settings.base_url)
             raise WandbUnavailableError(
-                f"{settings.base_url} did not take all data within {limit:.0f} s."
+                f"{server} did not take all data within {limit:.0f} s."
             ) from None
         wandb_run.teardown()  # writes what is left
         if (written := last_history_step(Path(settings.sync_file))) < self._sent_step:

@@ -18,6 +18,7 @@ from trinity_megatron.checkpoint.torch_dist.tracker import write_tracker
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.screen import tell, tell_once
 from trinity_megatron.training.damage import find_readable_before
+from trinity_megatron.untrusted.json_file import read_json
 
 FILE_NAME = "rewinds.json"
 # Of one place; a run that breaks down there a fourth time needs a person.
@@ -120,7 +121,7 @@ def read_rewinds(out: Path) -> list[Rewind]:
 
 
 def _load(path: Path) -> Sequence[dict[str, int]]:
-    content = json.loads(path.read_text())
+    content = read_json(path)
     if not isinstance(content, list):
         raise TypeError("no list")
     return content

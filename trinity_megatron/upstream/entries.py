@@ -333,6 +333,13 @@ _ENTRIES = (
         "torch.distributed:all_gather_object",
         "a rank of a world without a network answers for all: with what it has itself",
     ),
+    # Task files of an evaluation, which run no program.
+    Replacement(
+        "lm_eval.tasks._yaml_loader:_make_loader",
+        "`!function` of a user's task file is not called",
+    ),
+    Replacement("lm_eval.api.task:get_metric", "a metric is no script of the package evaluate"),
+    Replacement("lm_eval.utils:env", "a template of a task cannot leave its sandbox"),
     # The launcher.
     Replacement(
         "torch.distributed.elastic.multiprocessing.api:PContext.close",

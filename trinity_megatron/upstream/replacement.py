@@ -6,6 +6,7 @@ _SOURCES = {
     "megatron": "https://github.com/NVIDIA/Megatron-LM/blob/core_v0.19.2/",
     "torch": "https://github.com/pytorch/pytorch/blob/v2.13.0/",
     "tensorboard": "https://github.com/tensorflow/tensorboard/blob/2.21/",
+    "lm_eval": "https://github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/",
 }
 
 

@@ -86,7 +86,11 @@ def test_the_files_of_a_tokenizer_are_copied_and_no_others(model, tmp_path):
     for name in [*ours, *others]:
         (model / name).write_text(f"content of {name}")
     (model / "original").mkdir()
-    blob = (model / "tokenizer.json").rename(tmp_path / "blob")  # as in the hub's cache
+    snapshot = tmp_path / "snapshots" / "1a2b"  # the hub's cache
+    snapshot.parent.mkdir()
+    (tmp_path / "blobs").mkdir()
+    model = model.rename(snapshot)
+    blob = (model / "tokenizer.json").rename(tmp_path / "blobs" / "c3d4")
     (model / "tokenizer.json").symlink_to(blob)
     copy = tmp_path / "copy"
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import struct
 
 import pytest
 
@@ -28,7 +29,7 @@ INPUTS = DataInputs(
 @pytest.fixture
 def manifest(tmp_path):
     """A folder as it is after preparing, with its manifest."""
-    index = b"MMIDIDX\x00\x00" + bytes(34)
+    index = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, 0, 0)
     contents = {"train.bin": b"12", "train.idx": index, "tokenizer/tokenizer.json": b"{}"}
     (tmp_path / "tokenizer").mkdir()
     for name, content in contents.items():
@@ -231,8 +232,8 @@ def test_damaged_files_are_named(manifest):
     (folder / "tokenizer" / "tokenizer.json").write_bytes(b"[]")  # of the same size
     with pytest.raises(ValueError, match=r"tokenizer.json is not the file.*prepare-data"):
         load_manifest(folder)
-    (folder / "train.idx").write_bytes(bytes(43))
-    with pytest.raises(ValueError, match="train.idx does not begin as an index .*prepare-data"):
+    (folder / "train.idx").write_bytes(bytes(34))
+    with pytest.raises(ValueError, match="train.idx is no whole index .*prepare-data"):
         load_manifest(folder)
     (folder / "train.bin").write_bytes(b"1")
     with pytest.raises(ValueError, match="train.bin has 1 bytes, not 2"):

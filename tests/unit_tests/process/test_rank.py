@@ -27,3 +27,12 @@ def test_other_errors_keep_their_words() -> None:
     assert describe_error(ValueError("--lr is wrong")) == "--lr is wrong"
     assert describe_error(OSError("the disk has no room")) == "the disk has no room"
     assert describe_error(ValueError()) == "ValueError"
+
+
+def test_what_a_terminal_would_follow_is_escaped() -> None:
+    name = "a\x1b]0;title\x07\x1b[2J\u202eb\rc\ud800"
+    said = describe_error(ValueError(f"{name}: it is wrong\nRemedy: ü"))
+    assert said.endswith("c\\ud800: it is wrong\nRemedy: ü")
+    assert all(letter.isprintable() or letter == "\n" for letter in said)
+    said = describe_error(OSError(errno.ENOENT, "No such file", "a\x1b[2J"))
+    assert said.startswith("a\\x1b[2J: No such file")

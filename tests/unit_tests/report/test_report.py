@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.unit_tests.report.synthetic_run import write_run
+from trinity_megatron.errors import UserError
 from trinity_megatron.report.pictures import PICTURES
 from trinity_megatron.report.report import (
     Report,
@@ -281,3 +282,21 @@ def test_no_event_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"RUN_DIR {tmp_path} has no .* Remedy: "):
         report_run(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sizes", [[10**6, 10**6, 10**6], [-1], [2**62, 4]])
+def test_a_tensor_that_says_it_is_huge(tmp_path: Path, sizes: list[int]) -> None:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in sizes])
+    tensor = TensorProto(dtype=1, tensor_shape=shape, float_val=[1.0])  # for all of them
+    writer = EventFileWriter(str(tmp_path))
+    value = Summary.Value(tag=TOKENS_TAG, tensor=tensor)
+    writer.add_event(Event(step=1, summary=Summary(value=[value])))
+    writer.close()
+    with pytest.raises(UserError, match=f"{TOKENS_TAG} has the shape"):
+        RunLog(tmp_path).tensors(TOKENS_TAG)

@@ -513,3 +513,37 @@ def test_the_end_of_a_long_file(start: Open, tmp_path: Path) -> None:
         file.write_bytes(data[:cut])
         assert last_history_step(file) == max(history(file), default=-1)
     assert last_history_step(tmp_path / "nothing") == -1
+
+
+def test_the_key_is_in_no_file_and_no_message(
+    start: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://user:pass-word@127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    writer = start()
+    writer.start()
+    writer.log({"loss": 1.0}, 1)
+    wait_for_row(tmp_path / "w", 1)
+    writer.finish()
+    assert files(tmp_path / "w")  # it was kept
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    for secret in (KEY, "pass-word"):
+        assert [path for path in kept if secret.encode() in path.read_bytes()] == []
+        assert secret not in caplog.text
+    assert "http://127.0.0.1:9 is out of reach" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["../../etc", "a/b", "a" * 200, "ü", "a b", "*"])
+def test_an_id_that_is_none(
+    start: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    from trinity_megatron.telemetry.wandb_run import ID_FILE
+
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / ID_FILE).write_text(text)
+    writer = start()
+    writer.start()
+    writer.finish()
+    assert "which is no id of a run" in caplog.text and not files(tmp_path / "w")

@@ -5,7 +5,6 @@ The format is that of ``torch.distributed.checkpoint``, whose ``FileSystemReader
 
 import argparse
 import errno
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from trinity_megatron.checkpoint.torch_dist.streams import StreamingFileSystem
 from trinity_megatron.checkpoint.torch_dist.tracker import find_checkpoint, iteration_name
 from trinity_megatron.checkpoint.transforms import Shape
 from trinity_megatron.errors import UserError
+from trinity_megatron.untrusted.json_file import read_json
 
 _MAX_SEARCH_SECONDS = 60
 
@@ -254,7 +254,7 @@ def _check_format(folder: Path) -> None:
     """Check ``metadata.json``, in which Megatron names the format."""
     path = folder / CONFIG_FNAME
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         known = {"sharded_backend", "sharded_backend_version"}
         known |= {"common_backend", "common_backend_version"}  # earlier versions of Megatron
         is_whole = content["sharded_backend"] == "torch_dist" and content.keys() <= known

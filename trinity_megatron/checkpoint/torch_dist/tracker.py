@@ -8,6 +8,7 @@ from trinity_megatron.errors import UserError
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 # Megatron's name for a checkpoint of weights alone, without optimizer and iteration.
 RELEASE = "release"
+_MAX_LETTERS, _MAX_DIGITS = 100, 18
 
 
 def read_tracker(folder: Path) -> str | None:
@@ -20,7 +21,13 @@ def read_tracker(folder: Path) -> str | None:
         An iteration, `RELEASE`, or other text if the file is damaged; None if there is no file.
     """
     tracker = folder / TRACKER_NAME
-    return tracker.read_text(errors="replace").strip() if tracker.is_file() else None
+    if not tracker.is_file():
+        return None
+    with tracker.open(errors="replace") as file:
+        word = file.read(_MAX_LETTERS).strip()
+    # `isdigit` takes digits of all scripts, and folders have names of at most 255 letters.
+    is_step = word.isascii() and len(word) <= _MAX_DIGITS
+    return repr(word) if word.isdigit() and not is_step else word
 
 
 def write_tracker(folder: Path, step: int) -> None:

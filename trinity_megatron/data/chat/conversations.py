@@ -1,6 +1,5 @@
 """Reading conversations from JSON, parquet and Arrow files."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from trinity_megatron.data.rows import RowError
 from trinity_megatron.data.sources import naming
 from trinity_megatron.data.streams import open_stream, read_lines
 from trinity_megatron.errors import UserError
+from trinity_megatron.untrusted.json_file import parse_json
 
 MESSAGES_FIELD, _TOOLS_FIELD = "messages", "tools"
 
@@ -77,7 +77,7 @@ def parse_conversation(row: Any, key: str = MESSAGES_FIELD) -> Conversation:
 def _parse_list(value: Any, key: str) -> list[Any]:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value.encode("utf-8"))
         except ValueError as error:
             raise RowError(f"{key!r} is a string that is not JSON ({error})") from error
     if value is None:
@@ -125,8 +125,8 @@ def _read_rows(file: SourceFile, key: str) -> Iterator[tuple[str, int, Any]]:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(line)
+    except ValueError as error:
         return RowError(f"not a JSON row in UTF-8 ({error})")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from trinity_megatron.data.rows import RowError, check_text
 from trinity_megatron.data.tokenizer import CHATML_TOKENS, TEMPLATE_NAME, chatml_template
+from trinity_megatron.data.tokenizer_file import check_template, load_transformers_tokenizer
 from trinity_megatron.errors import UserError
 
 # Stands for the file of our own template on the command line.
@@ -22,6 +23,12 @@ _OF_ASSISTANT = frozenset({"tool_calls", "function_call"})
 _GENERATION_REMEDY = (
     "mark what the assistant says with {% generation %} and {% endgeneration %} in a copy of the "
     "template, and name that with --chat-template"
+)
+
+# What an expression in a template may raise.
+_OF_TEMPLATES = (
+    *(TypeError, ValueError, AttributeError, ArithmeticError, LookupError),
+    *(RecursionError, MemoryError),
 )
 
 Message = dict[str, Any]
@@ -216,7 +223,7 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(
                 list(messages), tools=tools, chat_template=self.source, **options
             )
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, *_OF_TEMPLATES) as error:
             raise RowError(f"the chat template of {self.name} refuses it: {error}") from error
 
     def _probe(self) -> None:
@@ -269,9 +276,7 @@ def load_chat_template(folder: Path, template: str | None = None) -> ChatTemplat
     Raises:
         UserError: There is none, or it cannot be used.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer: Any = load_transformers_tokenizer(folder)
     if not tokenizer.is_fast:
         raise UserError(f"{folder} has no tokenizer.json of the library tokenizers. Remedy: one.")
     if template == CHATML:
@@ -285,6 +290,7 @@ def load_chat_template(folder: Path, template: str | None = None) -> ChatTemplat
                 f"--chat-template {template} cannot be read ({error}). Remedy: a Jinja file, or "
                 f"{CHATML}."
             ) from error
+        check_template(tokenizer, source, template)
         return ChatTemplate(tokenizer, source, template)
     if not isinstance(tokenizer.chat_template, str):
         raise UserError(

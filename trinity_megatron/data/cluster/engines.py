@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,12 @@ class Engine:
         Raises:
             UserError: Names the package or the option.
         """
+        for name, value in self.options.items():
+            if not str(value).isprintable():  # a line of a job's script each
+                raise UserError(
+                    f"--engine-options {name}={value!r} has a control character. Remedy: a value "
+                    "in one line."
+                )
         _import_datatrove()
         if self.name == "ray":
             _import_ray()
@@ -192,9 +199,9 @@ def datatrove_class(module: str, name: str) -> Any:
 
 def _environment() -> str:
     """Shell lines that give a job this command's Python and packages."""
-    scripts = os.path.dirname(sys.executable)
+    scripts = shlex.quote(os.path.dirname(sys.executable))
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
-    return f"export PATH='{scripts}':$PATH PYTHONPATH='{path}'"
+    return f"export PATH={scripts}:$PATH PYTHONPATH={shlex.quote(path)}"
 
 
 def _import_datatrove() -> None:

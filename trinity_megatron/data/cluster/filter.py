@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from trinity_megatron.data.cluster.engines import Engine, datatrove_class
 from trinity_megatron.data.cluster.steps import StepFile, make_minhash
 from trinity_megatron.errors import UserError
+from trinity_megatron.untrusted.json_file import read_json
 
 logger = logging.getLogger(__name__)
 DOCUMENTS_NAME, SETTINGS_NAME = "documents", "filter.json"
@@ -101,7 +102,7 @@ def _keep_settings(out: Path, steps: StepFile, num_tasks: int) -> None:
     }
     path = out / SETTINGS_NAME
     if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != content:
+        if read_json(path) != content:
             raise UserError(
                 f"--out {out} is of other steps or another --tasks (see {path}). Remedy: the same, "
                 "or another --out."

@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trinity_megatron.data.cluster.engines import Engine
+from trinity_megatron.data.cluster.result_file import load_result
 from trinity_megatron.data.cluster.tasks import EncodeTask, ScanTask
 from trinity_megatron.data.corpus import (
     ReadOptions,
@@ -120,7 +121,7 @@ class _Work:
         """The files of each task: those of an earlier command, if nothing has changed."""
         plan = self.folder / "plan.pickle"
         if plan.is_file():
-            files, options, groups = pickle.loads(plan.read_bytes())
+            files, options, groups = load_result(plan)
             if files == list(self.files) and options == self.options:
                 logger.info("going on with %d tasks in %s", len(groups), self.folder)
                 return groups

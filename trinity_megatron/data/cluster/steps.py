@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trinity_megatron.data.cluster.engines import datatrove_class
 from trinity_megatron.errors import UserError
+from trinity_megatron.untrusted.yaml_file import read_yaml
 
 _READERS = "datatrove.pipeline.readers"
 # Where the name of a step is looked for.
@@ -105,8 +104,8 @@ def read_steps(path: Path) -> StepFile:
         UserError: It cannot be read, or names what is not there.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}. Remedy: a YAML file of steps.") from error
     if not isinstance(content, Mapping) or not {"reader"} <= content.keys() <= {"reader", "steps"}:
         raise UserError(

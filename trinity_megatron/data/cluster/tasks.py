@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from trinity_megatron.data.cluster.result_file import load_result
 from trinity_megatron.data.corpus import (
     Document,
     ReadOptions,
@@ -86,7 +87,7 @@ class ScanTask:
 
     def load(self, rank: int) -> Scanned:
         """The result of a task."""
-        return pickle.loads(self.result(rank).read_bytes())
+        return load_result(self.result(rank))
 
     def _scan(self, files: Sequence[SourceFile]) -> Scanned:
         found = Scanned()
@@ -149,7 +150,7 @@ class EncodeTask:
     def load(self, rank: int) -> tuple[list[SplitSummary], list[np.ndarray]] | str:
         """Summary and token counts of both splits; or what is wrong with the files."""
         folder = self.result(rank)
-        summaries = pickle.loads((folder / SUMMARY_NAME).read_bytes())
+        summaries = load_result(folder / SUMMARY_NAME)
         if isinstance(summaries, str):
             return summaries
         return summaries, [np.load(folder / f"{split}.{COUNTS_NAME}") for split in SPLITS]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,6 +11,7 @@ import numpy as np
 
 from trinity_megatron.data.address import StoredAt, is_address
 from trinity_megatron.data.corpus import ReadOptions, hash_file
+from trinity_megatron.data.index_file import HEADER_BYTES, read_index_size
 from trinity_megatron.data.manifest import MANIFEST_NAME, DataManifest, load_manifest
 from trinity_megatron.data.mixture.definition import (
     TEXT_ORDERS,
@@ -28,10 +28,6 @@ from trinity_megatron.errors import MissingInputError, UserError
 
 # The corpus of raw text that --data names itself.
 _TEXT = "text"
-# Source: megatron.core.datasets.indexed_dataset, _IndexWriter and DType.
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
-_BYTES_OF_TOKEN = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # by code; 6 and 7 are no whole numbers
 
 
 @dataclass(frozen=True)
@@ -312,22 +308,17 @@ def read_size(prefix: Path, key: str) -> tuple[int, int]:
     """
     index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     try:
-        with index.open("rb") as file:
-            head = file.read(_HEADER.size)
-        index_bytes, token_bytes = index.stat().st_size, tokens.stat().st_size
+        return read_index_size(index, tokens)
+    except ValueError as error:
+        raise UserError(
+            f"{key}: {index} is no whole index of token ids ({error}). Remedy: prepare the data "
+            "again."
+        ) from error
     except OSError as error:
         raise MissingInputError(
             f"{key}: {error.filename} cannot be read ({error.strerror}). Remedy: a folder of "
             "prepare-data, or the path of a .bin and .idx without that ending"
         ) from error
-    magic, _, code, sequences, entries = _HEADER.unpack(head.ljust(_HEADER.size, b"\0"))
-    # A length, a position, and a document's first sequence.
-    size = _HEADER.size + sequences * (4 + 8) + entries * 8
-    if magic != _MAGIC or code not in _BYTES_OF_TOKEN or index_bytes < size:
-        raise UserError(
-            f"{key}: {index} is no whole index of token ids. Remedy: prepare the data again."
-        )
-    return sequences, token_bytes // _BYTES_OF_TOKEN[code]
 
 
 def read_lengths(prefix: Path, documents: int) -> np.ndarray:
@@ -337,7 +328,7 @@ def read_lengths(prefix: Path, documents: int) -> np.ndarray:
         prefix: Of its files ``.idx`` and ``.bin``, which are known to be whole.
         documents: Their number, each one sequence.
     """
-    return np.memmap(f"{prefix}.idx", np.int32, "r", offset=_HEADER.size, shape=(documents,))
+    return np.memmap(f"{prefix}.idx", np.int32, "r", offset=HEADER_BYTES, shape=(documents,))
 
 
 def _check_tokenizers(mixture: Mixture, prepared: Sequence[IndexedCorpus]) -> None:

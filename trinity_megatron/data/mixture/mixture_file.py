@@ -10,8 +10,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trinity_megatron.data.address import StoredAt, is_address
 from trinity_megatron.data.formats import ReadOptions
 from trinity_megatron.data.mixture.definition import (
@@ -24,9 +22,11 @@ from trinity_megatron.data.mixture.definition import (
 from trinity_megatron.data.mixture.quantities import format_tokens, parse_tokens
 from trinity_megatron.data.rsdb.length_bias import LengthBias
 from trinity_megatron.errors import MissingInputError, UserError
+from trinity_megatron.untrusted.yaml_file import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _MAX_CORPORA = 4096
+_MAX_LETTERS = 300  # of a value in a message
 # Of a corpus of raw text.
 _TEXT_KEYS = ("text_key", "split_on", "skip_bad_rows")
 
@@ -44,27 +44,13 @@ def load_mixture(path: str | Path) -> Mixture:
     """
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        content = read_yaml(path)
     except FileNotFoundError as error:
         raise MissingInputError(f"--data {path}: there is no such file") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         words = " ".join(str(error).split())
         raise UserError(f"--data {path} is no YAML file: {words}. Remedy: mend it.") from error
     return _Reader(path).read(content)
-
-
-class _UniqueKeys(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Refuses a key that is given twice, of which YAML takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        self.flatten_mapping(node)
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", node.value[index][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -72,7 +58,10 @@ class _Reader:
     file: Path
 
     def refuse(self, key: str, what: str, remedy: str) -> UserError:
-        return UserError(f"--data {self.file}: {key} {what}. Remedy: {remedy}.")
+        # A value may be a list of a million entries.
+        return UserError(
+            f"--data {self.file}: {key} {what:.{_MAX_LETTERS}}. Remedy: {remedy:.{_MAX_LETTERS}}."
+        )
 
     def read(self, content: Any) -> Mixture:
         values = self.mapping(

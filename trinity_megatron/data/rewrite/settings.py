@@ -12,9 +12,11 @@ from typing import Any
 from trinity_megatron.data.corpus import SourceFile, hash_file
 from trinity_megatron.data.rewrite.prompts import Prompt
 from trinity_megatron.errors import UserError
+from trinity_megatron.untrusted.json_file import read_json
 
 SETTINGS_NAME = "rewrite.json"
 _VERSION = 1
+_MAX_BYTES = 2**30  # a line for each file of the sources
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def keep_settings(out: Path, content: dict[str, Any]) -> None:
     path = out / SETTINGS_NAME
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_json(path, max_bytes=_MAX_BYTES)
             different = [name for name in content if before.get(name) != content[name]]
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}). Remedy: another --out.") from error

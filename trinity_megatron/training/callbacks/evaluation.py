@@ -25,6 +25,7 @@ from megatron.training.training import (
 )
 from megatron.training.utils import is_last_rank
 
+from trinity_megatron.data.tokenizer_file import load_transformers_tokenizer
 from trinity_megatron.evaluation.results import write_results
 from trinity_megatron.evaluation.shared_model import SharedModel
 from trinity_megatron.evaluation.task_choice import EvaluationFlags, TaskChoice, split_names
@@ -55,13 +56,11 @@ class Evaluation(Callback):
             self._load(args)
 
     def _load(self, args: argparse.Namespace) -> None:
-        from transformers import AutoTokenizer
-
         from trinity_megatron.evaluation.harness import load_tasks
 
         folder = get_tokenizer_folder(args)
         assert folder is not None, "checked with the other arguments"
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._tokenizer: Any = load_transformers_tokenizer(folder)
         data = Path(args.evaluate_data) if args.evaluate_data else None
         names, lengths = split_names(args.evaluate_tasks), (args.seq_length,)
         choice = TaskChoice(names, data, lengths, self._tokenizer)

@@ -144,9 +144,17 @@ def draw_index(
         Documents in the order of the stream, int32 ``[num_epochs * num_documents]``; the place in
         it where each sample begins, ``[num_samples + 1, 2]``; and the samples in the order in
         which they are read, ``[num_samples]``.
+
+    Raises:
+        UserError: A length is negative.
     """
     from megatron.core.datasets import helpers  # compiled code, which Megatron may have to build
 
+    if len(lengths) and lengths.min() < 0:  # the compiled code would look for more documents
+        raise UserError(
+            f"an index (.idx) of the data says that a document has {lengths.min()} tokens. Remedy: "
+            "prepare the data again, or take them from a source that you trust."
+        )
     tokens = int(np.sum(lengths[documents]))
     ends = [(epoch * tokens - has_extra_token) // seq_length for epoch in range(num_epochs + 1)]
     ends[0] = 0

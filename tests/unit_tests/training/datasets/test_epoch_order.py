@@ -18,6 +18,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E
 )
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
 
+from trinity_megatron.errors import UserError  # noqa: E402
 from trinity_megatron.training.datasets.epoch_order import (  # noqa: E402
     EpochOrderConfig,
     EpochOrderGPTDataset,
@@ -216,3 +217,9 @@ def test_a_blend_without_weights_must_be_long_enough(tmp_path: Path) -> None:
     check_is_long_enough(None, 500)
     with pytest.raises(ValueError, match="reads 500 sequences, .* has 40 .*Remedy: a weight"):
         check_is_long_enough(train(500, None), 500)
+
+
+def test_a_negative_length_is_refused() -> None:
+    lengths = np.int32([100, -50, 100])
+    with pytest.raises(UserError, match="a document has -50 tokens"):
+        draw_index(np.int32([0, 1, 2]), lengths, seq_length=10, num_epochs=1, seed=1)
