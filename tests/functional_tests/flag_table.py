@@ -185,6 +185,7 @@ def _part(text: str) -> str:
     if text.startswith("package:"):
         return f"the package `{text.removeprefix('package:')}`"
     words = {"data=None": "no `--data`", "cuda": "a GPU", "raw_text": "raw text in `--data`"}
+    words["world_size>1"] = "more than one rank"
     if text in words:
         return words[text]
     name, equal, value = text.partition("=")

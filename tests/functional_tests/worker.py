@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ def probed(
     kill_at: int | None = None,
     poison: list[int] | None = None,
     kill: dict[str, Any] | None = None,
+    slow: dict[str, Any] | None = None,
 ) -> Iterator[None]:
     """Record the routers' state as each step finds it; spoil the gradient of some steps.
 
@@ -71,6 +73,7 @@ def probed(
         kill_at: Step (1-based) at whose first micro-batch the whole process group is killed.
         poison: Steps (1-based) whose labels are all the same token.
         kill: See ``kills.killed``.
+        slow: See ``slowed``.
         gather_state: Save and load the optimizer's state as Megatron does, see ``gathered``.
     """
     from trinity_megatron.model import layer_specs
@@ -106,6 +109,7 @@ def probed(
             read_tokens(tokens, kill_at),
             poisoned(poison or []),
             killed(kill),
+            slowed(slow),
         ):
             yield
     finally:
@@ -313,6 +317,38 @@ def poisoned(steps: list[int]) -> Iterator[None]:
 
     if steps:
         forward_step.get_batch = spoiled
+    try:
+        yield
+    finally:
+        forward_step.get_batch = get_batch
+
+
+@contextmanager
+def slowed(slow: dict[str, Any] | None) -> Iterator[None]:
+    """Let a rank rest in each forward pass for a share of the time from the one before to it.
+
+    Args:
+        slow: ``rank`` and ``share``; ``until``: the last such step (1-based).
+    """
+    from megatron.training import get_args
+
+    from trinity_megatron.training import forward_step
+
+    get_batch = forward_step.get_batch
+    last: list[float] = []
+
+    def slower(*args: Any, training: bool, **kwargs: Any) -> dict[str, Any]:
+        assert slow is not None
+        batch = get_batch(*args, training=training, **kwargs)
+        is_due = torch.distributed.get_rank() == slow["rank"]
+        if is_due and training and get_args().curr_iteration < slow["until"]:
+            if last:
+                time.sleep(slow["share"] * (time.perf_counter() - last.pop()))
+            last.append(time.perf_counter())
+        return batch
+
+    if slow is not None:
+        forward_step.get_batch = slower
     try:
         yield
     finally:

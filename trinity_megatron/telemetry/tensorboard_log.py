@@ -18,6 +18,8 @@ TOKENS_TAG = "moe/tokens_per_expert"
 BIAS_TAG = "moe/expert_bias"
 # 1-based numbers of the MoE layers, int64 ``[num_moe_layers]``, once a start.
 LAYER_NUMBERS_TAG = "moe/layer_numbers"
+# What was said of a straggler (training/callbacks/straggler.py), a text.
+STRAGGLER_TAG = "speed/straggler"
 _MAX_VALUES = 2**24
 _REMEDY = "Remedy: the folder of a run that trinity-megatron has logged, or remove the file."
 

@@ -85,6 +85,7 @@ from trinity_megatron.training.callbacks.signals import (  # noqa: E402
 )
 from trinity_megatron.training.callbacks.spike_skipping import SpikeSkipping  # noqa: E402
 from trinity_megatron.training.callbacks.step_metrics import StepMetrics  # noqa: E402
+from trinity_megatron.training.callbacks.straggler import stragglers_named  # noqa: E402
 from trinity_megatron.training.damage import damage_left_behind  # noqa: E402
 from trinity_megatron.training.datasets.index_cache import plain_index_cache  # noqa: E402
 from trinity_megatron.training.datasets.provider import train_valid_test_datasets_provider  # noqa: E402
@@ -217,6 +218,7 @@ def _prepared_loop(
             enter(results_in_this_process())
         recorder = enter(recorded())
         callbacks = [
+            *enter(stragglers_named(args, lambda text: None)),
             enter(metrics.installed()),
             enter(named_save_errors()),
             FiniteCheck(),
@@ -232,7 +234,7 @@ def _prepared_loop(
         if args.out:  # else the screen has Megatron's lines
             callbacks.append(Progress(metrics.latest))
         callbacks += evaluation  # when the others have ended the step
-        # The clock of the metrics starts last and stops first; signals are noted first.
+        # The clocks of work and of the metrics start last and stop first; signals are noted first.
         enter(callbacks_in_training_loop([*reversed(callbacks), recorder]))
         enter(
             megatron_refusals((AssertionError, ValueError), lambda: hasattr(args, "curr_iteration"))

@@ -15,7 +15,33 @@ _TORCH_DIST = "megatron.core.dist_checkpointing.strategies.torch:TorchDistLoadSh
 _FSDP = "megatron.core.distributed.fsdp"
 _ADAPTER = f"{_FSDP}.mcore_fsdp_adapter"
 _MEGATRON_FSDP = f"{_FSDP}.src.megatron_fsdp.megatron_fsdp"
+_C10D = "torch.distributed.distributed_c10d"
 _ASYNC = "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller"
+
+# Where a rank waits for others: torch's functions come here, all of them.  gloo blocks in wait();
+# NCCL blocks the stream there, or in the collective itself.
+WAITS = tuple(
+    f"{_C10D}:{name}"
+    for name in (
+        "Work.wait",
+        "ProcessGroup._end_coalescing",
+        "ProcessGroup._allgather_base",  # torch 2.11 and 2.12, as the next two
+        "ProcessGroup._reduce_scatter_base",
+        "ProcessGroup.alltoall_base",
+        "ProcessGroup.all_gather_single",
+        "ProcessGroup.all_to_all_single",
+        "ProcessGroup.allgather",
+        "ProcessGroup.allreduce",
+        "ProcessGroup.allreduce_coalesced",
+        "ProcessGroup.alltoall",
+        "ProcessGroup.broadcast",
+        "ProcessGroup.recv",
+        "ProcessGroup.reduce",
+        "ProcessGroup.reduce_scatter",
+        "ProcessGroup.reduce_scatter_single",
+        "ProcessGroup.send",
+    )
+)
 
 _ENTRIES = (
     # The training loop: callbacks.
@@ -79,6 +105,14 @@ _ENTRIES = (
         "pretrain() does not pass allow_no_cuda on",
         fingerprint="d9b467adcaed",
     ),
+    # Stragglers (`--log-straggler`).
+    Replacement(
+        f"{_TRAINING}:stimer",
+        "a rank's work without its waits for others, on CPU ranks too, and no open port",
+        source_of=f"{_TRAINING}:post_training_step_callbacks",
+        fingerprint="a9a0370634ac",
+    ),
+    *(Replacement(target, "the time in it is no work (`--log-straggler`)") for target in WAITS),
     # The model.
     Replacement(
         f"{_ROPE}:_apply_rotary_pos_emb_bshd",
