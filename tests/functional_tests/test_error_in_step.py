@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.alarm_receiver import TOKEN, receiving
 from tests.functional_tests.launch import SMALL, environment, only_in_all
+from trinity_megatron.process.alarms import VARIABLE
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -42,17 +44,30 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(("kind", "code"), [("torch", 1), ("user", 2)])
 def test_an_error_in_a_step(kind: str, code: int, data: Path, tmp_path: Path) -> None:
+    """What ends with a trace reaches a webhook; that of the other run does not answer."""
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
     flags = [*SMALL, "--data", str(data), "--out", str(tmp_path / "run")]
-    result = subprocess.run(
-        [sys.executable, str(path), kind, *flags],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    with receiving() as receiver:
+        url = receiver.url if kind == "torch" else f"http://127.0.0.1:9/{TOKEN}"
+        result = subprocess.run(
+            [sys.executable, str(path), kind, *flags],
+            env={**environment(), VARIABLE: url},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
     assert result.returncode == code, result.stderr[-3000:]
+    if kind == "torch":
+        (alarm,) = receiver.alarms
+        assert alarm["text"].startswith("run, step 2: the run ends: ValueError: Expected parameter")
+        assert (alarm["kind"], alarm["rank"], alarm["step"]) == ("error", 0, 2)
+    else:
+        assert f"> {VARIABLE}: an alarm was not sent (Connection refused)" in result.stderr
+    written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(b"hang_seconds" in content for content in written)  # the arguments
+    output = (result.stdout + result.stderr).encode()
+    assert not any(TOKEN.encode() in content for content in (*written, output))
     has_trace = "Traceback (most recent call last)" in result.stderr
     assert has_trace == (kind == "torch")
     words = "Expected parameter loc" if kind == "torch" else "error: --flag 3 is wrong. Remedy:"

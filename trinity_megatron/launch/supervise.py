@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trinity_megatron.process.alarms import Alarms, read_webhook
 from trinity_megatron.process.heartbeat import read_heartbeat
 from trinity_megatron.process.rank import USER_ERROR, end_with_parent
 
@@ -82,6 +83,9 @@ def supervise(command: Sequence[str], out: Path, patience: Patience | None = Non
 
     Returns:
         0, or the exit code of the last start.
+
+    Raises:
+        UserError: The address of the webhook for alarms is none.
     """
     supervisor = _Supervisor(list(command), out, patience or Patience())
     return supervisor.run()
@@ -96,6 +100,7 @@ class _Supervisor:
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._failures: list[Ending] = []
         self._most_saved = 0
+        self._alarms = Alarms(read_webhook(), run=out.resolve().name)
 
     def run(self) -> int:
         for signum in _FORWARDED:
@@ -119,6 +124,9 @@ class _Supervisor:
             refusal = self._why_not_again(code, ending)
             if refusal is not None:
                 self._log(f"{what}. Not started again: {refusal}")
+                if code != 128 + signal.SIGINT:
+                    self._alarms.send("given up", f"{what}. Not started again: {refusal}")
+                    self._alarms.close()
                 return code
             wait = self._wait_seconds()
             saved = f"Step {ending.saved} is saved" if ending.saved else "Nothing is saved"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from trinity_megatron.process.alarms import Alarms
 from trinity_megatron.process.screen import tell
 from trinity_megatron.process.stall import (
     Stall,
@@ -54,6 +55,7 @@ class Watchdog:
         end_after: Returns the seconds after which a rank that is in no collective and does no work
             is ended; those in one are ended by torch.
         find_collective: Returns what the device of this rank waits in; None for nothing.
+        alarms: Are told what is said of a hang.
 
     Attributes:
         longest: Seconds of the longest step so far, which the caller keeps up to date.
@@ -68,11 +70,13 @@ class Watchdog:
         seconds: float,
         end_after: Callable[[], float],
         find_collective: Callable[[], str | None] = lambda: None,
+        alarms: Alarms | None = None,
     ) -> None:
         self.longest = 0.0
         self._rank, self._world_size, self._folder = rank, world_size, folder
         self._seconds, self._end_after = seconds, end_after
         self._find_collective = find_collective
+        self._alarms = alarms or Alarms()
         self._beat = _Beat(time.monotonic(), "in start-up")
         self._main = threading.main_thread().ident or 0
         self._started = time.time()
@@ -133,7 +137,7 @@ class Watchdog:
         stall = Stall(self._rank, time.time(), late, beat.where, place, collective)
         if self._folder is None:
             if self._rank == 0 or collective is None:
-                tell(describe_stall(stall), is_error=True)
+                self._tell(describe_stall(stall))
             return
         try:
             self._write_stacks(self._folder, stall)
@@ -161,16 +165,18 @@ class Watchdog:
                 break
         if stalls and stalls[0].rank == self._rank:
             self._has_spoken = True
-            tell(
-                f"{describe_hang(stalls, self._world_size)}. Stacks of all ranks: {folder}",
-                is_error=True,
-            )
+            self._tell(f"{describe_hang(stalls, self._world_size)}. Stacks of all ranks: {folder}")
+
+    def _tell(self, message: str) -> None:
+        tell(message, is_error=True)
+        self._alarms.send("hang", message)
 
     def _go_on(self, seconds: float) -> None:
         self._forget_record()
         if self._has_spoken:
             self._has_spoken = False
             tell(f"> the run goes on after {seconds:.0f} s", is_error=True)
+            self._alarms.send("hang", f"the run goes on after {seconds:.0f} s")
 
     def _forget_record(self) -> None:
         if self._folder is not None:
@@ -181,12 +187,12 @@ class Watchdog:
         place, collective = find_place(traceback.extract_stack(sys._current_frames()[self._main]))
         if collective is not None or self._find_collective() is not None:
             return
-        tell(
+        self._tell(
             f"error: rank {self._rank} has not moved for {late:.0f} s {beat.where}, in {place}, "
             "and neither computes nor reads nor writes: it is ended. Remedy: mend what it waits "
-            "for; or a longer --distributed-timeout-minutes.",
-            is_error=True,
+            "for; or a longer --distributed-timeout-minutes."
         )
+        self._alarms.close()
         os._exit(1)
 
 

@@ -17,6 +17,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 from trinity_megatron.errors import MachineError, UserError
+from trinity_megatron.process.alarms import Alarms
 from trinity_megatron.process.console import make_screen_safe
 from trinity_megatron.process.rank import (
     USER_ERROR,
@@ -60,6 +61,7 @@ from trinity_megatron.optimizer.register import MuonSettings, registered_muon  #
 from trinity_megatron.optimizer.sharded.buffer_layout import separate_muon_buffers  # noqa: E402
 from trinity_megatron.telemetry.forgiving_writer import ForgivingRecordWriter  # noqa: E402
 from trinity_megatron.telemetry.wandb_writer import open_writer  # noqa: E402
+from trinity_megatron.training.alarms import alarms_of  # noqa: E402
 from trinity_megatron.training.annealing import annealed  # noqa: E402
 from trinity_megatron.training.arguments.parser import parse_trinity_args  # noqa: E402
 from trinity_megatron.training.arguments.parser_errors import megatron_refusals  # noqa: E402
@@ -123,7 +125,8 @@ def main() -> None:
                 stack.enter_context(upstream_output_in(log))
 
         args = parse_trinity_args(lambda args: stack.enter_context(_alone_in(args)), begin)
-        watchdog = stack.enter_context(hangs_watched(args))
+        alarms = stack.enter_context(alarms_of(args))
+        watchdog = stack.enter_context(hangs_watched(args, alarms))
         for line in check_upstream(REGISTRY.values(), allow_changes=args.allow_upstream_changes):
             tell_once(f"> Megatron-Core differs from the one this was written for: {line}")
         stack.enter_context(training_without_cuda() if ON_CPU else _training_with_cuda())
@@ -140,7 +143,7 @@ def main() -> None:
         if args.use_megatron_fsdp:
             stack.enter_context(trinity_fsdp())
             stack.enter_context(fsdp_on_cpu() if ON_CPU else contextlib.nullcontext())
-        _train(args, watchdog)
+        _train(args, watchdog, alarms)
 
 
 @contextlib.contextmanager
@@ -149,7 +152,7 @@ def _training_with_cuda() -> Iterator[None]:
         yield
 
 
-def _train(args: argparse.Namespace, watchdog: HangWatchdog) -> None:
+def _train(args: argparse.Namespace, watchdog: HangWatchdog, alarms: Alarms) -> None:
     if args.save and args.rank == 0:
         for start in (args.load, args.pretrained_checkpoint):
             if start and start != args.save:
@@ -181,7 +184,7 @@ def _train(args: argparse.Namespace, watchdog: HangWatchdog) -> None:
     with writer.kept_open() if writer else contextlib.nullcontext():
         end: SystemExit | None = None
         try:
-            with _prepared_loop(args, metrics, watchdog):
+            with _prepared_loop(args, metrics, watchdog, alarms):
                 pretrain(
                     pretrain_cfg_container_from_args(args, config),
                     train_valid_test_datasets_provider,
@@ -204,7 +207,7 @@ def _train(args: argparse.Namespace, watchdog: HangWatchdog) -> None:
 
 @contextlib.contextmanager
 def _prepared_loop(
-    args: argparse.Namespace, metrics: StepMetrics, watchdog: HangWatchdog
+    args: argparse.Namespace, metrics: StepMetrics, watchdog: HangWatchdog, alarms: Alarms
 ) -> Iterator[None]:
     """Megatron's training loop with the callbacks, and the checks of what it reads and writes."""
     with contextlib.ExitStack() as stack:
@@ -218,15 +221,15 @@ def _prepared_loop(
             enter(results_in_this_process())
         recorder = enter(recorded())
         callbacks = [
-            *enter(stragglers_named(args, lambda text: None)),
+            *enter(stragglers_named(args, alarms)),
             enter(metrics.installed()),
-            enter(named_save_errors()),
+            enter(named_save_errors(alarms)),
             FiniteCheck(),
             *([GradientCheck()] if args.check_gradient_norm else []),
-            *_spike_skipping(args, metrics.config),
+            *_spike_skipping(args, metrics.config, alarms),
             *([ReplicaCheck(args.check_replicas)] if args.check_replicas else []),
             enter(old_checkpoints_deleted(args)),
-            enter(disk_watched(args)),
+            enter(disk_watched(args, alarms)),
             watchdog,
             enter(heartbeat(args)),
             enter(save_on_signals(args)),
@@ -242,10 +245,13 @@ def _prepared_loop(
         yield
 
 
-def _spike_skipping(args: argparse.Namespace, config: TrinityConfig) -> list[SpikeSkipping]:
+def _spike_skipping(
+    args: argparse.Namespace, config: TrinityConfig, alarms: Alarms
+) -> list[SpikeSkipping]:
     if args.skip_spikes is None:
         return []
-    return [SpikeSkipping(config, sigma=args.skip_spikes, window=args.spike_window)]
+    rule = {"sigma": args.skip_spikes, "window": args.spike_window}
+    return [SpikeSkipping(config, **rule, alarms=alarms)]
 
 
 def _print_error(args: argparse.Namespace, code: object) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.alarm_receiver import TOKEN, receiving
 from trinity_megatron.cli.supervise import make_command
 from trinity_megatron.errors import UserError
 from trinity_megatron.launch.supervise import find_reason
+from trinity_megatron.process.alarms import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[3]
 # Does what the next line of plan.json says: step, last save, lines of its error output, its end.
@@ -87,16 +89,29 @@ def test_an_error_of_the_user_is_not_repeated(tmp_path: Path) -> None:
     assert "error: --lr -1 is out of range. Remedy: give 0. Not started again: what it says" in line
 
 
-def test_a_failure_that_repeats(tmp_path: Path) -> None:
+def test_a_failure_that_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Another step or a new checkpoint in between begins the count anew.
     failures = [[8, 5, "", 1], [9, 5, "", 1], [9, 5, "", 1], [9, 8, "", 1], [9, 8, "", 1]]
     plan = [*failures, [9, 8, "ValueError: token 7", 1]]
-    assert start(tmp_path, plan).wait(timeout=60) == 1
+    with receiving() as receiver:
+        monkeypatch.setitem(ENVIRONMENT, VARIABLE, receiver.url)
+        assert start(tmp_path, plan).wait(timeout=60) == 1
     lines = story(tmp_path)
     assert len(lines) == len(plan)
     assert lines[-1].endswith(
         "ValueError: token 7. Not started again: it has failed 3 times in a row in step 9"
     )
+    (alarm,) = receiver.alarms
+    assert alarm["kind"] == "given up" and alarm["text"] == f"run: {lines[-1]}"
+    assert alarm["rank"] is None
+
+
+def test_what_is_no_webhook_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENVIRONMENT, VARIABLE, f"hooks.example/{TOKEN}")
+    process = start(tmp_path, [])
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and f"error: {VARIABLE} is no address of http" in error
+    assert TOKEN not in error and not (tmp_path / "run" / "count").exists()
 
 
 def test_failures_without_a_checkpoint(tmp_path: Path) -> None:

@@ -9,13 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.alarm_receiver import receiving
+from trinity_megatron.process.alarms import VARIABLE
+
 PROGRAM = """
 import ctypes, sys, time
 from pathlib import Path
+from trinity_megatron.process.alarms import Alarms, read_webhook
 from trinity_megatron.process.watchdog import Watchdog
 
 folder, seconds, end_after, what = Path(sys.argv[1]), *map(float, sys.argv[2:4]), sys.argv[4]
-dog = Watchdog(0, 1, folder, seconds=seconds, end_after=lambda: end_after)
+alarms = Alarms(read_webhook(), run="tiny", rank=0, step=lambda: 3)
+dog = Watchdog(0, 1, folder, seconds=seconds, end_after=lambda: end_after, alarms=alarms)
 dog.start()
 dog.beat("in step 3")
 print("begun", flush=True)
@@ -97,3 +102,17 @@ def test_a_process_that_was_suspended_does_not_hang(tmp_path: Path) -> None:
     process.send_signal(signal.SIGCONT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 0 and "hangs" not in error
+
+
+def test_a_hang_is_an_alarm_and_so_is_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with receiving() as receiver:
+        monkeypatch.setenv(VARIABLE, receiver.url)
+        process = start(tmp_path, 1.0, 1.0, "read_batch:60")
+        process.communicate(timeout=60)
+    assert process.returncode == 1
+    first, *_, last = receiver.alarms
+    assert first["text"].startswith("tiny, step 3: rank 0 hangs: nothing has happened for ")
+    assert "rank 0 has not moved for " in last["text"] and "it is ended" in last["text"]
+    assert {alarm["kind"] for alarm in receiver.alarms} == {"hang"}

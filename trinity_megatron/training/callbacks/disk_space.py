@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron.training.async_utils import is_empty_async_queue
 
 from trinity_megatron.checkpoint.torch_dist.tracker import iteration_name
+from trinity_megatron.process.alarms import Alarms
 from trinity_megatron.process.screen import tell
 from trinity_megatron.training.callbacks.callback import Callback
 from trinity_megatron.training.preflight import format_bytes
@@ -27,11 +28,16 @@ class DiskSpace(Callback):
     Args:
         args: Of the run.
         clock: Of the time between saves.
+        alarms: Are told what is said.
     """
 
     def __init__(
-        self, args: argparse.Namespace, clock: Callable[[], float] = time.monotonic
+        self,
+        args: argparse.Namespace,
+        clock: Callable[[], float] = time.monotonic,
+        alarms: Alarms | None = None,
     ) -> None:
+        self._alarms = alarms or Alarms()
         self._args, self._folder, self._clock = args, Path(args.save), clock
         self._saving: int | None = None
         self._last_save: float | None = None
@@ -63,12 +69,13 @@ class DiskSpace(Callback):
         elif not self._has_warned:
             self._has_warned = True
             when = "the next save will fail" if fits <= 0 else f"after {fits} more saves it is full"
-            tell(
-                f"> WARNING: --save {self._folder}: a checkpoint takes {format_bytes(size)}, and "
+            message = (
+                f"--save {self._folder}: a checkpoint takes {format_bytes(size)}, and "
                 f"{format_bytes(disk.free)} are free: {when}. Remedy: make space there, or "
-                "--keep-last N at the next start",
-                is_error=True,
+                "--keep-last N at the next start"
             )
+            tell(f"> WARNING: {message}", is_error=True)
+            self._alarms.send("disk", message)
 
     def _to_come(self, step: int, kept: int) -> float:
         """Checkpoints by which the folder still grows; one more is there during a save."""
@@ -101,11 +108,12 @@ def folder_bytes(folder: Path) -> int:
 
 
 @contextmanager
-def disk_watched(args: argparse.Namespace) -> Iterator[Callback]:
+def disk_watched(args: argparse.Namespace, alarms: Alarms) -> Iterator[Callback]:
     """A callback that watches the disk of ``--save``.
 
     Args:
         args: Of the run.
+        alarms: See `DiskSpace`.
     """
     is_here = args.save and "://" not in args.save
-    yield DiskSpace(args) if is_here and args.rank == 0 else Callback()
+    yield DiskSpace(args, alarms=alarms) if is_here and args.rank == 0 else Callback()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from trinity_megatron.cpu_host.cuda_stand_ins import is_cpu_host
+from trinity_megatron.process.alarms import Alarms
 from trinity_megatron.process.watchdog import Watchdog
 from trinity_megatron.training.callbacks.callback import Callback
 
@@ -103,11 +104,12 @@ class HangWatchdog(Callback):
 
 
 @contextmanager
-def hangs_watched(args: argparse.Namespace) -> Iterator[HangWatchdog]:
+def hangs_watched(args: argparse.Namespace, alarms: Alarms) -> Iterator[HangWatchdog]:
     """A watchdog of the run, from its start-up on.
 
     Args:
         args: Of the run, checked.
+        alarms: Are told of a hang.
     """
     folder = Path(args.out) / STACKS_NAME if args.out else None
     if not is_cpu_host():  # before the process groups are made
@@ -124,6 +126,7 @@ def hangs_watched(args: argparse.Namespace) -> Iterator[HangWatchdog]:
         seconds=args.hang_seconds,
         end_after=end_after,
         find_collective=lambda: None if is_cpu_host() else _nccl_collective(args.rank, folder),
+        alarms=alarms,
     )
     callback = HangWatchdog(watchdog, args)
     watchdog.start()

@@ -24,6 +24,7 @@ from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
 from trinity_megatron.checkpoint.torch_dist.tracker import iteration_name, read_tracker
 from trinity_megatron.checkpoint.worker_watch import find_ended_worker, watched_worker
 from trinity_megatron.errors import MachineError, UserError
+from trinity_megatron.process.alarms import Alarms
 from trinity_megatron.process.screen import tell_once
 from trinity_megatron.training.callbacks.callback import Callback
 from trinity_megatron.training.callbacks.disk_errors import (
@@ -38,14 +39,17 @@ from trinity_megatron.upstream.registry import replaced
 
 
 @contextmanager
-def named_save_errors() -> Iterator[Callback]:
+def named_save_errors(alarms: Alarms) -> Iterator[Callback]:
     """A callback that explains why a save has failed.
+
+    Args:
+        alarms: Are told of a save that the run goes on without.
 
     Raises:
         UserError: The last save of the run has failed.
     """
     writer = "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync"
-    saves = SaveErrors()
+    saves = SaveErrors(alarms)
     with replaced(f"{writer}.get_save_function_and_args", _with_error_text), watched_worker():
         try:
             yield saves
@@ -64,9 +68,14 @@ def _with_error_text(get: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class SaveErrors(Callback):
-    """Keeps the saves that have begun and may not be complete."""
+    """Keeps the saves that have begun and may not be complete.
 
-    def __init__(self) -> None:
+    Args:
+        alarms: See `named_save_errors`.
+    """
+
+    def __init__(self, alarms: Alarms) -> None:
+        self._alarms = alarms
         self._begun: list[tuple[int, Path]] = []
         # Of the latest save, if it has failed: its step, and what is said.
         self._unsaved: tuple[int, str] | None = None
@@ -143,6 +152,7 @@ class SaveErrors(Callback):
         self._unsaved = step, message
         if step < get_args().train_iters:  # else the run ends, with this message
             tell_once(f"> WARNING: {message} The training goes on (--on-failed-save continue)")
+            self._alarms.send_once("failed save", message)
 
     def _explain_disk(self, error: BaseException) -> tuple[int, str | None]:
         """The step whose save has failed, and what to say; None where it is not the disk."""

@@ -21,6 +21,7 @@ from trinity_megatron.errors import MachineError, UserError
 from trinity_megatron.model.config import TrinityConfig
 from trinity_megatron.optimizer.sharded.optimizer_chain import SkippingOptimizer
 from trinity_megatron.optimizer.spike_rule import SpikeRule
+from trinity_megatron.process.alarms import Alarms
 from trinity_megatron.process.screen import tell_once
 from trinity_megatron.telemetry.step_loss import StepLoss
 from trinity_megatron.telemetry.step_statistics import statistics_of
@@ -44,9 +45,13 @@ class SpikeSkipping(Callback):
         config: Of the model.
         sigma: See `SpikeRule`.
         window: See `SpikeRule`.
+        alarms: Are told of each step that is skipped.
     """
 
-    def __init__(self, config: TrinityConfig, *, sigma: float, window: int) -> None:
+    def __init__(
+        self, config: TrinityConfig, *, sigma: float, window: int, alarms: Alarms | None = None
+    ) -> None:
+        self._alarms = alarms or Alarms()
         self._rule = SpikeRule(sigma=sigma, window=window)
         self._statistics = statistics_of(config)
         self._loss = StepLoss()
@@ -87,7 +92,9 @@ class SpikeSkipping(Callback):
         if self._reason is not None:
             self._num_skipped += 1
             self._num_in_a_row += 1
-            tell_once(f"step {iteration} is skipped: {self._reason}")
+            message = f"step {iteration} is skipped: {self._reason}"
+            tell_once(message)
+            self._alarms.send_once("spike", message)
         else:
             self._num_in_a_row = 0
         if self._reason is not None or is_logging_step(iteration):

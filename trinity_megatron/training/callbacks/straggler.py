@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron.core import mpu
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
 from trinity_megatron.cpu_host.cuda_stand_ins import is_cpu_host
+from trinity_megatron.process.alarms import Alarms
 from trinity_megatron.process.screen import tell_once
 from trinity_megatron.telemetry.straggler_rule import (
     RECOVERED_RATIO,
@@ -41,11 +42,11 @@ class Straggler(Callback):
 
     Args:
         clock: Of this rank.
-        alarm: Called on rank 0 with what is said of a straggler.
+        alarms: Are told of a straggler.
     """
 
-    def __init__(self, clock: WorkClock, alarm: Callable[[str], None]) -> None:
-        self._clock, self._alarm = clock, alarm
+    def __init__(self, clock: WorkClock, alarms: Alarms) -> None:
+        self._clock, self._alarms = clock, alarms
         self._places: list[str] = []
         self._has_stepped = False
         self._named: int | None = None
@@ -82,8 +83,7 @@ class Straggler(Callback):
         _write(slowest, message, iteration)
         if message is not None:
             tell_once(message)
-            if self._named is not None and torch.distributed.get_rank() == 0:
-                self._alarm(message)
+            self._alarms.send_once("straggler", message)
         return True
 
     def _judge(self, slowest: Slowest) -> str | None:
@@ -107,25 +107,23 @@ class Straggler(Callback):
 
 
 @contextmanager
-def stragglers_named(
-    args: argparse.Namespace, alarm: Callable[[str], None]
-) -> Iterator[list[Straggler]]:
+def stragglers_named(args: argparse.Namespace, alarms: Alarms) -> Iterator[list[Straggler]]:
     """A callback that names stragglers, in a list; an empty one without ``--log-straggler``.
 
     Args:
         args: Of the run.
-        alarm: See `Straggler`.
+        alarms: See `Straggler`.
     """
     if not args.log_straggler:
         yield []
         return
     if args.world_size == args.pipeline_model_parallel_size > 1:
         tell_once(
-            "> --log-straggler has no effect: it compares ranks of one pipeline stage, and each has "
-            "one"
+            "> --log-straggler has no effect: it compares the ranks of a pipeline stage, and each "
+            "has one"
         )
     clock = WorkClock(HostMarks() if is_cpu_host() else DeviceMarks(), WINDOW)
-    straggler = Straggler(clock, alarm)
+    straggler = Straggler(clock, alarms)
     with ExitStack() as stack:
         stack.enter_context(replaced("megatron.training.training:stimer", lambda _: straggler))
         for target in WAITS:

@@ -21,6 +21,7 @@ from megatron.training import global_vars, training  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 from trinity_megatron.errors import MachineError, UserError  # noqa: E402
+from trinity_megatron.process.alarms import Alarms  # noqa: E402
 from trinity_megatron.training.callbacks import disk_errors, save_errors  # noqa: E402
 from trinity_megatron.training.callbacks.callback import callbacks_in_training_loop  # noqa: E402
 from trinity_megatron.training.callbacks.disk_errors import (  # noqa: E402
@@ -112,7 +113,7 @@ def test_an_error_without_a_number_is_probed(tmp_path: Path) -> None:
 
 @contextmanager
 def saves_of_the_loop() -> Iterator[None]:
-    with named_save_errors() as callback, callbacks_in_training_loop([callback]):
+    with named_save_errors(Alarms()) as callback, callbacks_in_training_loop([callback]):
         yield
 
 
