@@ -154,13 +154,15 @@ def data_figure(history: RunHistory) -> Figure | None:
 
 
 def throughput_figure(history: RunHistory) -> Figure | None:
-    """Tokens per second and MFU over the steps, or the time of a step if tokens are not timed."""
+    """Tokens per second, MFU and the slowest rank over the steps; the time of untimed steps."""
     tokens = history.series("speed/tokens_per_second")
     mfu = [Line("", history.series("speed/mfu"), GREEN)]
+    slowest = history.series("speed/slowest_rank_ratio")
     seconds = [] if len(tokens) else [Line("", history.series("iteration-time"), INK)]
     panels = [
         Panel("tokens per second", [Line("", tokens, BLUE)], "from zero"),
         Panel("MFU", mfu, "from zero"),
         Panel("seconds per step", seconds, "from zero"),
+        Panel("work of the slowest rank", [Line("", slowest, ORANGE)]),
     ]
     return draw_panels(history, panels)

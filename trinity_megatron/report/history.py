@@ -94,8 +94,12 @@ class RunHistory:
         written = list(self._log.tensors(f"{name}/text_summary").values())
         if not written or written[-1].size != 1:
             return None
-        value = written[-1].reshape(-1)[0]
-        return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+        return _decode(written[-1])
+
+    def texts(self, tag: str) -> dict[int, str]:
+        """Texts by step, in the order of the steps; empty if none was ever written."""
+        written = self._log.tensors(f"{tag}/text_summary")
+        return {step: _decode(text) for step, text in written.items() if text.size == 1}
 
     def series(self, tag: str) -> Series:
         """A scalar; of length zero if it was never written."""
@@ -116,6 +120,12 @@ class RunHistory:
         if len(seen) < 2:
             return None
         return np.interp(steps, seen.steps, seen.values)
+
+
+def _decode(text: np.ndarray) -> str:
+    """A text of the log, an array of one element."""
+    value = text.reshape(-1)[0]
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def bin_steps(steps: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

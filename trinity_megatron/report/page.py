@@ -20,7 +20,9 @@ from trinity_megatron.report.balance_thresholds import describe_rules
 from trinity_megatron.report.balance_verdict import Verdict
 from trinity_megatron.report.history import RunHistory
 from trinity_megatron.report.scores import ScoreTable
+from trinity_megatron.telemetry.tensorboard_log import STRAGGLER_TAG
 
+_MOST_STRAGGLERS = 10  # the latest of them
 TEMPLATE_NAME = "template.html"
 
 
@@ -77,6 +79,9 @@ _KEY_FIGURE_ROWS = (
     _KeyFigureRow("BatchHet (nats per token)", "data/batch_het", "lowest", ".3f"),
     _KeyFigureRow("Tokens per second", "speed/tokens_per_second", "highest", ",.0f"),
     _KeyFigureRow("MFU", "speed/mfu", "highest", ".1%"),
+    _KeyFigureRow(
+        "Work of the slowest rank over the others'", "speed/slowest_rank_ratio", "lowest", ".2f"
+    ),
 )
 
 
@@ -159,6 +164,7 @@ def render_page(
             facts=list(_facts(history, period)),
             verdict=verdict,
             warnings=list(_values_not_finite(history)),
+            stragglers=list(history.texts(STRAGGLER_TAG).items())[-_MOST_STRAGGLERS:],
             key_figures=list(_key_figures(history)),
             chapters=list(_chapters(pictures, history)),
             scores=scores,

@@ -165,7 +165,8 @@ PICTURES = (
         "throughput",
         "Throughput",
         "Without evaluation and checkpoints. MFU is the share of the hardware's peak that the "
-        "model's arithmetic reaches.",
+        "model's arithmetic reaches. With --log-straggler, the work of the slowest rank is over "
+        "that of the other ranks: from 1.15 on it is a straggler.",
         figures.throughput_figure,
         ("speed/tokens_per_second", "speed/mfu"),
     ),
