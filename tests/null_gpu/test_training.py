@@ -57,7 +57,7 @@ def test_it_goes_on(out: Path, variables: dict[str, str], data: Path) -> None:
 SHORT = "--preset tiny --train-iters 5 --eval-iters 0 --micro-batch-size 2"
 RUNS = {
     # The judge of a step reads the loss where the gradient norm is waited for anyway.
-    "plain": "--log-interval 100 --skip-spikes 6 --check-replicas 100",
+    "plain": "--log-interval 100 --skip-spikes 6 --check-replicas 100 --log-straggler",
     # All metrics in each step, and documents that do not see each other.
     "documents": "--log-interval 1 --tensorboard-dir tb --dataloader-inter-document-masking",
 }
