@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.alarm_receiver import TOKEN
 from tests.functional_tests.wandb_server import Server
+from trinity_megatron.process.alarms import VARIABLE
 from trinity_megatron.telemetry import wandb_run, wandb_writer
 from trinity_megatron.telemetry.code_version import read_git_commit
 from trinity_megatron.telemetry.wandb_file import last_history_step, read_records
@@ -122,13 +124,17 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_values_of_a_step_are_one_row(
-    start: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    start: Open,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv(VARIABLE, f"https://hooks.example/{TOKEN}")
     writer = start()
     for step in range(1, 6):
         writer.log({"lm loss": torch.tensor([8.0 - step])}, step)
         writer.log({"lr": 0.25, "count": np.int64(step)}, step)
-    writer.log({"late": 1})
+    writer.log({"late": 1, "said": "rank 2 (host a)"})
     writer.config.update({"slurm_job_name": "N/A"})
     writer.finish()
     writer.finish()
@@ -138,9 +144,11 @@ def test_values_of_a_step_are_one_row(
     assert list(rows) == [1, 2, 3, 4, 5] and not said(caplog)
     assert all(row["lm loss"] == 8.0 - step for step, row in rows.items())
     assert all(row["lr"] == 0.25 and row["count"] == step for step, row in rows.items())
-    assert rows[5]["late"] == 1
+    assert rows[5]["late"] == 1 and rows[5]["said"] == "rank 2 (host a)"
     names = {name for row in rows.values() for name in row if not name.startswith("_")}
-    assert names == {"lm loss", "lr", "count", "late"}
+    assert names == {"lm loss", "lr", "count", "late", "said"}
+    written = [path.read_bytes() for path in (tmp_path / "w").rglob("*") if path.is_file()]
+    assert len(written) > 2 and not any(TOKEN.encode() in content for content in written)
     assert last_history_step(file) == 5
     updates = [r.run.config for r in contents(file) if r.HasField("run")]
     config = {item.key: json.loads(item.value_json) for item in updates[0].update}
