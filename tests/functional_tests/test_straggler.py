@@ -44,7 +44,7 @@ def test_a_slow_rank_is_named(logs: Logs) -> None:
     assert named.startswith(name) and "of the median of the other ranks over the last" in named
     assert log.scalars("speed/slowest_rank")[first] == SLOW
     assert log.scalars("speed/slowest_rank_ratio")[first] > STRAGGLER_RATIO
-    assert last == 2 * WINDOW
+    assert WINDOW < last <= 2 * WINDOW  # when half of the window is new, or somewhat more
     assert recovered.startswith(name) and "is as fast as the other ranks again" in recovered
 
 

@@ -325,34 +325,37 @@ def poisoned(steps: list[int]) -> Iterator[None]:
 
 @contextmanager
 def slowed(slow: dict[str, Any] | None) -> Iterator[None]:
-    """Let a rank rest in each forward pass for a share of the time from the one before to it.
+    """Let a rank rest in each forward pass for a share of its work in the step before.
 
     Args:
         slow: ``rank`` and ``share``; ``until``: the last such step (1-based).
     """
     from megatron.training import get_args
 
+    from trinity_megatron.telemetry.work_time import WorkClock
     from trinity_megatron.training import forward_step
 
-    get_batch = forward_step.get_batch
-    last: list[float] = []
+    get_batch, stop = forward_step.get_batch, WorkClock.stop
+    seconds = {"work": 0.0, "rest": 0.0}
 
     def slower(*args: Any, training: bool, **kwargs: Any) -> dict[str, Any]:
         assert slow is not None
-        batch = get_batch(*args, training=training, **kwargs)
-        is_due = torch.distributed.get_rank() == slow["rank"]
-        if is_due and training and get_args().curr_iteration < slow["until"]:
-            if last:
-                time.sleep(slow["share"] * (time.perf_counter() - last.pop()))
-            last.append(time.perf_counter())
-        return batch
+        is_due = training and get_args().curr_iteration < slow["until"]
+        if is_due and torch.distributed.get_rank() == slow["rank"]:
+            seconds["rest"] = slow["share"] * seconds["work"]
+            time.sleep(seconds["rest"])
+        return get_batch(*args, training=training, **kwargs)
+
+    def stopped(self: WorkClock) -> None:
+        stop(self)
+        seconds["work"] = self.work()[-1] - seconds["rest"]
 
     if slow is not None:
-        forward_step.get_batch = slower
+        forward_step.get_batch, WorkClock.stop = slower, stopped
     try:
         yield
     finally:
-        forward_step.get_batch = get_batch
+        forward_step.get_batch, WorkClock.stop = get_batch, stop
 
 
 @contextmanager
