@@ -248,12 +248,35 @@ def check_model(saved: object, args: argparse.Namespace, *, flag: str) -> None:
             f"{flag} is another model: it was saved with {what}; this run has {given}. Remedy: the "
             "flags of that run, or another --out."
         )
+    if not starts_anew:
+        _check_optimizer(saved, args, flag)
+
+
+def _check_optimizer(saved: object, args: argparse.Namespace, flag: str) -> None:
+    """The state is of this optimizer, and in shards if this run's is."""
+    if args.no_load_optim or args.skip_train or getattr(saved, "no_save_optim", False):
+        return
+    anew = "or --no-load-optim to begin with an empty state"
     optimizer = getattr(saved, "optimizer", args.optimizer)
-    has_no_state = args.no_load_optim or args.skip_train or getattr(saved, "no_save_optim", False)
-    if not starts_anew and not has_no_state and optimizer != args.optimizer:
+    if optimizer != args.optimizer:
         raise UserError(
             f"--optimizer {args.optimizer}: {flag} holds the state of {optimizer}. Remedy: "
-            f"--optimizer {optimizer}, or --no-load-optim to begin with an empty state."
+            f"--optimizer {optimizer}, {anew}."
+        )
+    now = args.use_distributed_optimizer
+    before = getattr(saved, "use_distributed_optimizer", now)
+    # What Megatron turns it into for other optimizers.
+    before = before or getattr(saved, "use_layer_wise_distributed_optimizer", False)
+    if before and not now:
+        raise UserError(
+            f"{flag} holds the state of the distributed optimizer, which this run does not have. "
+            f"Remedy: --use-distributed-optimizer, on one rank too, {anew}."
+        )
+    if now and not before:
+        given = "--use-megatron-fsdp" if args.use_megatron_fsdp else "--use-distributed-optimizer"
+        raise UserError(
+            f"{given}: {flag} holds the state of an optimizer that is not distributed. Remedy: "
+            f"drop {given}, {anew}."
         )
 
 

@@ -65,6 +65,8 @@ def start(folder: Path | None, **given: Any) -> None:
         "train_iters": 40,
         "seq_length": 64,
         "optimizer": "muon",
+        "use_distributed_optimizer": False,
+        "use_megatron_fsdp": False,
         "no_load_optim": False,
         "skip_train": False,
         "decrease_batch_size_if_needed": False,
@@ -291,3 +293,24 @@ def test_another_optimizer(one_rank: None, tmp_path: Path) -> None:
     start(tmp_path, optimizer="adam", no_load_optim=True)
     start(tmp_path, optimizer="adam", finetune=True)
     start(tmp_path, optimizer="adam", skip_train=True)
+
+
+def test_state_in_shards_and_whole(one_rank: None, tmp_path: Path) -> None:
+    sharded, whole = tmp_path / "sharded", tmp_path / "whole"
+    save(sharded, 5, optimizer="muon", use_distributed_optimizer=True)
+    save(whole, 5, optimizer="muon", use_distributed_optimizer=False)
+    given: dict[str, Any] = {"use_distributed_optimizer": True}
+    start(sharded, **given)
+    start(whole)
+    with pytest.raises(UserError, match="--load .*sharded.* Remedy: --use-distributed-optimizer"):
+        start(sharded)
+    with pytest.raises(UserError, match="^--use-distributed-optimizer: --load .*Remedy: drop"):
+        start(whole, **given)
+    with pytest.raises(UserError, match="^--use-megatron-fsdp: --load .*Remedy: drop --use-meg"):
+        start(whole, **given, use_megatron_fsdp=True)
+    start(sharded, no_load_optim=True)
+    start(whole, **given, finetune=True)
+    # What Megatron makes of the flag for other optimizers.
+    layer_wise = {"use_distributed_optimizer": False, "use_layer_wise_distributed_optimizer": True}
+    save(tmp_path / "soap", 5, optimizer="soap", **layer_wise)
+    start(tmp_path / "soap", **given, optimizer="soap")
