@@ -1,5 +1,7 @@
 """Muon on Megatron-FSDP's shards: equal to one process, and saved for every other layout."""
 
+import hashlib
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import torch
 from tests.functional_tests.launch import TAKES_ALL, Job, sampled, train_in_order
 from tests.functional_tests.test_resume import read_tensors
 from tests.functional_tests.test_sharded_muon import EP2, EP4, PP2, SHARDED, elements_sent, of_adam
+from trinity_megatron.checkpoint.convert import megatron_to_hf
 from trinity_megatron.telemetry.tensorboard_log import RunLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -36,15 +39,26 @@ LAYOUTS = sampled(ALL_LAYOUTS, "fsdp2", "hsdp_ep2")
 COUNTS = {name: (1,) for name in ALL_LAYOUTS}
 if TAKES_ALL:
     COUNTS |= {"fsdp2": (1, 4), "hsdp2x2": (1, 2)}
-DDP = {"alone": (1, 1, ""), "ep2": (2, 2, f"{SHARDED} {EP2}"), "pp2": (2, 1, f"{SHARDED} {PP2}")}
+# State of shards is read by the distributed optimizer, also on one rank.
+DDP = {
+    "alone": (1, 1, SHARDED),
+    "ep2": (2, 2, f"{SHARDED} {EP2}"),
+    "pp2": (2, 1, f"{SHARDED} {PP2}"),
+}
 # Written under the first, read under the second.
 PAIRS = [("hsdp_ep2", "pp2"), ("pp2", "fsdp2")]
 if TAKES_ALL:
     PAIRS += [("fsdp4", "fsdp2"), ("fsdp4", "ep2"), ("pp2", "fsdp4"), ("hsdp2x2", "alone")]
-    PAIRS += [("hsdp_ep2", "fsdp4"), ("ep2", "hsdp2x2")]
+    PAIRS += [("hsdp_ep2", "fsdp4"), ("ep2", "hsdp2x2"), ("fsdp4", "hsdp2x2")]
 STOP = f"{FSDP} --exit-interval 5 --save-interval 5"
 HALVES = sampled({"half": STOP, "half_async": f"{STOP} --async-save"}, "half_async")
 COUNTED = tuple(name for name in ("fsdp4", "hsdp2x2", "hsdp_ep2") if name in LAYOUTS)
+TRAFFIC = [
+    (name, count)
+    for name in ("fsdp2", "hsdp2x2", "hsdp_ep2", "cp2", "optim", "optim_grads")
+    if name in LAYOUTS
+    for count in COUNTS[name]
+]
 
 
 def micro_batches(data_parallel: int, count: int) -> str:
@@ -74,6 +88,8 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespac
     for name, (ranks, size, flags) in LAYOUTS.items():
         probe = {"collectives": str(folder / name)} if name in COUNTED else {}
         for count in COUNTS[name]:
+            if (name, count) in TRAFFIC:
+                probe["traffic"] = str(folder / f"{name}_{count}_traffic")
             add(f"{name}_{count}", ranks, f"{flags} {micro_batches(size, count)}", **probe)
             probe = {}
     for saved, loaded in PAIRS:
@@ -151,6 +167,20 @@ def test_another_layout_loads_all_of_it(saved: str, loaded: str, runs: SimpleNam
     assert any(key.endswith("expert_bias") for key in before)
 
 
+@pytest.mark.parametrize(("saved", "loaded"), PAIRS)
+def test_exports_have_the_same_bytes(
+    saved: str, loaded: str, runs: SimpleNamespace, tmp_path: Path
+) -> None:
+    """The same weights, saved under two layouts, as Hugging Face files."""
+    digests = []
+    for name in (f"{saved}_1", f"{saved}_to_{loaded}"):
+        megatron_to_hf(runs.folder / f"{name}_saved", tmp_path / name, max_shard_size="500KB")
+        files = [f for f in (tmp_path / name).iterdir() if f.name != "README.md"]
+        digests.append({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files})
+    assert digests[0] == digests[1]
+    assert sum(name.endswith(".safetensors") for name in digests[0]) > 5
+
+
 @pytest.mark.parametrize("name", HALVES)
 def test_a_resume_is_exact(name: str, runs: SimpleNamespace) -> None:
     expected, found = saved_tensors(runs, "fsdp2_1"), saved_tensors(runs, name)
@@ -172,6 +202,33 @@ def test_bytes_of_a_step(name: str, runs: SimpleNamespace) -> None:
         )
         assert not [call for call, _, over_experts in found["calls"] if over_experts]
         assert sums.get("all_gather", 0) == 0 and sums["all_reduce"] < 1024
+
+
+@pytest.mark.parametrize(("name", "count"), TRAFFIC)
+def test_collectives_of_a_step_are_those_of_the_formula(
+    name: str, count: int, runs: SimpleNamespace
+) -> None:
+    """Gathers and reductions of every bucket: how many, over whom, and how many bytes."""
+    ranks, _, flags = LAYOUTS[name]
+    replicas = 2 if HSDP in flags else 1
+    reductions = 1 if name == "optim" else count  # whole gradients are summed up where they are
+    for rank in range(ranks):
+        found = torch.load(runs.folder / f"{name}_{count}_traffic.{rank}.pt", weights_only=False)
+        expected: Counter[tuple[str, int, int]] = Counter()
+        for bucket in found["buckets"]:
+            weights, gradients, share = (bucket[k] for k in ("weights", "gradients", "ranks"))
+            gathers = 2 * count if bucket["is_in_layer"] else 1
+            expected["all_gather_into_tensor", weights, share] += gathers
+            expected["reduce_scatter_tensor", gradients, share] += reductions
+            if replicas > 1:
+                expected["all_reduce", gradients // share, replicas] += 1
+            # The padding is less than a row of each rank.
+            assert 1 <= weights / (4 * bucket["elements"]) < 1.01 and gradients == weights
+        # What is left is the norm and the like: numbers.
+        assert Counter(call for call in found["calls"] if call[1] > 1024) == expected
+        assert sum(bucket["elements"] for bucket in found["buckets"]) > 1e6
+        layers = {bucket["is_in_layer"] for bucket in found["buckets"]}
+        assert layers == ({False} if name.startswith("optim") else {True, False})
 
 
 @pytest.mark.parametrize("name", COUNTED)

@@ -24,6 +24,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException
 
+from tests.functional_tests.fsdp_traffic import fsdp_traffic
 from tests.functional_tests.kills import killed, look
 
 
@@ -54,6 +55,7 @@ def probed(
     trace: str | None = None,
     pad: int = 0,
     collectives: str | None = None,
+    traffic: str | None = None,
     gather_state: bool = False,
     tokens: str | None = None,
     kill_at: int | None = None,
@@ -69,6 +71,7 @@ def probed(
         trace: Prefix of the files of ``traced``, one for each rank.
         pad: Tokens of padding at the end of the last sequence of each global batch of 8.
         collectives: Prefix of the files of ``counted``, one for each rank.
+        traffic: Prefix of the files of ``fsdp_traffic``, one for each rank.
         tokens: Prefix of the files of ``read_tokens``, one for each rank.
         kill_at: Step (1-based) at whose first micro-batch the whole process group is killed.
         poison: Steps (1-based) whose labels are all the same token.
@@ -105,6 +108,7 @@ def probed(
             traced(trace),
             padded(pad),
             counted(collectives),
+            fsdp_traffic(traffic),
             gathered(gather_state),
             read_tokens(tokens, kill_at),
             poisoned(poison or []),
