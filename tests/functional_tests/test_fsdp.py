@@ -55,7 +55,7 @@ HALVES = sampled({"half": STOP, "half_async": f"{STOP} --async-save"}, "half_asy
 COUNTED = tuple(name for name in ("fsdp4", "hsdp2x2", "hsdp_ep2") if name in LAYOUTS)
 TRAFFIC = [
     (name, count)
-    for name in ("fsdp2", "hsdp2x2", "hsdp_ep2", "cp2", "optim", "optim_grads")
+    for name in ("fsdp2", "hsdp2x2", "hsdp_ep2", "cp2", "optim", "optim_grads", "outer")
     if name in LAYOUTS
     for count in COUNTS[name]
 ]
@@ -212,16 +212,21 @@ def test_collectives_of_a_step_are_those_of_the_formula(
     ranks, _, flags = LAYOUTS[name]
     replicas = 2 if HSDP in flags else 1
     reductions = 1 if name == "optim" else count  # whole gradients are summed up where they are
+    over_replicas = "reduce_scatter_tensor" if name == "outer" else "all_reduce"
     for rank in range(ranks):
         found = torch.load(runs.folder / f"{name}_{count}_traffic.{rank}.pt", weights_only=False)
         expected: Counter[tuple[str, int, int]] = Counter()
         for bucket in found["buckets"]:
             weights, gradients, share = (bucket[k] for k in ("weights", "gradients", "ranks"))
+            if name == "outer":
+                share //= replicas
+                gathers = count if bucket["is_in_layer"] else 1
+                expected["all_gather_into_tensor", weights // share, replicas] += gathers
             gathers = 2 * count if bucket["is_in_layer"] else 1
             expected["all_gather_into_tensor", weights, share] += gathers
             expected["reduce_scatter_tensor", gradients, share] += reductions
             if replicas > 1:
-                expected["all_reduce", gradients // share, replicas] += 1
+                expected[over_replicas, gradients // share, replicas] += 1
             # The padding is less than a row of each rank.
             assert 1 <= weights / (4 * bucket["elements"]) < 1.01 and gradients == weights
         # What is left is the norm and the like: numbers.
