@@ -22,11 +22,13 @@ class Slowest:
         rank: Its number.
         ratio: Its work over the median of its peers', median of the steps.
         num_steps: Steps that were looked at.
+        ratios: The same of every rank, fp64 ``[ranks]``; NaN where it has no peers.
     """
 
     rank: int
     ratio: float
     num_steps: int
+    ratios: np.ndarray
 
 
 def find_slowest(work: np.ndarray, stages: Sequence[int]) -> Slowest | None:
@@ -46,16 +48,15 @@ def find_slowest(work: np.ndarray, stages: Sequence[int]) -> Slowest | None:
     num_steps = known.shape[1]
     if num_steps < LEAST_STEPS:
         return None
-    slowest: Slowest | None = None
+    ratios = np.full(len(stages), np.nan)
     for stage in sorted(set(stages)):
         ranks = np.flatnonzero(np.array(stages) == stage)
-        if len(ranks) < 2:
-            continue
-        ratios = np.median(_ratios(known[ranks]), axis=1)
-        index = int(np.argmax(ratios))
-        if slowest is None or ratios[index] > slowest.ratio:
-            slowest = Slowest(int(ranks[index]), float(ratios[index]), num_steps)
-    return slowest
+        if len(ranks) > 1:
+            ratios[ranks] = np.median(_ratios(known[ranks]), axis=1)
+    if np.isnan(ratios).all():
+        return None
+    rank = int(np.nanargmax(ratios))
+    return Slowest(rank, float(ratios[rank]), num_steps, ratios)
 
 
 def _ratios(work: np.ndarray) -> np.ndarray:

@@ -94,7 +94,7 @@ class Straggler(Callback):
                 f"straggler: {self._name(slowest.rank)} took {slowest.ratio:.2f} of the median of "
                 f"the other ranks over the last {slowest.num_steps} steps"
             )
-        if slowest.ratio < RECOVERED_RATIO and self._named is not None:
+        if self._named is not None and slowest.ratios[self._named] < RECOVERED_RATIO:
             rank, self._named = self._named, None
             return (
                 f"straggler: {self._name(rank)} is as fast as the other ranks again, over the "
