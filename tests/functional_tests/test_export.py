@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional_tests.launch import SMALL, environment
+from tests.functional_tests.launch import SMALL, environment, only_in_all
 from trinity_megatron.cli.main import main
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
+@only_in_all
 def test_loss_in_fp8(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "trinity_megatron.cli", "train", "--nproc", "1", *SMALL]
     flags = ["--data", str(data), "--out", str(tmp_path / "run"), "--train-iters", "50"]

@@ -80,6 +80,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@only_in_all
 def test_an_asynchronous_save(small_disk: Path, data: Path) -> None:
     command = [sys.executable, "-m", "trinity_megatron.cli", "train", *SMALL, "--data", str(data)]
     command += ["--out", str(small_disk / "run"), "--train-iters", "30"]

@@ -77,6 +77,6 @@ def test_a_run_that_moves(data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     index = {path.name for path in (there / "run" / "data_cache").glob("*.npy")}
     shutil.move(there / "data", there / "other")
     shutil.copytree(data, there / "data")
-    last = run(there, 2, "--train-iters", "4")
+    last = run(there, 1, "--train-iters", "4")
     assert last.returncode == 0, last.stdout + last.stderr
     assert {path.name for path in (there / "run" / "data_cache").glob("*.npy")} == index

@@ -39,7 +39,6 @@ CUT_ON_TWO = {name: flags for name, flags in CUT_DOCUMENTS.items() if name.endsw
 CUT_ON_FOUR = sampled(
     {name: flags for name, flags in CUT_DOCUMENTS.items() if name not in CUT_ON_TWO},
     "documents_cp4",
-    "wide_documents_cp4",
 )
 # So strong that its scale shows in the gradient norm.  At SMALL's 1e-4 nothing would.
 BALANCED = "--train-iters 3 --moe-aux-loss-coeff 3.0"
