@@ -20,15 +20,19 @@ class Slowest:
 
     Attributes:
         rank: Its number.
-        ratio: Its work over the median of its peers', median of the steps.
         num_steps: Steps that were looked at.
-        ratios: The same of every rank, fp64 ``[ranks]``; NaN where it has no peers.
+        ratios: Work of every rank over the median of its peers', median of the steps, fp64
+            ``[ranks]``; NaN where it has no peers.
     """
 
     rank: int
-    ratio: float
     num_steps: int
     ratios: np.ndarray
+
+    @property
+    def ratio(self) -> float:
+        """That of the slowest rank."""
+        return float(self.ratios[self.rank])
 
 
 def find_slowest(work: np.ndarray, stages: Sequence[int]) -> Slowest | None:
@@ -55,8 +59,7 @@ def find_slowest(work: np.ndarray, stages: Sequence[int]) -> Slowest | None:
             ratios[ranks] = np.median(_ratios(known[ranks]), axis=1)
     if np.isnan(ratios).all():
         return None
-    rank = int(np.nanargmax(ratios))
-    return Slowest(rank, float(ratios[rank]), num_steps, ratios)
+    return Slowest(int(np.nanargmax(ratios)), num_steps, ratios)
 
 
 def _ratios(work: np.ndarray) -> np.ndarray:

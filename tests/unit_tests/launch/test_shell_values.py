@@ -30,25 +30,26 @@ run "${{FLAGS[@]}}"
 """
 
 
+def in_bash(folder: Path, script: str, *args: str, env: dict[str, str] | None = None) -> str:
+    """What a script prints; its environment is that of this process, if None."""
+    done = subprocess.run(
+        ["bash", "-c", script, *args],
+        env=env,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
 @pytest.mark.parametrize("value", HOSTILE)
 def test_flags_of_the_launch_scripts(tmp_path: Path, value: str) -> None:
     script = SCRIPT.format(root=shlex.quote(str(ROOT)))
-    done = subprocess.run(
-        ["bash", "-c", script, "launch", value],
-        env={"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "OUT": value, "DATA": value},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    typed = subprocess.run(
-        ["bash", "-c", f'for word in {done.stdout.rstrip()}; do printf "%s\\0" "$word"; done'],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    words = typed.stdout.split("\0")
+    variables = {"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "OUT": value, "DATA": value}
+    printed = in_bash(tmp_path, script, "launch", value, env=variables)
+    loop = f'for word in {printed.rstrip()}; do printf "%s\\0" "$word"; done'
+    words = in_bash(tmp_path, loop).split("\0")
     assert words[words.index("--data") + 1] == value == words[words.index("--out") + 1]
     assert words[-2] == value
     assert not list(tmp_path.iterdir())
@@ -89,13 +90,7 @@ def test_the_environment_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(sys, "executable", str(folder / "python"))
-    done = subprocess.run(
-        ["bash", "-c", f'{_environment()}\nprintf "%s\\0%s" "$PATH" "$PYTHONPATH"'],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    path, python_path = done.stdout.split("\0")
+    script = f'{_environment()}\nprintf "%s\\0%s" "$PATH" "$PYTHONPATH"'
+    path, python_path = in_bash(tmp_path, script).split("\0")
     assert path.startswith(f"{folder}:") and str(folder) in python_path.split(":")
     assert not (tmp_path / "made").exists()

@@ -21,6 +21,18 @@ def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SummaryWriter:
     return SummaryWriter(str(tmp_path), max_queue=2)
 
 
+def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A process of its own, whose limits are its own too."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 def test_nothing_changes_while_it_can_be_written(writer: SummaryWriter, tmp_path: Path) -> None:
     for step in range(50):
         writer.add_scalar("loss", 1.5 * step, step)
@@ -47,14 +59,7 @@ writer.close()
 writer.add_scalar("loss", 1000.0, 1000)  # torch begins another file
 print("the training has ended")
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = run(script, tmp_path)
     assert (result.returncode, result.stdout) == (0, "the training has ended\n"), result.stderr
     assert "Traceback" not in result.stderr
     named = [line for line in result.stderr.splitlines() if "TensorBoard" in line]
@@ -89,14 +94,7 @@ for step in range(600):
         time.sleep(0.01)
 writer.close()
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = run(script, tmp_path)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.count("cannot be written: File too large") == 2
     assert result.stdout.count("is written again") == 2

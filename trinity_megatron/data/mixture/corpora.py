@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from trinity_megatron.data.address import StoredAt, is_address
 from trinity_megatron.data.corpus import ReadOptions, hash_file
-from trinity_megatron.data.index_file import HEADER_BYTES, read_index_size
+from trinity_megatron.data.index_file import HEADER, read_index_size
 from trinity_megatron.data.manifest import MANIFEST_NAME, DataManifest, load_manifest
 from trinity_megatron.data.mixture.definition import (
     TEXT_ORDERS,
@@ -53,7 +54,6 @@ class IndexedCorpus:
         validation: Its validation data, if any: a prefix, or raw text.
         documents: Number of its documents.
         tokens: Number of its tokens.
-        epoch_tokens: Tokens that an epoch reads; fewer with a ``length_bias``, on average.
         manifest: Of the folder that ``prepare-data`` made; None for a bare prefix.
     """
 
@@ -62,8 +62,14 @@ class IndexedCorpus:
     validation: Path | RawText | None
     documents: int
     tokens: int
-    epoch_tokens: int
     manifest: DataManifest | None
+
+    @cached_property  # it reads the length of every document, and most callers do not ask for it
+    def epoch_tokens(self) -> int:
+        """Tokens that an epoch reads; fewer with a ``length_bias``, on average."""
+        if self.corpus.length_bias is None:
+            return self.tokens
+        return self.corpus.length_bias.expected_tokens(read_lengths(self.train, self.documents))
 
 
 @dataclass(frozen=True)
@@ -240,10 +246,7 @@ def _open_corpus(mixture: Mixture, corpus: Corpus) -> IndexedCorpus | RawCorpus:
     documents, tokens = read_size(train, f"{key}.path")
     if not tokens:
         raise UserError(f"{key}.path {train} has no tokens. Remedy: drop the corpus.")
-    in_epoch = tokens
-    if corpus.length_bias is not None:
-        in_epoch = corpus.length_bias.expected_tokens(read_lengths(train, documents))
-    return IndexedCorpus(corpus, train, validation, documents, tokens, in_epoch, manifest)
+    return IndexedCorpus(corpus, train, validation, documents, tokens, manifest)
 
 
 def _refuse_index(path: Path | StoredAt, key: str) -> None:
@@ -328,7 +331,7 @@ def read_lengths(prefix: Path, documents: int) -> np.ndarray:
         prefix: Of its files ``.idx`` and ``.bin``, which are known to be whole.
         documents: Their number, each one sequence.
     """
-    return np.memmap(f"{prefix}.idx", np.int32, "r", offset=HEADER_BYTES, shape=(documents,))
+    return np.memmap(f"{prefix}.idx", np.int32, "r", offset=HEADER.size, shape=(documents,))
 
 
 def _check_tokenizers(mixture: Mixture, prepared: Sequence[IndexedCorpus]) -> None:

@@ -175,10 +175,11 @@ class _Reader:
             if _is_no_number(share) or not 0 < share <= 1:
                 raise self.refuse(f"{key}.{name}", f"is {share!r}", "a share above 0, at most 1")
         try:
-            given = {name: parse_tokens(values[name]) for name in ("tokens",) if name in values}
+            if "tokens" in values:
+                values = {**values, "tokens": parse_tokens(values["tokens"])}
         except ValueError as error:
             raise self.refuse(f"{key}.tokens", str(error), "tokens: 131072") from error
-        return LengthBias(**{**values, **given})
+        return LengthBias(**values)
 
     def options(self, key: str, values: Mapping[str, Any]) -> ReadOptions:
         given = {name: values[name] for name in ("text_key", "split_on") if name in values}

@@ -13,6 +13,7 @@ import numpy as np
 # SplitMix64 (Steele, Lea and Flood, 2014), which passes BigCrush.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_BLOCK = 2**20  # documents that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class LengthBias:
         Args:
             lengths: Tokens of all documents, integers ``[n]``.
         """
-        return round(float((self.share(lengths) * lengths).sum()))
+        blocks = (lengths[at : at + _BLOCK] for at in range(0, len(lengths), _BLOCK))
+        return round(sum(float((self.share(block) * block).sum()) for block in blocks))
 
 
 def uniform(numbers: np.ndarray, key: int) -> np.ndarray:

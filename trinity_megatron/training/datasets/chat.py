@@ -8,7 +8,6 @@ Each epoch has an order of its own, is packed by itself and ends with padding, s
 from __future__ import annotations
 
 import os
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,10 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from trinity_megatron.data.chat.prepare import ASSISTANT
+from trinity_megatron.data.index_file import HEADER
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.screen import tell_once
 from trinity_megatron.training.datasets.epoch_order import EpochOrderConfig
-
-_HEADER = struct.Struct("<9sQBQQ")  # of an index
 
 
 class ChatDataset(MegatronDataset):
@@ -228,8 +226,8 @@ def has_modes(prefix: str) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size:
+        header = file.read(HEADER.size)
+    if len(header) < HEADER.size:
         return False
-    *_, sequences, documents = _HEADER.unpack(header)
-    return os.path.getsize(path) == _HEADER.size + sequences * (4 + 8 + 1) + documents * 8
+    *_, sequences, documents = HEADER.unpack(header)
+    return os.path.getsize(path) == HEADER.size + sequences * (4 + 8 + 1) + documents * 8

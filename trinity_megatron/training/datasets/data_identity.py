@@ -19,6 +19,7 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import normalize
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from trinity_megatron.data.index_file import HEADER, MAGIC
 from trinity_megatron.data.text.text_corpus import TextCorpus
 from trinity_megatron.data.text.token_parts import TokenCorpus
 from trinity_megatron.errors import UserError
@@ -29,10 +30,6 @@ from trinity_megatron.training.datasets.mixture_past import past_differences, pa
 # Files up to this size are read whole, larger ones in blocks that are spread evenly.
 _WHOLE_BYTES = 64 * 2**20
 _BLOCKS, _BLOCK_BYTES = 256, 64 * 2**10
-
-# Source: megatron.core.datasets.indexed_dataset, _IndexReader.
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
 
 # Megatron's, if --split is not given.
 _DEFAULT_SPLIT = "969, 30, 1"
@@ -115,9 +112,9 @@ def describe_dataset(prefix: str) -> Dataset:
     index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     try:
         with index.open("rb") as file:
-            head = file.read(_HEADER.size).ljust(_HEADER.size, b"\0")
-        magic, _, code, documents, _ = _HEADER.unpack(head)
-        if magic != _MAGIC or code not in {item.value for item in DType}:
+            head = file.read(HEADER.size).ljust(HEADER.size, b"\0")
+        magic, _, code, documents, _ = HEADER.unpack(head)
+        if magic != MAGIC or code not in {item.value for item in DType}:
             raise UserError(
                 f"{index} does not begin as an index of Megatron does. Remedy: prepare the data "
                 "again, or name another path."

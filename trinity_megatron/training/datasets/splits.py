@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +17,12 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from trinity_megatron.data.index_file import HEADER, MAGIC
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.screen import tell_once
 
 _NAMES = ("train", "valid", "test")
 _SPLIT_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path")
-_HEADER = struct.Struct("<9sQBQQ")  # of an index
 _MANY = 10**7  # sequence lengths that are not read one by one
 
 
@@ -87,13 +86,13 @@ def _is_whole_index(path: str) -> bool:
     Source: megatron.core.datasets.indexed_dataset, _IndexWriter.
     """
     with open(path, "rb") as file:
-        header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size:
+        header = file.read(HEADER.size)
+    if len(header) < HEADER.size:
         return False
-    magic, version, _, sequences, documents = _HEADER.unpack(header)
+    magic, version, _, sequences, documents = HEADER.unpack(header)
     # A length, a position, and a document's first sequence.
-    size = _HEADER.size + sequences * (4 + 8) + documents * 8
-    return magic == b"MMIDIDX\0\0" and version == 1 and os.path.getsize(path) >= size
+    size = HEADER.size + sequences * (4 + 8) + documents * 8
+    return magic == MAGIC and version == 1 and os.path.getsize(path) >= size
 
 
 def is_evaluating(args: argparse.Namespace) -> bool:
