@@ -19,6 +19,9 @@ BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, INK, MUTED = "#CC79A7", "#56B4E9", "#1f2430", "#6b7280"
 COLORS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, INK, MUTED)
 FEW_LAYERS = 4  # up to this many, each layer has a panel of the full width
+MOST_INSIDE = 5  # lines that a legend inside the axes has room for
+# Of the axis' labels with their ticks, and of a legend below, in inches.
+_LEFT, _BELOW, _LEGEND_HEIGHT = 0.72, 0.52, 0.42
 _TITLE_HEIGHT = 0.27  # of a layer's panel, in inches
 
 
@@ -70,8 +73,8 @@ def draw_panels(
         return None
     num_columns = 3 if len(shown) == 3 else min(2, len(shown))
     num_rows = -(-len(shown) // num_columns)
-    figure = Figure(figsize=(WIDTH, 0.4 + 2.9 * num_rows), layout="constrained")
-    axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    below = _LEGEND_HEIGHT if any(len(panel.lines) > MOST_INSIDE for panel in shown) else 0.0
+    figure, axes = axes_in_grid(num_rows, num_columns, height=2.9, title=0.3, below=below)
     for axis, panel in zip(axes, shown, strict=False):
         x = tokens_or_steps(history) if against_tokens else None
         for line in panel.lines:
@@ -86,23 +89,57 @@ def draw_panels(
         else:
             axis.set_xlabel("step")
             axis.xaxis.set_major_locator(_step_locator(6 if num_columns < 3 else 4))
-        _add_panel_legend(axis, panel)
+        _add_panel_legend(figure, axis, panel)
     for axis in axes[len(shown) :]:
         axis.remove()
     return finish(figure)
+
+
+def axes_in_grid(
+    num_rows: int, num_columns: int, *, height: float, title: float = 0.0, below: float = 0.0
+) -> tuple[Figure, np.ndarray]:
+    """A figure with axes in rows and columns; the margins hold tick labels and axis labels.
+
+    They are computed here: constrained layout measures every text, twice as long as the drawing.
+
+    Args:
+        num_rows: Rows.
+        num_columns: Columns.
+        height: Of a row with all that belongs to it, in inches.
+        title: Height of the titles above the axes, in inches.
+        below: Additional height below the axes of each row, in inches.
+
+    Returns:
+        The figure, and its axes in reading order.
+    """
+    total = num_rows * height + 0.15
+    figure = Figure(figsize=(WIDTH, total))
+    axes = figure.subplots(num_rows, num_columns, squeeze=False)
+    around = title + _BELOW + below  # of an axes, within its row
+    wide = (WIDTH - 0.2) / num_columns - _LEFT
+    figure.subplots_adjust(
+        left=_LEFT / WIDTH,
+        right=1 - 0.2 / WIDTH,
+        top=1 - (0.15 + title) / total,
+        bottom=(_BELOW + below) / total,
+        hspace=around / (height - around),
+        wspace=_LEFT / wide,
+    )
+    return figure, axes.ravel()
 
 
 def _drop_empty_lines(panel: Panel) -> Panel:
     return replace(panel, lines=[line for line in panel.lines if len(line.series.finite)])
 
 
-def _add_panel_legend(axis: Axes, panel: Panel) -> None:
-    if len(panel.lines) > 5:  # inside the axes it would cover the lines
+def _add_panel_legend(figure: Figure, axis: Axes, panel: Panel) -> None:
+    if len(panel.lines) > MOST_INSIDE:  # inside the axes it would cover the lines
+        height = axis.get_window_extent().height / figure.dpi
         axis.legend(
             frameon=False,
             fontsize=8,
             loc="upper center",
-            bbox_to_anchor=(0.5, -0.17),
+            bbox_to_anchor=(0.5, -(_BELOW - 0.1) / height),
             ncols=4,
         )
     elif any(line.label for line in panel.lines):

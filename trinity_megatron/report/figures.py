@@ -20,9 +20,9 @@ from trinity_megatron.report.charts import (
     ORANGE,
     PURPLE,
     RED,
-    WIDTH,
     Line,
     Panel,
+    axes_in_grid,
     draw_panels,
     finish,
     label_tokens,
@@ -54,6 +54,10 @@ def draw_loss(log: RunLog, path: Path, *, unigram_entropy: float | None = None) 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if engine := figure.get_layout_engine():  # savefig would draw all of it to lay it out
+        figure.set_dpi(DPI)
+        engine.execute(figure)
+        figure.set_layout_engine("none")
     figure.savefig(path, dpi=DPI)
 
 
@@ -68,8 +72,7 @@ def loss_figure(history: RunHistory, *, unigram_entropy: float | None = None) ->
     valid = history.series("lm loss validation").finite
     if not len(train.finite):
         return None
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = axes_in_grid(1, 1, height=4.45)
     to_position = tokens_or_steps(history)
     plot_series(axis, train, BLUE, "training", x=to_position)
     if len(valid):

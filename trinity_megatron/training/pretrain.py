@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 examples/pretrain_trinity.py --preset tiny --data D 
 
 import argparse
 import contextlib
+import gc
 import os
 import shutil
 import sys
@@ -212,6 +213,7 @@ def _prepared_loop(
     """Megatron's training loop with the callbacks, and the checks of what it reads and writes."""
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
+        enter(_imports_out_of_collections())
         # First: it looks for data below another folder, which no thread may do.
         evaluation = [Evaluation(args, watchdog.beat)] if args.evaluate_every else []
         enter(guarded_loads(verify_checksums=args.verify_checksums, advise=advise_other_step))
@@ -243,6 +245,16 @@ def _prepared_loop(
             megatron_refusals((AssertionError, ValueError), lambda: hasattr(args, "curr_iteration"))
         )
         yield
+
+
+@contextlib.contextmanager
+def _imports_out_of_collections() -> Iterator[None]:
+    """Keep the garbage collector from walking all that was imported, 0.4 s at any step."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _spike_skipping(
