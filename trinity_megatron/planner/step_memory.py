@@ -67,13 +67,7 @@ def stage_memory(
     shapes = list_shapes(model, layout, stage)
     terms = parameter_memory(model, layout, optimizer, shapes, layers)
     terms["activations"] = _activations(model, layout, chunks[stage], stage)
-    if layout.recompute == "full" and layers:
-        terms["recomputed layer"] = max(
-            sum(full_activations(model, layout, layer).values()) for layer in layers
-        )
-    terms["logits"] = logits_bytes(model, layout) if is_last else 0.0
-    has_experts = any(layer >= model.num_dense_layers for layer in layers)
-    terms["dispatch buffers"] = working_bytes(model, layout) if has_experts else 0.0
+    terms |= _worst_moment(model, layout, layers, is_last)
     peak = sum(terms.values())
     groups = 1 + sum(
         size > 1
@@ -87,6 +81,21 @@ def stage_memory(
     low, high = gpu.reserved
     host = terms["optimizer state"] + terms["weights"] / min(layout.state_ranks)
     return StageMemory(terms, outside, (low * peak, high * peak), host)
+
+
+def _worst_moment(
+    model: ModelDescription, layout: Layout, layers: list[int], is_last: bool
+) -> dict[str, float]:
+    """What lives beside the activations kept: at the loss, or in the backward pass of a layer."""
+    at_loss = {"logits": logits_bytes(model, layout) if is_last else 0.0}
+    in_layer = {}
+    if layout.recompute == "full" and layers:
+        in_layer["recomputed layer"] = max(
+            sum(full_activations(model, layout, layer).values()) for layer in layers
+        )
+    if any(layer >= model.num_dense_layers for layer in layers):
+        in_layer["dispatch buffers"] = working_bytes(model, layout)
+    return max(at_loss, in_layer, key=lambda terms: sum(terms.values()))
 
 
 def parameter_memory(
