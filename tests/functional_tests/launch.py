@@ -17,9 +17,9 @@ from trinity_megatron.launch.local import count_cuda_devices
 from trinity_megatron.telemetry.tensorboard_log import RunLog
 
 ROOT = Path(__file__).resolve().parents[2]
-PLAN_SECONDS = 600
 # ``make test`` takes a sample of what is repeated in many layouts, ``make test-all`` everything.
 TAKES_ALL = os.environ.get("TRINITY_TESTS") == "all"
+PLAN_SECONDS = 1800 if TAKES_ALL else 600
 # Small enough for a tenth of a second a step, and still three MoE layers with 32 experts each.
 NARROW = (
     "--hidden-size 128 --ffn-hidden-size 384 --kv-channels 16 --moe-ffn-hidden-size 32 "
