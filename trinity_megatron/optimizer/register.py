@@ -144,7 +144,7 @@ def registered_muon(settings: MuonSettings | None = None) -> Iterator[None]:
     replacements[f"{_OPTIMIZER}:_get_megatron_emerging_optimizer"] = lambda build: _build_muon_or(
         build, entries, settings
     )
-    replacements[f"{_TRAINING}:get_megatron_optimizer"] = lambda build: _build_on_fsdp_or(
+    replacements[f"{_TRAINING}:get_megatron_optimizer"] = lambda build: build_on_fsdp_or(
         build, settings
     )
     if core_optimizer.Adam is torch.optim.AdamW:  # neither Transformer Engine nor apex
@@ -254,8 +254,16 @@ def _build_muon_or(
     return wrapper
 
 
-def _build_on_fsdp_or(build: Callable[..., Any], settings: MuonSettings) -> Callable[..., Any]:
-    """Build Muon or AdamW on the shards of Megatron-FSDP; optimizers of other models as before."""
+def build_on_fsdp_or(build: Callable[..., Any], settings: MuonSettings) -> Callable[..., Any]:
+    """Build Muon or AdamW on the shards of Megatron-FSDP; optimizers of other models as before.
+
+    Args:
+        build: Megatron's ``get_megatron_optimizer``.
+        settings: What is not in the ``OptimizerConfig``.
+
+    Returns:
+        The builder, with the same arguments.
+    """
 
     @functools.wraps(build)
     def wrapper(
