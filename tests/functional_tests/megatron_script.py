@@ -51,8 +51,8 @@ KINDS = {
     "default": f"{SHARDED} --hidden-dropout 0.1",
     "reshardable": f"{SHARDED} --dist-ckpt-optim-fully-reshardable",
     "bf16": f"{SHARDED} --bf16 --hidden-dropout 0.1",
-    "muon": f"{SHARDED} --optimizer muon --muon-tp-mode duplicated",
-    "async": f"{SHARDED} --async-save --use-persistent-ckpt-worker",
+    "muon": "--optimizer muon --muon-tp-mode duplicated",
+    "async": f"{SHARDED} --async-save --async-strategy mcore --use-persistent-ckpt-worker",
     "not sharded": "",
 }
 

@@ -63,8 +63,11 @@ MOMENTUM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Requests that Muon cannot meet: field -> reason and remedy.
 _REFUSED = {
-    "use_layer_wise_distributed_optimizer": "Muon is sharded by Megatron's distributed optimizer, "
-    "see `finish_muon_arguments`; take --optimizer muon --use-distributed-optimizer, not dist_muon",
+    # What Megatron makes of --use-distributed-optimizer in its own scripts; see
+    # `finish_muon_arguments` for ours.
+    "use_layer_wise_distributed_optimizer": "an unmodified script of Megatron cannot shard Muon, "
+    "trinity-megatron train can; there drop --use-distributed-optimizer, and take --optimizer "
+    "muon, not dist_muon",
     # https://github.com/NVIDIA/Megatron-LM/issues/5707
     "fp8_param_gather": "with Muon the fp8 weights would never be updated; drop --fp8-param-gather",
     "optimizer_cpu_offload": "only Adam's state can be offloaded; drop --optimizer-cpu-offload",

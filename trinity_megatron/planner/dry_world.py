@@ -168,9 +168,10 @@ def verify_plan(plan: Plan) -> Verification:
             counted = getattr(rank.held, name)
             differences.append(planned / counted - 1)
             words.append(f"{name} {counted / GIB:.3f} GiB (plan {100 * differences[-1]:+.2f}%)")
+        whole = " before they are sharded" if plan.layout.sharding == "hsdp" else ""
         lines.append(
-            f"  rank {rank.rank:,}, stage {rank.stage}: {rank.dense + rank.experts:,} parameters, "
-            + ", ".join(words)
+            f"  rank {rank.rank:,}, stage {rank.stage}: {rank.dense + rank.experts:,} parameters"
+            f"{whole}, {', '.join(words)}"
         )
     worst = max(map(abs, differences))
     counted, planned = count_model(plan.layout, ranks), planned_parameters(plan.model)
