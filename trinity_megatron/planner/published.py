@@ -187,22 +187,22 @@ bash examples/trinity_large/02_plan.sh --verify                # or SHARDED=1 ba
 trinity-megatron plan --preset large --gpus 2048 --gpu b300 PARALLEL_FLAGS --verify
 ```
 
-It builds the first, a middle and the last rank of every pipeline stage, one after the other in this
-process: the model, the buffers of gradients and the optimizer of a training, on Megatron's groups of
-the whole world, without a network and of tensors without data. It prints which ranks those are, what
-each holds and by how much the plan is off, adds the stages up to the model, and ends with 1 where a
-term is off by more than 5% or the sum is not the model. Without parallel flags it is the best layout
-of the search that is built. `trinity-megatron dry-run --verify` does the same after checking every
-flag of a training. With Megatron's DDP or Megatron-FSDP, in bf16; FP8 weights and bf16 moments, which
-are Transformer Engine's, are refused. Activations, logits, buffers of the exchange and NCCL are not
-built.
+It builds the first, a middle and the last rank of every pipeline stage, one after the other in
+this process: the model, the buffers of gradients and the optimizer of a training, on Megatron's
+groups of the whole world, without a network and of tensors without data. It prints which ranks
+those are, what each holds and by how much the plan is off, adds the stages up to the model, and
+ends with 1 where a term is off by more than 5% or the sum is not the model. Without parallel flags
+the best layout of the search is built. `trinity-megatron dry-run --verify` does the same after it
+has checked every flag of a training. With Megatron's DDP or Megatron-FSDP, in bf16; FP8 weights
+and bf16 moments, which are Transformer Engine's, are refused. Activations, logits, buffers of the
+exchange and NCCL are not built.
 
 Measured on 2026-11-28, Trinity Large on 2,048 ranks, a busy machine of 2 cores:
 
-| layout of `examples/trinity_large` | built | CPU | wall | memory | largest difference | parameters |
+| layout of `examples/trinity_large` | ranks | CPU | wall | memory | difference | parameters |
 |---|---|---|---|---|---|---|
-| PP4 VP3 EP8 | 12 ranks | 31 s | 100 s | 0.9 GiB | 0.00% | 398,635,286,016 |
-| `SHARDED=1`: HSDP 128 x 16 EP8 | 3 ranks | 52 s | 169 s | 0.9 GiB | 1.55% | 398,635,286,016 |
+| PP4 VP3 EP8 | 12 | 31 s | 100 s | 0.9 GiB | 0.00% | 398,635,286,016 |
+| `SHARDED=1`: HSDP 128 x 16 EP8 | 3 | 52 s | 169 s | 0.9 GiB | 1.55% | 398,635,286,016 |
 
 The 1.55% are the last rank's, whose shards of the optimizer's state are the shortest.
 
