@@ -35,13 +35,26 @@ FLAGS = (
     "--seq-length 64 --max-position-embeddings 64 --no-create-attention-mask-in-dataloader "
     "--global-batch-size 8 --micro-batch-size 2 --lr 1e-2 --min-lr 1e-3 --lr-decay-style constant "
     "--clip-grad 1.0 --seed 11 --log-interval 1 --eval-iters 0 --eval-interval 100 "
-    "--tokenizer-type HuggingFaceTokenizer --use-distributed-optimizer --num-workers 0"
+    "--tokenizer-type HuggingFaceTokenizer --num-workers 0"
 ).split()
 # On a GPU without Transformer Engine and apex.
 PLAIN_GPU = (
     "--transformer-impl local --no-masked-softmax-fusion --no-persist-layer-norm "
-    "--no-gradient-accumulation-fusion --no-rope-fusion --bf16"
+    "--no-gradient-accumulation-fusion --no-rope-fusion --bf16 --use-distributed-optimizer"
 ).split()
+
+
+# Runs whose resume is compared, by what is added to ``FLAGS``.  Dropout draws from the generators
+# that a checkpoint holds.
+SHARDED = "--use-distributed-optimizer"
+KINDS = {
+    "default": f"{SHARDED} --hidden-dropout 0.1",
+    "reshardable": f"{SHARDED} --dist-ckpt-optim-fully-reshardable",
+    "bf16": f"{SHARDED} --bf16 --hidden-dropout 0.1",
+    "muon": "--optimizer muon --muon-tp-mode duplicated",
+    "async": f"{SHARDED} --async-save --async-strategy mcore --use-persistent-ckpt-worker",
+    "not sharded": "",
+}
 
 
 def flags(data: Path, folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.functional_tests.launch import ROOT, TAKES_ALL
+from tests.functional_tests.launch import ROOT, TAKES_ALL, environment
 from trinity_megatron.cli.main import main
 from trinity_megatron.errors import UserError
 from trinity_megatron.planner.flags import add_plan_flags
@@ -164,21 +164,42 @@ def test_what_comes_after_a_pretraining_adds_flags_to_its_launcher(
     assert flags[-2:] == ["--seed", "5"] and all(word in flags for word in LATER[script])
 
 
-@pytest.mark.parametrize("preset", ["nano", "mini", "large"])
-def test_the_expected_figures_are_the_planners(preset: str) -> None:
-    """The lines that a README quotes; with the kernel rates that come with this package."""
-    folder = EXAMPLES / f"trinity_{preset}"
+def plan_flags(folder: Path, **variables: str) -> list[str]:
+    """The flags of ``trinity-megatron plan`` that an example's script gives."""
     printed = subprocess.run(
         ["bash", str(folder / "02_plan.sh")],
-        env={**os.environ, "DRY_RUN": "1"},
+        env={**os.environ, **variables, "DRY_RUN": "1"},
         capture_output=True,
         text=True,
         check=True,
     ).stdout.splitlines()[0]
     words = shlex.split(printed)
+    return words[words.index("plan") + 1 :]
+
+
+@pytest.mark.skipif(not TAKES_ALL, reason="takes a minute each; TRINITY_TESTS=all")
+@pytest.mark.parametrize("variables", [{}, {"SHARDED": "1"}], ids=["pipeline", "sharded"])
+def test_ranks_of_large_are_as_planned(variables: dict[str, str]) -> None:
+    flags = plan_flags(EXAMPLES / "trinity_large", **variables)
+    done = subprocess.run(
+        [sys.executable, "-m", "trinity_megatron.cli", "plan", *flags, "--verify"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the model: 398,635,286,016 parameters (plan 398,635,286,016)" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("  as planned: ")
+
+
+@pytest.mark.parametrize("preset", ["nano", "mini", "large"])
+def test_the_expected_figures_are_the_planners(preset: str) -> None:
+    """The lines that a README quotes; with the kernel rates that come with this package."""
+    folder = EXAMPLES / f"trinity_{preset}"
     parser = argparse.ArgumentParser()
     add_plan_flags(parser)
-    args = parser.parse_args(words[words.index("plan") + 1 :])
+    args = parser.parse_args(plan_flags(folder))
     plan = make_plan(args, own_rates=True)
     text = describe_plan(plan)
     quoted = (folder / "README.md").read_text().split("```text\n")[1].partition("```")[0]
@@ -247,4 +268,4 @@ def test_verify_builds_ranks(data: Path, capsys: pytest.CaptureFixture[str]) -> 
     command = ["dry-run", "--preset", "tiny", "--data", str(data), "--verify"]
     command += ["--world-size", "8", "--gpu", "h100", "--expert-model-parallel-size", "2"]
     assert main([*command, "--global-batch-size", "8", "--micro-batch-size", "1"]) == 0
-    assert "3 ranks, built without memory" in capsys.readouterr().err
+    assert "3 of 8 ranks, built without memory" in capsys.readouterr().err

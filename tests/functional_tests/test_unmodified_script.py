@@ -4,14 +4,20 @@
 """
 
 import hashlib
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.functional_tests.launch import ROOT, environment
+from tests.functional_tests.launch import ROOT, environment, sampled
 from tests.functional_tests.megatron_script import (
+    KINDS,
     RELEASED,
     SCRIPT,
     SCRIPTS,
@@ -22,6 +28,7 @@ from tests.functional_tests.megatron_script import (
 )
 from tests.unit_tests.parallel_state import one_rank_world
 from trinity_megatron.checkpoint.torch_dist.reader import TorchDistReader
+from trinity_megatron.telemetry.tensorboard_log import RunLog
 
 pytestmark = pytest.mark.slow  # imports megatron.training
 
@@ -39,17 +46,80 @@ def test_the_scripts_are_the_released_ones() -> None:
         assert hashlib.sha256((SCRIPTS / name).read_bytes()).hexdigest().startswith(digest), name
 
 
-def test_pretrain_gpt_trains_the_spec_on_gloo_ranks(data: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=sampled(KINDS, "default"))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def trained(kind: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Eight steps of the script on two ranks, with a checkpoint after four and after eight."""
+    folder = tmp_path_factory.mktemp("trained")
     command = [sys.executable, "-m", "trinity_megatron.cli", "run", "--nproc", "2", str(SCRIPT)]
-    command += [*flags(data, tmp_path), "--expert-model-parallel-size", "2"]
-    saved = ["--save", str(tmp_path / "saved"), "--save-interval", "6", "--train-iters", "6"]
-    found = losses(run([*command, *saved], environment()))
-    assert len(found) == 6 and found[-1] < found[0] - 0.5, found
-    assert len(read(tmp_path / "saved", "post_mlp_layernorm")) > 0  # of Trinity's layers alone
-    biases = read(tmp_path / "saved", "expert_bias")
+    command += [*flags(data, folder), "--expert-model-parallel-size", "2", *KINDS[kind].split()]
+    command += ["--train-iters", "8", "--save-interval", "4", "--tensorboard-log-interval", "1"]
+    output = run([*command, *into(folder / "whole")], environment())
+    return SimpleNamespace(command=command, folder=folder, printed=losses(output))
+
+
+def into(folder: Path) -> list[str]:
+    """Where a run saves, and where it logs the loss of each step; what Megatron prints in the
+    second step of a start is a mean over both steps."""
+    return ["--save", f"{folder}/saved", "--tensorboard-dir", f"{folder}/log"]
+
+
+def test_pretrain_gpt_trains_the_spec_on_gloo_ranks(trained: SimpleNamespace) -> None:
+    assert len(trained.printed) == 8 and trained.printed[-1] < trained.printed[0] - 0.5
+    saved = trained.folder / "whole" / "saved"
+    assert len(read(saved, "post_mlp_layernorm")) > 0  # of Trinity's layers alone
+    biases = read(saved, "expert_bias")
     assert biases, "no expert bias is saved"
     for bias in biases:  # moved, by a rule whose sum over the experts is zero
         assert bias.abs().max() > 0 and abs(bias.sum()) < 1e-5, bias
+
+
+def test_a_resume_of_pretrain_gpt_is_the_uninterrupted_run(trained: SimpleNamespace) -> None:
+    """Bit for bit: the loss of each step, and all that the last checkpoint holds."""
+    whole, resumed = trained.folder / "whole", trained.folder / "resumed"
+    shutil.copytree(whole / "saved" / "iter_0000004", resumed / "saved" / "iter_0000004")
+    (resumed / "saved" / "latest_checkpointed_iteration.txt").write_text("4")
+    run([*trained.command, *into(resumed), "--load", f"{resumed}/saved"], environment())
+    expected, found = (RunLog(folder / "log") for folder in (whole, resumed))
+    for tag in ("lm loss", "grad-norm", "learning-rate"):
+        values = expected.scalars(tag)
+        assert list(values) == list(range(1, 9))
+        assert found.scalars(tag) == {step: values[step] for step in (5, 6, 7, 8)}, tag
+    values, others = (
+        saved_values(folder / "saved" / "iter_0000008") for folder in (whole, resumed)
+    )
+    assert list(values) == list(others)
+    different = [name for name in values if not is_equal(values[name], others[name])]
+    assert different == [name for name in values if name.endswith(".args")]  # --load is in them
+
+
+def saved_values(checkpoint: Path) -> dict[str, Any]:
+    """Every value of a distributed checkpoint by its path: weights, states, generators, counts."""
+    file = checkpoint.with_suffix(".pt")
+    dcp_to_torch_save(checkpoint, file)
+    content = torch.load(file, weights_only=False)
+    file.unlink()
+    values: dict[str, Any] = {}
+
+    def collect(value: Any, name: str) -> None:
+        if isinstance(value, dict | list | tuple):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                collect(item, f"{name}.{key}")
+        else:
+            values[name] = value
+
+    collect(content, "")
+    return values
+
+
+def is_equal(value: Any, other: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dtype == other.dtype and torch.equal(value, other)
+    return bool(np.array_equal(value, other) if isinstance(value, np.ndarray) else value == other)
 
 
 def test_what_is_no_script_is_refused(tmp_path: Path) -> None:

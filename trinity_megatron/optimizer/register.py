@@ -63,8 +63,11 @@ MOMENTUM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Requests that Muon cannot meet: field -> reason and remedy.
 _REFUSED = {
-    "use_layer_wise_distributed_optimizer": "Muon is sharded by Megatron's distributed optimizer, "
-    "see `finish_muon_arguments`; take --optimizer muon --use-distributed-optimizer, not dist_muon",
+    # What Megatron makes of --use-distributed-optimizer in its own scripts; see
+    # `finish_muon_arguments` for ours.
+    "use_layer_wise_distributed_optimizer": "an unmodified script of Megatron cannot shard Muon, "
+    "trinity-megatron train can; there drop --use-distributed-optimizer, and take --optimizer "
+    "muon, not dist_muon",
     # https://github.com/NVIDIA/Megatron-LM/issues/5707
     "fp8_param_gather": "with Muon the fp8 weights would never be updated; drop --fp8-param-gather",
     "optimizer_cpu_offload": "only Adam's state can be offloaded; drop --optimizer-cpu-offload",
@@ -144,7 +147,7 @@ def registered_muon(settings: MuonSettings | None = None) -> Iterator[None]:
     replacements[f"{_OPTIMIZER}:_get_megatron_emerging_optimizer"] = lambda build: _build_muon_or(
         build, entries, settings
     )
-    replacements[f"{_TRAINING}:get_megatron_optimizer"] = lambda build: _build_on_fsdp_or(
+    replacements[f"{_TRAINING}:get_megatron_optimizer"] = lambda build: build_on_fsdp_or(
         build, settings
     )
     if core_optimizer.Adam is torch.optim.AdamW:  # neither Transformer Engine nor apex
@@ -254,8 +257,16 @@ def _build_muon_or(
     return wrapper
 
 
-def _build_on_fsdp_or(build: Callable[..., Any], settings: MuonSettings) -> Callable[..., Any]:
-    """Build Muon or AdamW on the shards of Megatron-FSDP; optimizers of other models as before."""
+def build_on_fsdp_or(build: Callable[..., Any], settings: MuonSettings) -> Callable[..., Any]:
+    """Build Muon or AdamW on the shards of Megatron-FSDP; optimizers of other models as before.
+
+    Args:
+        build: Megatron's ``get_megatron_optimizer``.
+        settings: What is not in the ``OptimizerConfig``.
+
+    Returns:
+        The builder, with the same arguments.
+    """
 
     @functools.wraps(build)
     def wrapper(

@@ -1,37 +1,29 @@
 """Ranks of any world, built in one process without a network and without memory.
 
-A rank's model, gradient buffers and optimizer are those of a training, made of fake tensors: they
-have shapes and types, and no data.  So what a plan says of weights, gradients and state can be held
-against the objects themselves, for worlds of any size.
+A rank's model, its buffers of gradients and its optimizer are those of a training, made of tensors
+without data.  So what a plan says of weights, gradients and state can be held against the objects
+themselves, for worlds of any size.
 """
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
 from trinity_megatron.errors import UserError
-from trinity_megatron.model.config import TrinityConfig
-from trinity_megatron.model.layer_specs import get_trinity_layer_spec
-from trinity_megatron.model.presets import PRESETS, trinity_preset
-from trinity_megatron.optimizer.register import MuonSettings, registered_muon
-from trinity_megatron.optimizer.sharded.buffer_layout import separate_muon_buffers
+from trinity_megatron.model.presets import PRESETS
+from trinity_megatron.planner.dry_memory import HeldBytes, count_replicated, count_sharded
+from trinity_megatron.planner.dry_rank import build_chunks, dry_rank
 from trinity_megatron.planner.layout import Layout
+from trinity_megatron.planner.model_description import ModelDescription
 from trinity_megatron.planner.plan import GIB, Plan
+from trinity_megatron.planner.rank_shapes import count_elements, list_shapes
 from trinity_megatron.planner.step_memory import StageMemory
-from trinity_megatron.upstream.registry import replaced
+
+# A plan whose weights, gradients or state are further off is wrong.
+TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,20 +33,19 @@ class DryRank:
     Attributes:
         rank: In the world.
         stage: Pipeline rank.
-        dense: Elements of the parameters that are no experts', expert biases included.
-        experts: Elements of the experts.
-        weights: Bytes of parameters and buffers.
-        gradients: Bytes of the buffers of gradients.
-        optimizer: Bytes of masters, momentum and moments.
+        dense: Elements of its parameters that are no experts', expert biases included; whole where
+            Megatron-FSDP shards them.
+        experts: Elements of its experts.
+        of_stage: Elements of all parameters of its stage, on whatever ranks they are.
+        held: Bytes.
     """
 
     rank: int
     stage: int
     dense: int
     experts: int
-    weights: int
-    gradients: int
-    optimizer: int
+    of_stage: int
+    held: HeldBytes
 
 
 def sample_ranks(layout: Layout) -> list[int]:
@@ -71,7 +62,7 @@ def build_rank(plan: Plan, rank: int) -> DryRank:
     """Build one rank of a plan and count what it holds.
 
     Args:
-        plan: Of a Trinity preset, with Megatron's DDP, in bf16.
+        plan: Of a Trinity preset in bf16.
         rank: In the world.
 
     Raises:
@@ -79,10 +70,12 @@ def build_rank(plan: Plan, rank: int) -> DryRank:
     """
     check_buildable(plan)
     enter_host()
-    with dry_rank(plan.layout, rank), FakeTensorMode(allow_non_fake_inputs=True):
-        chunks = [_wrap(chunk, plan.layout) for chunk in _build_chunks(plan)]
-        optimizer = _build_optimizer(chunks, plan.optimizer)
-        return _count(chunks, optimizer, rank)
+    with dry_rank(plan.layout, rank):
+        chunks = build_chunks(plan)
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        sizes = _count_parameters(chunks, plan.layout)
+        count = count_sharded if plan.layout.sharding == "hsdp" else count_replicated
+        return DryRank(rank, stage, *sizes, held=count(chunks, plan))
 
 
 def check_buildable(plan: Plan) -> None:
@@ -96,151 +89,47 @@ def check_buildable(plan: Plan) -> None:
             f"--verify builds Trinity's presets, and --preset {plan.model.name} is none. Remedy: "
             "drop --verify."
         )
-    if plan.layout.sharding != "ddp" or plan.layout.fp8_recipe or plan.layout.moment_bytes != 4:
+    if plan.layout.fp8_recipe or plan.layout.moment_bytes != 4:
         raise UserError(
-            "--verify builds Megatron's DDP with bf16 weights and fp32 state only. Remedy: drop "
-            "--verify, or --use-megatron-fsdp, --fp8-format and --exp-avg-dtype."
+            "--verify builds bf16 weights and fp32 state only: FP8 weights and the bf16 moments of "
+            "--exp-avg-dtype are Transformer Engine's. Remedy: drop --verify, or --fp8-format, "
+            "--fp8-recipe and --exp-avg-dtype."
         )
 
 
-@contextmanager
-def dry_rank(layout: Layout, rank: int) -> Iterator[None]:
-    """This process as one rank of a world without a network."""
-    torch.distributed.init_process_group(
-        "fake", store=FakeStore(), rank=rank, world_size=layout.world_size
-    )
-    chunks = layout.num_virtual_stages
-    try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor_model_parallel_size,
-            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-            context_parallel_size=layout.context_parallel_size,
-            expert_model_parallel_size=layout.expert_model_parallel_size,
-            expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-            create_gloo_process_groups=False,
-        )
-        model_parallel_cuda_manual_seed(1)
-        with replaced("torch.distributed:all_gather_object", lambda _: _gather_own_object):
-            yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-        gc.collect()
-
-
-def _gather_own_object(gathered: list[Any], own: Any, group: Any = None) -> None:
-    """Every rank of a dry world has what this one has."""
-    gathered[:] = [own] * len(gathered)
-
-
-def _build_chunks(plan: Plan) -> list[GPTModel]:
-    layout, count = plan.layout, plan.layout.num_virtual_stages
-    config = trinity_preset(
-        plan.model.name,
-        transformer_impl="local",
-        params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16,
-        bf16=True,
-        moe_grouped_gemm=True,
-        sequence_parallel=layout.tensor_model_parallel_size > 1,
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=count if count > 1 else None,
-        context_parallel_size=layout.context_parallel_size,
-        expert_model_parallel_size=layout.expert_model_parallel_size,
-        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-    )
-    stages: Sequence[int | None] = range(count) if count > 1 else (None,)
-    return [_build_chunk(config, layout, stage) for stage in stages]
-
-
-def _build_chunk(config: TrinityConfig, layout: Layout, vp_stage: int | None) -> GPTModel:
-    return GPTModel(
-        config,
-        get_trinity_layer_spec(config, vp_stage=vp_stage),
-        vocab_size=config.vocab_size,
-        max_sequence_length=layout.seq_length,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-        pre_process=parallel_state.is_pipeline_first_stage(
-            ignore_virtual=vp_stage is None, vp_stage=vp_stage
-        ),
-        post_process=parallel_state.is_pipeline_last_stage(
-            ignore_virtual=vp_stage is None, vp_stage=vp_stage
-        ),
-        vp_stage=vp_stage,
-    )
-
-
-def _wrap(chunk: GPTModel, layout: Layout) -> DistributedDataParallel:
-    """Megatron's DDP around a chunk, with a training's buffers."""
-    separate_muon_buffers([chunk])
-    settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=layout.grad_reduce_bytes == 4,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=True,
-    )
-    return DistributedDataParallel(chunk.config, settings, chunk)
-
-
-def _build_optimizer(chunks: list[DistributedDataParallel], kind: str) -> Any:
-    settings = OptimizerConfig(
-        optimizer=kind,
-        lr=1e-3,
-        bf16=True,
-        use_distributed_optimizer=True,
-        muon_scale_mode="shape_scaling",
-        muon_tp_mode="duplicated",
-    )
-    with registered_muon(MuonSettings(use_gloo_process_groups=False)):
-        chain = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
-    for part in chain.chained_optimizers:
-        part.init_state_fn(part.optimizer, part.config)
-    return chain
-
-
-def _count(chunks: list[DistributedDataParallel], chain: Any, rank: int) -> DryRank:
-    named = [item for chunk in chunks for item in chunk.module.named_parameters()]
+def _count_parameters(chunks: list[GPTModel], layout: Layout) -> tuple[int, int, int]:
+    """Elements of the rank that are no experts', of its experts, and of its stage."""
+    named = [item for chunk in chunks for item in chunk.named_parameters()]
     experts = sum(param.numel() for name, param in named if ".mlp.experts." in name)
-    tensors = [param for _, param in named]
-    tensors += [buffer for chunk in chunks for buffer in chunk.module.buffers()]
-    buffers = [b for c in chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
-    state: list[Tensor] = []
-    for part in chain.chained_optimizers:
-        inner = part.optimizer
-        state += [param for group in inner.param_groups for param in group["params"]]
-        for values in inner.state.values():
-            state += [v for v in values.values() if isinstance(v, Tensor) and v.dim() > 0]
-    return DryRank(
-        rank=rank,
-        stage=parallel_state.get_pipeline_model_parallel_rank(),
-        dense=sum(param.numel() for _, param in named) - experts,
-        experts=experts,
-        weights=sum(tensor.nbytes for tensor in tensors),
-        gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
-        optimizer=sum(tensor.nbytes for tensor in state),
-    )
+    others = [param for name, param in named if ".mlp.experts." not in name]
+    divided = sum(p.numel() for p in others if getattr(p, "tensor_model_parallel", False))
+    dense = sum(param.numel() for param in others)
+    expert_ranks = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
+    of_stage = dense + (layout.tensor_model_parallel_size - 1) * divided + expert_ranks * experts
+    return dense, experts, of_stage
 
 
 def count_model(layout: Layout, ranks: Sequence[DryRank]) -> int:
-    """Elements of the whole model: what one rank of each stage has, times those with other parts.
-
-    Tensor-parallel ranks share norms, routers and expert biases, so this wants TP 1.
+    """Elements of the whole model, from one rank of each stage.
 
     Args:
-        layout: Of the world, without tensor parallelism.
+        layout: Of the world.
         ranks: At least one of each stage; those of a stage must be alike.
     """
-    assert layout.tensor_model_parallel_size == layout.expert_tensor_parallel_size == 1
-    sizes = {rank.stage: (rank.dense, rank.experts) for rank in ranks}
-    assert all(sizes[rank.stage] == (rank.dense, rank.experts) for rank in ranks)
+    sizes = {rank.stage: rank.of_stage for rank in ranks}
+    assert all(sizes[rank.stage] == rank.of_stage for rank in ranks)
     assert len(sizes) == layout.pipeline_model_parallel_size
-    return sum(dense + layout.expert_model_parallel_size * own for dense, own in sizes.values())
+    return sum(sizes.values())
+
+
+def planned_parameters(model: ModelDescription) -> int:
+    """Elements of a Trinity model by the planner's arithmetic, with a bias for each expert."""
+    shapes = list_shapes(model, Layout(world_size=1), 0)
+    return sum(count_elements(shapes)) + model.num_moe_layers * model.num_moe_experts
 
 
 def planned_terms(memory: StageMemory) -> dict[str, float]:
-    """Of a plan, what a dry rank counts."""
+    """Of a plan, what a dry rank counts, by the names of `HeldBytes`."""
     terms = memory.terms
     return {
         "weights": terms["weights"],
@@ -255,11 +144,13 @@ class Verification:
 
     Attributes:
         lines: For a terminal.
-        worst: Largest difference, relative to what was counted.
+        worst: Largest difference of a term, relative to what was counted.
+        holds: Whether it is small, and the ranks add up to the model.
     """
 
     lines: list[str]
     worst: float
+    holds: bool
 
 
 def verify_plan(plan: Plan) -> Verification:
@@ -269,20 +160,27 @@ def verify_plan(plan: Plan) -> Verification:
         UserError: The plan cannot be built.
     """
     check_buildable(plan)
-    ranks, lines, worst = [], [], 0.0
-    for number in sample_ranks(plan.layout):
-        rank = build_rank(plan, number)
-        ranks.append(rank)
+    ranks = [build_rank(plan, number) for number in sample_ranks(plan.layout)]
+    lines, differences = [], []
+    for rank in ranks:
         words = []
         for name, planned in planned_terms(plan.memory[rank.stage]).items():
-            counted = getattr(rank, name)
-            difference = planned / counted - 1
-            worst = max(worst, abs(difference))
-            words.append(f"{name} {counted / GIB:.3f} GiB (plan {100 * difference:+.2f}%)")
+            counted = getattr(rank.held, name)
+            differences.append(planned / counted - 1)
+            words.append(f"{name} {counted / GIB:.3f} GiB (plan {100 * differences[-1]:+.2f}%)")
+        whole = " before they are sharded" if plan.layout.sharding == "hsdp" else ""
         lines.append(
-            f"  rank {number}, stage {rank.stage}: {rank.dense + rank.experts:,} parameters, "
-            + ", ".join(words)
+            f"  rank {rank.rank:,}, stage {rank.stage}: {rank.dense + rank.experts:,} parameters"
+            f"{whole}, {', '.join(words)}"
         )
-    if plan.layout.tensor_model_parallel_size == 1:
-        lines.append(f"  the model: {count_model(plan.layout, ranks):,} parameters")
-    return Verification([f"{len(ranks)} ranks, built without memory:", *lines], worst)
+    worst = max(map(abs, differences))
+    counted, planned = count_model(plan.layout, ranks), planned_parameters(plan.model)
+    holds = worst <= TOLERANCE and counted == planned
+    lines = [
+        f"{len(ranks)} of {plan.layout.world_size:,} ranks, built without memory:",
+        *lines,
+        f"  the model: {counted:,} parameters (plan {planned:,})",
+        f"  {'as planned' if holds else 'NOT as planned'}: the largest difference of a term is "
+        f"{100 * worst:.2f}%",
+    ]
+    return Verification(lines, worst, holds)

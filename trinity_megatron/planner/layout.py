@@ -94,6 +94,11 @@ class Layout:
         return self.micro_batch_size * self.seq_length // self.context_parallel_size
 
     @property
+    def num_replicas(self) -> int:
+        """Groups of ranks that each hold all shards of HSDP; 1 without it."""
+        return self.dense_ranks // self.shard_size if self.sharding == "hsdp" else 1
+
+    @property
     def state_ranks(self) -> tuple[int, int]:
         """Ranks that share the optimizer's state of the experts, and of the rest."""
         if self.sharding == "ddp" or self.outer_shard:
@@ -112,7 +117,7 @@ class Layout:
         if self.expert_tensor_parallel_size > 1:
             words.append(f"ETP{self.expert_tensor_parallel_size}")
         if self.sharding == "hsdp":
-            words = [f"HSDP {self.shard_size} x {self.dense_ranks // self.shard_size}", *words[2:]]
+            words = [f"HSDP {self.shard_size} x {self.num_replicas}", *words[2:]]
         words.append(f"MBS{self.micro_batch_size}")
         if self.recompute != "none":
             words.append(f"{self.recompute} recompute")

@@ -12,9 +12,10 @@ import contextlib
 import os
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any
 
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.rank import (
@@ -25,6 +26,7 @@ from trinity_megatron.process.rank import (
 )
 from trinity_megatron.process.screen import tell, tell_once
 
+_TRAINING = "megatron.training.training"
 # What Megatron's defaults need a GPU, or NVIDIA's extensions, for.
 CPU_FLAGS = (
     "--distributed-backend=gloo",
@@ -90,9 +92,34 @@ def training_without_cuda() -> Iterator[None]:
     from trinity_megatron.upstream.registry import replaced
 
     # pretrain() never passes allow_no_cuda on.
-    initialize = "megatron.training.training:initialize_megatron"
-    with replaced(initialize, lambda before: partial(before, allow_no_cuda=True)), host_in_worker():
+    initialize = f"{_TRAINING}:initialize_megatron"
+    iterators = f"{_TRAINING}:build_train_valid_test_data_iterators"
+    with (
+        replaced(initialize, lambda before: partial(before, allow_no_cuda=True)),
+        replaced(iterators, _leave_generator_as_loaded),
+        host_in_worker(),
+    ):
         yield
+
+
+def _leave_generator_as_loaded(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Build data iterators without moving the host's generator.
+
+    Each of torch's data loaders draws a seed for its workers from it.  On a CPU it is the generator
+    of dropout too, which has just been loaded: a resumed run would drop other activations.
+    """
+
+    @wraps(build)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        state = torch.get_rng_state()
+        try:
+            return build(*args, **kwargs)
+        finally:
+            torch.set_rng_state(state)
+
+    return wrapper
 
 
 def main(arguments: Sequence[str]) -> None:

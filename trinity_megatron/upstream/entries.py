@@ -15,6 +15,7 @@ _TORCH_DIST = "megatron.core.dist_checkpointing.strategies.torch:TorchDistLoadSh
 _FSDP = "megatron.core.distributed.fsdp"
 _ADAPTER = f"{_FSDP}.mcore_fsdp_adapter"
 _MEGATRON_FSDP = f"{_FSDP}.src.megatron_fsdp.megatron_fsdp"
+_FSDP_BUFFER = f"{_FSDP}.src.megatron_fsdp.param_and_grad_buffer"
 _C10D = "torch.distributed.distributed_c10d"
 _ASYNC = "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller"
 
@@ -111,6 +112,12 @@ _ENTRIES = (
         f"{_TRAINING}:initialize_megatron",
         "pretrain() does not pass allow_no_cuda on",
         fingerprint="d9b467adcaed",
+    ),
+    Replacement(
+        f"{_TRAINING}:build_train_valid_test_data_iterators",
+        "on a CPU the seeds that data loaders draw do not move the generator of dropout, which a "
+        "resume has just loaded",
+        fingerprint="d12ed278f953",
     ),
     # Stragglers (`--log-straggler`).
     Replacement(
@@ -373,6 +380,15 @@ _ENTRIES = (
     Replacement(
         "torch.distributed:all_gather_object",
         "a rank of a world without a network answers for all: with what it has itself",
+    ),
+    Replacement(
+        "torch.distributed.device_mesh:DeviceMesh.mesh",
+        "the ranks of a mesh are numbers where other tensors have no data",
+    ),
+    Replacement(
+        f"{_FSDP_BUFFER}:validate_uneven_dtensor",
+        "a rank of a world without a network cannot compare its shards with those of others",
+        fingerprint="4cd4ab78861f",
     ),
     # Task files of an evaluation, which run no program.
     Replacement(

@@ -1,6 +1,7 @@
 """``trinity-megatron plan``: what it prints, what it refuses, and that it comes at once."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,18 @@ def test_json_has_these_fields(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["days"] == pytest.approx(17e12 / balanced / 2048 / 86400, rel=1e-3)
     assert main([*LARGE, *EP32, "--json"]) == 0
     assert "days" not in json.loads(capsys.readouterr().out)
+
+
+def test_verify_builds_ranks_and_compares(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["plan", "--preset", "tiny", "--gpus", "8", "--gpu", "b300", "--micro-batch-size", "1"]
+    assert main([*tiny, "--expert-model-parallel-size", "2", "--json", "--verify"]) == 0
+    printed = capsys.readouterr()
+    assert "layout" in json.loads(printed.out)  # the comparison is on the other stream
+    ranks = re.findall(r"^  rank (\d+), stage 0: .* optimizer .* \(plan", printed.err, re.MULTILINE)
+    assert ranks == ["0", "4", "7"]
+    counted, planned = re.findall(r"the model: (\S+) parameters \(plan (\S+)\)", printed.err)[0]
+    assert counted == planned
+    assert "  as planned: the largest difference of a term is 0." in printed.err
 
 
 def test_text_names_what_binds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ def arguments(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_layer_wise_distributed_optimizer": True}, "--use-distributed-optimizer, not dist"),
+        ({"use_layer_wise_distributed_optimizer": True}, "drop --use-distributed-optimizer, and"),
         ({"optimizer": "dist_muon"}, "take --optimizer muon --use-distributed-optimizer"),
         ({"use_distributed_optimizer": True, "ckpt_format": "torch"}, "drop --ckpt-format"),
         ({"fp8_param_gather": True}, "drop --fp8-param-gather"),

@@ -88,10 +88,8 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
                 shard = states[name] if name in states else torch.zeros_like(states["param"])
                 if is_loading:
                     shard = torch.empty_like(shard, device="cpu")
-                elif shard.device.type == "cpu" and not is_part_of_storage(shard):
-                    # An --async-save copies parts of a storage only, and shares the others with
-                    # its process, while the next steps go on.
-                    shard = shard.clone()
+                else:
+                    shard = unshared(shard)
                 boxes = shard_to_boxes(
                     described[param],
                     f"optimizer.state.{name}.{described[param].key}",
@@ -106,6 +104,35 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
                     for box in boxes:  # which --ckpt-fully-parallel-load sends on as they lie
                         box.data = box.data.contiguous()
         return found
+
+    def sharded_param_state_dp_reshardable(
+        self,
+        model_sharded_state_dict: dict[str, Any],
+        is_loading: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[Any, Any]:
+        """Megatron's default format: its buffers as they lie, and zeros where they have gaps.
+
+        Megatron fills the gaps with memory that nobody has written.
+
+        Args:
+            model_sharded_state_dict: Of the model.
+            is_loading: Whether the tensors are to be filled.
+            metadata: Megatron's.
+        """
+        state = super().sharded_param_state_dp_reshardable(
+            model_sharded_state_dict, is_loading, metadata
+        )
+        if is_loading:
+            return state
+        for number in range(len(self.gbuf_ranges)):
+            for part in (p for buckets in state[number].values() for b in buckets for p in b):
+                is_gap = part["padding"].obj
+                for tensor in part.values():
+                    if isinstance(tensor, ShardedTensor):
+                        data = tensor.data.detach()
+                        tensor.data = data.zero_() if is_gap else unshared(data)
+        return state
 
     @torch.no_grad()
     def load_parameter_state_from_fully_reshardable(
@@ -142,9 +169,11 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
                     for param, ranges in bucket["param_map"].items():
                         yield param, ranges["param"].start
 
+    @torch.no_grad()  # a master of fp32 weights is a view of the weight, which Megatron writes into
     def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: Any) -> None:
-        # torch's AdamW has its step among the tensors; Megatron reads it from the groups instead.
-        super()._set_main_param_and_optimizer_states(model_param, {"step": None, **tensors})
+        # torch's AdamW has its step among the tensors.  It was loaded with the groups; in its
+        # dp_reshardable format Megatron passes the step of before the load on.
+        super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": None})
 
 
 class BufferEntry(NamedTuple):
@@ -215,6 +244,16 @@ def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
     values: list[Any] = [None] * group.size()
     torch.distributed.all_gather_object(values, value, group=group)
     return values
+
+
+def unshared(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where an ``--async-save`` would share it with its process.
+
+    Megatron copies to the host what is on a device, and of the host's tensors those that are a part
+    of a storage; the others it shares, while the next steps go on.
+    """
+    is_shared = tensor.device.type == "cpu" and not is_part_of_storage(tensor)
+    return tensor.clone() if is_shared else tensor
 
 
 def is_part_of_storage(tensor: Tensor) -> bool:
