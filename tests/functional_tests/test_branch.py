@@ -166,10 +166,7 @@ def test_an_export_says_where_it_comes_from_and_how_long_it_reads(
 def test_an_annealed_branch_is_better_than_its_parent(
     data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Validation loss of three seeds after 160 steps: at the plateau, and with 40 of them annealed.
-
-    docs/branches.md has what it prints.
-    """
+    """Validation loss of three seeds after 160 steps: at the plateau, and with 40 of them annealed."""
     folder = tmp_path_factory.mktemp("annealed")
     plateau = (
         "--train-iters 160 --lr-decay-style WSD --lr-wsd-decay-iters 1 --lr-warmup-fraction 0.1 "
@@ -187,7 +184,6 @@ def test_an_annealed_branch_is_better_than_its_parent(
         main, branch = (
             logs[f"{name}{seed}"].scalars("lm loss validation") for name in ("main", "branch")
         )
-        print(f"{seed}: {main[120]:.4f} at 120, {main[160]:.4f} at 160, annealed {branch[160]:.4f}")
         assert branch[160] < main[160] - 0.02
 
 
