@@ -166,7 +166,7 @@ def test_an_export_says_where_it_comes_from_and_how_long_it_reads(
 def test_an_annealed_branch_is_better_than_its_parent(
     data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Validation loss of three seeds after 160 steps: at the plateau, and with 40 of them annealed."""
+    """Three seeds: validation loss after 160 steps at the plateau, and with 40 of them annealed."""
     folder = tmp_path_factory.mktemp("annealed")
     plateau = (
         "--train-iters 160 --lr-decay-style WSD --lr-wsd-decay-iters 1 --lr-warmup-fraction 0.1 "
