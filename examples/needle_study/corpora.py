@@ -9,16 +9,22 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from haystacks import all_words, cut_texts, make_questions, read_texts, write_documents
+from haystacks import (
+    all_words,
+    cut_texts,
+    make_questions,
+    read_texts,
+    write_document,
+    write_documents,
+    write_list,
+)
 from results import GROUPS, LONG_LENGTH, SHORT_LENGTH, SIZES_NAME, task_name
 
 from trinity_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 
-VOCAB_SIZE, VALIDATION_FRACTION = 2560, 0.02
+TEXT_BYTES, VOCAB_SIZE, VALIDATION_FRACTION = 4_000_000, 1024, 0.02
 # Every so many-th text is held out, cut into pieces that fit into a short sequence.
 HELD_OUT, NUM_SHORT_TEXTS = 20, 100
-# Share of the tokens that are of documents with needles; the rest is text.
-NEEDLE_SHARE = 0.8
 _TASK = """\
 task: {name}
 dataset_path: json
@@ -27,7 +33,7 @@ test_split: test
 output_type: generate_until
 doc_to_text: "{{{{text}}}}"
 doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["."], max_gen_toks: 12, do_sample: false}}
+generation_kwargs: {{until: ["."], max_gen_toks: 4, do_sample: false}}
 filter_list:
   - name: number
     filter:
@@ -36,47 +42,61 @@ filter_list:
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 metadata: {{version: 1.0}}
 """
-_SHORT_MIXTURE = """\
+# By arm.  First to look a key up, then the needles among the noise.
+_MIXTURES = {
+    "short": """\
 corpora:
   text: {{path: text}}
-  needles: {{path: needles_{length}}}
-phases: [{{weights: {{text: {text:g}, needles: {needles:g}}}}}]
+  lists: {{path: lists}}
+  needles: {{path: needles_{short}}}
+phases:
+  - {{until: {first_tokens}, weights: {{text: 0.1, lists: 0.9}}}}
+  - {{weights: {{text: 0.3, lists: 0.2, needles: 0.5}}}}
 order: shuffled
-"""
-# As the report extends a context (3.5): long documents more often than short ones.
-_LONG_MIXTURE = """\
+""",
+    "continued": """\
 corpora:
-  text: {{path: text, length_bias: {bias}}}
-  needles: {{path: needles_{length}, length_bias: {bias}}}
-phases: [{{weights: {{text: {text:g}, needles: {needles:g}}}}}]
+  text: {{path: text}}
+  needles: {{path: needles_{short}}}
+phases: [{{weights: {{text: 0.3, needles: 0.7}}}}]
+order: shuffled
+""",
+    # As the report extends a context (3.5): long documents more often than short ones.
+    "extended": """\
+corpora:
+  text: {{path: text, length_bias: {{tokens: {long}}}}}
+  needles: {{path: needles_{long}, length_bias: {{tokens: {long}}}}}
+phases: [{{weights: {{text: 0.3, needles: 0.7}}}}]
 order: rsdb
 rsdb: {{documents: 64}}
-"""
+""",
+}
 
 
 def prepare_corpora(
     out: Path,
     *,
-    num_documents: tuple[int, int],
+    num_documents: tuple[int, int, int],
     num_questions: int,
+    first_tokens: int,
     environment: Mapping[str, str],
 ) -> None:
     """Write ``data`` and ``questions``, unless they are there.
 
     Args:
         out: Folder of the study.
-        num_documents: With needles, short and long ones.
+        num_documents: Lists, and documents with needles, short and long.
         num_questions: For each of the distances.
+        first_tokens: Of a run, that are lists.
         environment: Of the commands that prepare data.
     """
     data, questions = out / "data", out / "questions"
     if (questions / SIZES_NAME).is_file():
         return
-    num_short, num_long = num_documents
-    texts = read_texts()
+    num_lists, num_short, num_long = num_documents
+    texts = read_texts(TEXT_BYTES)
     training = [text for number, text in enumerate(texts) if number % HELD_OUT]
-    # The words of the needles several times, so that each of them gets a token.
-    tokenizer = train_tokenizer([*[all_words()] * 4, *training[::4]], vocab_size=VOCAB_SIZE)
+    tokenizer = train_tokenizer([all_words(), *training[::4]], vocab_size=VOCAB_SIZE)
     save_tokenizer(tokenizer, data / "tokenizer")
 
     def count_tokens(text: str) -> int:
@@ -84,17 +104,20 @@ def prepare_corpora(
 
     corpora = {
         "text": training,
+        "lists": write_documents(
+            num_lists, write_list, lambda _: SHORT_LENGTH - 1, count_tokens, seed=3
+        ),
         # Documents that are as long as a sequence with their end, so that none is cut.
         f"needles_{SHORT_LENGTH}": write_documents(
-            num_short, lambda _: SHORT_LENGTH - 1, count_tokens, seed=1
+            num_short, write_document, lambda _: SHORT_LENGTH - 1, count_tokens, seed=1
         ),
         f"needles_{LONG_LENGTH}": write_documents(
-            num_long, _draw_long_length, count_tokens, seed=2
+            num_long, write_document, _draw_long_length, count_tokens, seed=2
         ),
     }
     for name, documents in corpora.items():
         _prepare(data / name, documents, data / "tokenizer", environment)
-    _write_mixtures(data)
+    _write_mixtures(data, first_tokens)
     _write_questions(questions, texts[::HELD_OUT], count_tokens, num_questions)
 
 
@@ -116,12 +139,10 @@ def _prepare(
     subprocess.run(command, env=dict(environment), check=True)
 
 
-def _write_mixtures(data: Path) -> None:
-    shares = {"text": 1 - NEEDLE_SHARE, "needles": NEEDLE_SHARE}
-    bias = f"{{tokens: {LONG_LENGTH}}}"
-    short = _SHORT_MIXTURE.format(length=SHORT_LENGTH, **shares)
-    (data / "short.yaml").write_text(short)
-    (data / "long.yaml").write_text(_LONG_MIXTURE.format(length=LONG_LENGTH, bias=bias, **shares))
+def _write_mixtures(data: Path, first_tokens: int) -> None:
+    for arm, mixture in _MIXTURES.items():
+        text = mixture.format(short=SHORT_LENGTH, long=LONG_LENGTH, first_tokens=first_tokens)
+        (data / f"{arm}.yaml").write_text(text)
 
 
 def _write_questions(

@@ -38,11 +38,11 @@ from results import GROUPS as DISTANCES
 from study import positive
 
 _CLI = [sys.executable, "-m", "trinity_megatron.cli"]
-# Tokens of a batch, at either length.
-BATCH_TOKENS = 4096
+# Tokens of a batch: many small ones before, then one long sequence.
+BATCH_TOKENS = {"short": 2048, "continued": 4096, "extended": 4096}
 # Of Muon, and of AdamW for embedding, head and norms.  The extension follows the report (3.5) for
 # Nano and Mini: up again to a tenth of the peak, then linearly to 0.
-PEAK, DECOUPLED_PEAK = 2e-2, 1.2e-2
+PEAK, DECOUPLED_PEAK = 1e-2, 3e-3
 MODEL = """
     --preset tiny --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 4
     --num-query-groups 2 --kv-channels 32 --window-size 63,0 --global-attn-every-n-layers 2
@@ -77,6 +77,7 @@ def extend(args: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
         args.out,
         num_documents=tuple(args.documents),
         num_questions=args.questions,
+        first_tokens=args.list_steps * BATCH_TOKENS["short"],
         environment=_environment(),
     )
     first = [make_job("short", seed, args, megatron_flags) for seed in _seeds(args)]
@@ -110,11 +111,18 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/needle_study"), metavar="DIR")
     add("--seeds", type=positive, default=1, metavar="N", help="(%(default)s)")
-    add("--steps", type=positive, default=900, metavar="N", help="before (%(default)s)")
+    add("--steps", type=positive, default=1000, metavar="N", help="before (%(default)s)")
+    add(
+        "--list-steps",
+        type=positive,
+        default=400,
+        metavar="N",
+        help="of these on lists (%(default)s)",
+    )
     add(
         "--extension-steps",
         type=positive,
-        default=200,
+        default=100,
         metavar="N",
         help="of the extension (%(default)s)",
     )
@@ -128,10 +136,10 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--documents",
         type=positive,
-        nargs=2,
-        default=(8000, 800),
-        metavar=("SHORT", "LONG"),
-        help="with needles, to train on (%(default)s)",
+        nargs=3,
+        default=(1600, 2600, 400),
+        metavar=("LISTS", "SHORT", "LONG"),
+        help="to train on: lists, and with needles short and long ones (%(default)s)",
     )
     study.add_jobs_flag(parser)
     parser.set_defaults(jobs=1)
@@ -140,11 +148,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def make_job(arm: str, seed: int, args: argparse.Namespace, megatron_flags: Sequence[str]) -> Job:
     """The run of an arm."""
-    flags = f"{MODEL} --nproc 1 --seed {seed} --log-interval 10 --tensorboard-log-interval 10"
-    flags += f" {_length(arm)} {_schedule(arm, args)}"
+    flags = f"{MODEL} {_length(arm)} {_schedule(arm, args)} --nproc 1 --seed {seed}"
+    flags += " --log-interval 10 --tensorboard-log-interval 10 --save-interval 100 --keep-last 1"
     own = [*flags.split(), "--wandb-project", "", "--dataloader-inter-document-masking"]
-    data = "long" if ARMS[arm].is_long else "short"
-    own += ["--data", str(args.out / "data" / f"{data}.yaml"), "--eval-iters", "0"]
+    own += ["--data", str(args.out / "data" / f"{arm}.yaml"), "--eval-iters", "0"]
     if arm != "short":
         parent = run_folder(args.out, "short", seed) / "checkpoints"
         own += ["--pretrained-checkpoint", str(parent)]
@@ -153,7 +160,7 @@ def make_job(arm: str, seed: int, args: argparse.Namespace, megatron_flags: Sequ
 
 def _length(arm: str) -> str:
     length = LONG_LENGTH if ARMS[arm].is_long else SHORT_LENGTH
-    size = BATCH_TOKENS // length
+    size = BATCH_TOKENS[arm] // length
     return (
         f"--seq-length {length} --max-position-embeddings {length} --global-batch-size {size} "
         f"--micro-batch-size {size}"

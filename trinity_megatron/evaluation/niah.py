@@ -19,16 +19,16 @@ NUM_KEYS = 4
 MAX_NEW_TOKENS = 32
 _DIGITS = 7
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-BEFORE = (
+_BEFORE = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the numbers afterwards.\n"
 )
-NEEDLE = "One of the special magic numbers for {key} is: {value}."
-QUESTION = (
+_NEEDLE = "One of the special magic numbers for {key} is: {value}."
+_QUESTION = (
     "\nWhat is the special magic number for {key} mentioned in the provided text? The special "
     "magic number for {key} mentioned in the provided text is"
 )
-_FIRST_WORDS = (
+FIRST_WORDS = (
     "able",
     "bright",
     "calm",
@@ -50,7 +50,7 @@ _FIRST_WORDS = (
     "silver",
     "tall",
 )
-_SECOND_WORDS = (
+SECOND_WORDS = (
     "anchor",
     "basket",
     "candle",
@@ -72,7 +72,6 @@ _SECOND_WORDS = (
     "temple",
     "window",
 )
-NUM_KEYS_IN_ALL = len(_FIRST_WORDS) * len(_SECOND_WORDS)
 
 
 @dataclass(frozen=True)
@@ -110,25 +109,15 @@ def make_samples(
     ]
 
 
-def draw_needles(choice: random.Random, number: int) -> tuple[list[str], list[int]]:
-    """Distinct keys, and a distinct number of seven digits for each.
-
-    Args:
-        choice: Draws them.
-        number: How many.
-    """
-    keys = choice.sample([f"{a}-{b}" for a in _FIRST_WORDS for b in _SECOND_WORDS], number)
-    return keys, choice.sample(range(10 ** (_DIGITS - 1), 10**_DIGITS), number)
-
-
 def _make_sample(choice: random.Random, num_lines: int) -> Sample:
-    keys, values = draw_needles(choice, NUM_KEYS)
+    keys = choice.sample([f"{a}-{b}" for a in FIRST_WORDS for b in SECOND_WORDS], NUM_KEYS)
+    values = choice.sample(range(10 ** (_DIGITS - 1), 10**_DIGITS), NUM_KEYS)
     places = sorted(choice.randint(0, num_lines) for _ in keys)
     lines = [NOISE] * num_lines
     for before, (place, key, value) in enumerate(zip(places, keys, values, strict=True)):
-        lines.insert(place + before, NEEDLE.format(key=key, value=value))
+        lines.insert(place + before, _NEEDLE.format(key=key, value=value))
     asked = choice.randrange(NUM_KEYS)
-    text = BEFORE + "\n".join(lines) + QUESTION.format(key=keys[asked])
+    text = _BEFORE + "\n".join(lines) + _QUESTION.format(key=keys[asked])
     return Sample(text, str(values[asked]), places[asked] / max(num_lines, 1))
 
 
