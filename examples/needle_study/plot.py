@@ -77,7 +77,7 @@ def _draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
         differences = [run.loss - base[run.seed] for run in runs if run.arm == arm]
         axis.plot([number] * len(differences), differences, "o", color=COLORS[arm])
     axis.axhline(MAX_LOSS, color="#374151", linewidth=0.8, linestyle="--")
-    axis.set_xticks(range(len(arms)), ["before", "went on", "extended"][: len(arms)])
+    axis.set_xticks(range(len(arms)), [ARMS[arm].short_label for arm in arms])
     axis.set_xlim(-0.5, len(arms) - 0.5)
     axis.set_ylabel("loss on short text, minus before (nats)")
 

@@ -17,17 +17,19 @@ class Arm(NamedTuple):
 
     Attributes:
         label: In tables and pictures.
+        short_label: Below an axis.
         is_long: Whether it is trained with sequences of the long length.
     """
 
     label: str
+    short_label: str
     is_long: bool
 
 
 ARMS = {
-    "short": Arm("before", False),
-    "continued": Arm("went on at the short length", False),
-    "extended": Arm("extended", True),
+    "short": Arm("before", "before", False),
+    "continued": Arm("went on at the short length", "went on", False),
+    "extended": Arm("extended", "extended", True),
 }
 SHORT_LENGTH, LONG_LENGTH = 512, 4096
 # Longest question of a group, in tokens.  The needle lies more than the length before it away.

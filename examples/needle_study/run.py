@@ -15,7 +15,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,9 +42,9 @@ _CLI = [sys.executable, "-m", "trinity_megatron.cli"]
 BATCH_TOKENS = {"short": 2048, "continued": 4096, "extended": 4096}
 # Of Muon, and of AdamW for embedding, head and norms.  The extension follows the report (3.5) for
 # Nano and Mini: up again to a tenth of the peak, then linearly to 0.
-PEAK, DECOUPLED_PEAK = 1e-2, 3e-3
+PEAK, DECOUPLED_PEAK = 2e-2, 6e-3
 MODEL = """
-    --preset tiny --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 4
+    --preset tiny --num-layers 2 --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 4
     --num-query-groups 2 --kv-channels 32 --window-size 63,0 --global-attn-every-n-layers 2
     --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 64
     --moe-shared-expert-intermediate-size 64
@@ -80,13 +80,9 @@ def extend(args: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
         first_tokens=args.list_steps * BATCH_TOKENS["short"],
         environment=_environment(),
     )
-    first = [make_job("short", seed, args, megatron_flags) for seed in _seeds(args)]
-    then = [
-        make_job(arm, seed, args, megatron_flags)
-        for seed in _seeds(args)
-        for arm in ("extended", "continued")
-    ]
-    for jobs in (first, then):  # the second ones begin where the first ones end
+    arms = [arm for arm in ARMS if arm in {"short", *args.arms}]
+    for arm in arms:  # the first one is where the others begin
+        jobs = [make_job(arm, seed, args, megatron_flags) for seed in _seeds(args)]
         study.train_all(
             jobs,
             num_at_once=args.jobs,
@@ -96,7 +92,7 @@ def extend(args: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
         )
         for job in jobs:
             evaluate(job, args)
-    runs = [read_run(args.out, arm, seed) for arm in ARMS for seed in _seeds(args)]
+    runs = [read_run(args.out, arm, seed) for arm in arms for seed in _seeds(args)]
     table = write_results(runs, args.out, settings=study.settings_of(args))
     files = [args.out / "results.md", args.out / "results.json", draw_study(runs, args.out)]
     print("\n" + table + "\n\n" + "\n".join(map(str, files)))
@@ -110,12 +106,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/needle_study"), metavar="DIR")
+    add("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
     add("--seeds", type=positive, default=1, metavar="N", help="(%(default)s)")
     add("--steps", type=positive, default=1000, metavar="N", help="before (%(default)s)")
     add(
         "--list-steps",
         type=positive,
-        default=400,
+        default=600,
         metavar="N",
         help="of these on lists (%(default)s)",
     )
@@ -194,8 +191,8 @@ def evaluate(job: Job, args: argparse.Namespace) -> None:
         subprocess.run(command, env=_environment(), stdout=log, stderr=log, check=True)
 
 
-def _seeds(args: argparse.Namespace) -> Iterator[int]:
-    return iter(range(1, args.seeds + 1))
+def _seeds(args: argparse.Namespace) -> range:
+    return range(1, args.seeds + 1)
 
 
 def _environment() -> dict[str, str]:
