@@ -22,6 +22,7 @@ from results import (
 )
 
 from trinity_megatron.errors import UserError
+from trinity_megatron.evaluation.niah import NUM_KEYS
 
 # Okabe and Ito's colours, which the common kinds of colour blindness tell apart.
 COLORS = {"short": "#D55E00", "continued": "#E69F00", "extended": "#0072B2"}
@@ -62,6 +63,8 @@ def _draw_retrieval(axis: Axes, runs: Sequence[Run]) -> None:
         for run in own if len(own) > 1 else ():
             axis.plot(left, [run.rate(group) for group in GROUPS], ".", color="black", ms=4)
     axis.axhline(GOAL, color="#374151", linewidth=0.8, linestyle="--")
+    # What a model reaches that gives any of the numbers it has read.
+    axis.axhline(1 / NUM_KEYS, color="#374151", linewidth=0.8, linestyle=":")
     axis.axvline(GROUPS.index(SHORT_LENGTH) + 0.5, color="#9ca3af", linewidth=0.8)
     axis.set_xticks(places, [describe_group(group) for group in GROUPS])
     axis.set_xlabel("tokens from the needle to the answer")

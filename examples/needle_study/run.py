@@ -126,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--questions",
         type=positive,
-        default=100,
+        default=50,
         metavar="N",
         help="for each of the distances (%(default)s)",
     )
