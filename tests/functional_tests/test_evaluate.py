@@ -118,8 +118,9 @@ def evaluate(runs: SimpleNamespace, name: str, *flags: str) -> dict[str, Any]:
     out = runs.folder / name
     text = run_command(
         *("trinity_megatron.cli", "evaluate", "--load", runs.folder / "saved" / "checkpoints"),
-        *("--tasks", TASKS, "--data", runs.tasks, "--batch-size", "4", "--out", out),
+        *("--tasks", TASKS, "--data", runs.tasks.name, "--batch-size", "4", "--out", out),
         *flags,
+        cwd=runs.folder,
     )
     found = json.loads((out / "evaluation" / f"{STEPS}.json").read_text())
     assert f"|{'local_quiz'}" in text and "Stderr" in text

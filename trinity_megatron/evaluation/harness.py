@@ -142,7 +142,7 @@ class _LoadedTasks(TaskManager):
 
     def __init__(self, choice: TaskChoice, max_length: int) -> None:
         with _quiet_harness(), plain_task_files():
-            super().__init__(include_path=None if choice.data is None else str(choice.data))
+            super().__init__(include_path=choice.data and str(choice.data.absolute()))
         self._loaded: Any = None
         self.specs: list[Any] = list(self._specs(choice))
         with contextlib.chdir(choice.data or "."), _quiet_harness(), plain_task_files():
