@@ -79,7 +79,7 @@ def find_spoilt(model: Any, optimizer: Any) -> tuple[list[str], Tensor]:
     if all(tensor.device.type == "cpu" for tensor in checked):
         largest = largest_magnitudes(checked)
     else:
-        largest = torch._foreach_norm(checked, float("inf"))
+        largest = list(torch._foreach_norm(checked, float("inf")))
     # States may lie on the host.
     return names, ~torch.stack([norm.to(device, torch.float32) for norm in largest]).isfinite()
 
