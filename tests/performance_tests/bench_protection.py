@@ -20,8 +20,8 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -45,6 +45,16 @@ CONTENDERS = {
     "--log-straggler": ["--log-straggler"],
 }
 _UNFLAGGED = ("FiniteCheck", "GradientCheck", "HangWatchdog", "HeartbeatWriter", "SaveErrors")
+# What a step calls of them and of those that have flags, whose time is added up too.
+_FLAGGED = ("ReplicaCheck", "SpikeSkipping", "Straggler")
+_HOOKS = (
+    "on_train_step_start",
+    "on_train_step_end",
+    "on_checkpoint_finalize_end",
+    "begin",
+    "should_skip",
+    "report",
+)
 
 
 @dataclass(frozen=True)
@@ -102,9 +112,38 @@ def taking_turns(turns: Turns, marks: list[tuple[float, float, float]]) -> Any:
     return Taking()
 
 
-@contextmanager
-def prepared(taking: Any, *, is_protected: bool) -> Iterator[Any]:
-    """The module of the training's entry, whose loop has the callback."""
+def add_up(callback: Any, spent: Counter[str]) -> None:
+    """Add up the processor seconds of this thread in the hooks of a callback, by its name."""
+    name = type(callback).__name__
+    for hook in _HOOKS if name in (*_UNFLAGGED, *_FLAGGED) else ():
+        if hasattr(callback, hook):
+            setattr(callback, hook, adding(getattr(callback, hook), spent, name))
+    if name == "Straggler":  # it looks at the clock before and after each wait for other ranks
+        marks = callback._clock._marks
+        marks.now = adding(marks.now, spent, "clocks of Straggler")
+
+
+def adding(hook: Callable[..., Any], spent: Counter[str], name: str) -> Callable[..., Any]:
+    """A hook whose processor seconds are added up."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        start = time.thread_time()
+        try:
+            return hook(*args, **kwargs)
+        finally:
+            spent[name] += time.thread_time() - start
+
+    return wrapper
+
+
+def prepare(taking: Any, spent: Counter[str], *, is_protected: bool) -> Any:
+    """The module of the training's entry, whose loop has the callback.
+
+    Args:
+        taking: The callback.
+        spent: Gets the processor seconds in the hooks of what protects the run.
+        is_protected: Whether to leave in what has no flag.
+    """
     from trinity_megatron.process.watchdog import Watchdog
     from trinity_megatron.training import pretrain
 
@@ -112,12 +151,14 @@ def prepared(taking: Any, *, is_protected: bool) -> Iterator[Any]:
 
     def with_turns(callbacks: Sequence[Any]) -> Any:
         kept = [c for c in callbacks if is_protected or type(c).__name__ not in _UNFLAGGED]
+        for callback in kept:
+            add_up(callback, spent)
         return around([taking, *kept])
 
     pretrain.callbacks_in_training_loop = with_turns
     if not is_protected:
         Watchdog.start = lambda self: None
-    yield pretrain
+    return pretrain
 
 
 def run_rank(number: int, folder: str, data: str, count: int, barrier: Any) -> None:
@@ -138,15 +179,16 @@ def run_rank(number: int, folder: str, data: str, count: int, barrier: Any) -> N
         "gloo", init_method=f"file://{folder}/store.{place}", rank=rank, world_size=RANKS
     )
     marks: list[tuple[float, float, float]] = []
+    spent: Counter[str] = Counter()
     sys.argv = ["train", *RECIPE, "--data", data, "--out", str(out), *CONTENDERS[name]]
     sys.argv += ["--train-iters", "100000", "--exit-interval", str(count + 1)]
     taking = taking_turns(Turns(place, count, barrier), marks)
     try:
-        with prepared(taking, is_protected=name == "everything") as pretrain:
-            pretrain.main()
+        prepare(taking, spent, is_protected=name == "everything").main()
     except SystemExit as end:
         assert not end.code, end.code
     Path(folder, f"marks.{place}.{rank}").write_text(json.dumps(marks))
+    Path(folder, f"spent.{place}.{rank}").write_text(json.dumps(spent))
 
 
 def blocks_of(marks: Sequence[tuple[float, float, float]]) -> list[tuple[float, float]]:
@@ -161,8 +203,15 @@ def blocks_of(marks: Sequence[tuple[float, float, float]]) -> list[tuple[float, 
     return [(sum(seconds[at : at + INTERVAL]), sum(cpu[at : at + INTERVAL])) for at in starts]
 
 
-def measure(num_blocks: int, folder: Path, data: Path) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of each block, and processor seconds of both ranks, for each contender."""
+def measure(
+    num_blocks: int, folder: Path, data: Path
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
+    """Run the contenders.
+
+    Returns:
+        Seconds of each block, and processor seconds of both ranks, for each contender; processor
+        seconds of rank 0 in the hooks of what protects a run, in a step.
+    """
     import torch
 
     count = WARM_UP + INTERVAL * num_blocks + 1
@@ -182,10 +231,12 @@ def measure(num_blocks: int, folder: Path, data: Path) -> dict[str, list[tuple[f
         found[name] = [
             (max(s for s, _ in each), sum(c for _, c in each)) for each in zip(*ranks, strict=True)
         ]
-    return found
+    place = list(CONTENDERS).index("everything")
+    spent = json.loads(Path(folder, f"spent.{place}.0").read_text())
+    return found, {name: seconds / count for name, seconds in spent.items()}
 
 
-def report(found: dict[str, list[tuple[float, float]]]) -> str:
+def report(found: dict[str, list[tuple[float, float]]], spent: dict[str, float]) -> str:
     """The figures as a Markdown page."""
     import torch
 
@@ -215,6 +266,15 @@ def report(found: dict[str, list[tuple[float, float]]]) -> str:
             low, middle, high = statistics.quantiles(ratios, n=4)
             cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Of it in the hooks, on rank 0, in processor milliseconds a step (a comparison of the "
+        f"replicas every {INTERVAL} steps and of the ranks' work among them):",
+        "",
+        "| " + " | ".join(spent) + " |",
+        "|---" * len(spent) + "|",
+        "| " + " | ".join(f"{seconds * 1e3:.2f}" for seconds in spent.values()) + " |",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -237,7 +297,7 @@ def main() -> None:
         if options.data is None:
             sources = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-f]*.py"))
             prepare_data(data, sources, vocab_size=4096)
-        text = report(measure(options.blocks, Path(name), data.resolve()))
+        text = report(*measure(options.blocks, Path(name), data.resolve()))
     print(text)
     if options.report:
         options.report.write_text(text)

@@ -52,7 +52,7 @@ SIZES: dict[str, list[str]] = {
     "medium": _WIDER.format(512, 1536, 128).split(),
     "large": _WIDER.format(1024, 2048, 224).split(),
 }
-SAVES, STEPS_BETWEEN = 6, 6
+SAVES, STEPS_BETWEEN = 5, 5
 FLAGS = (
     f"--seq-length 64 --global-batch-size 4 --micro-batch-size 4 --train-iters "
     f"{SAVES * STEPS_BETWEEN} --lr-warmup-iters 1 --save-interval {STEPS_BETWEEN} "
