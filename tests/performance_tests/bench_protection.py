@@ -248,7 +248,8 @@ def report(found: dict[str, list[tuple[float, float]]], spent: dict[str, float])
         f"# What protection adds to a step, {date.today().isoformat()}",
         "",
         f"Commit {commit}; {platform.machine()}, {os.cpu_count()} cores; torch "
-        f"{torch.__version__}; {RANKS} ranks, tiny, {len(off)} blocks of {INTERVAL} steps in turn.",
+        f"{torch.__version__}; {RANKS} ranks, tiny, {len(off)} blocks of {INTERVAL} steps in turn; "
+        f"load average over the last 15 minutes {os.getloadavg()[2]:.1f}.",
         "",
         "Command: `python tests/performance_tests/bench_protection.py`",
         "",

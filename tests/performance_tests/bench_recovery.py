@@ -340,7 +340,8 @@ def report(tables: dict[str, dict[str, str]], rounds: int) -> str:
         "",
         f"Command: `python tests/performance_tests/bench_recovery.py --sizes {' '.join(tables)}`",
         "",
-        "Seconds (processor seconds, of all processes).",
+        "Seconds (processor seconds, of all processes); load average over the last 15 minutes "
+        f"{os.getloadavg()[2]:.1f}.",
         "",
         "| | " + " | ".join(tables) + " |",
         "|---" * (len(tables) + 1) + "|",

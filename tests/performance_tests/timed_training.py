@@ -110,6 +110,7 @@ def time_parts(spawned: float) -> Any:
             yield
 
     pretrain.callbacks_in_training_loop = with_clock
+    pretrain.finish_run = lambda *args, **kwargs: None  # no report, no text of the model
     timed(training, "save_checkpoint_and_time", "save")
     timed(training, "load_checkpoint", "load")
     timed(guarded_load, "add_checksums", "checksums")
