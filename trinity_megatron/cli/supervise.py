@@ -1,6 +1,7 @@
 """``trinity-megatron supervise``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,8 +70,9 @@ def make_command(given: Sequence[str]) -> tuple[list[str], str]:
         UserError: There is no command, or no ``--out``.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--out", "--load", "--ckpt-step", "--on-damage", "--non-persistent-ckpt-type"):
+    for name in ("--out", "--load", "--save", "--ckpt-step", "--on-damage"):
         parser.add_argument(name)
+    parser.add_argument("--non-persistent-ckpt-type")
     parser.add_argument("--ckpt-format", default="torch_dist")
     for name in ("--finetune", "--no-verify-checksums"):
         parser.add_argument(name, action="store_true")
@@ -102,15 +104,18 @@ def _needs_fail(found: argparse.Namespace) -> str | None:
 
 def _refuse_same_start(found: argparse.Namespace) -> None:
     """Refuse what would let every start begin at the same step."""
-    own = Path(found.out, "checkpoints").resolve()
+    own = os.path.join(found.out, "checkpoints")  # as the training has it
+    load, save = (Path(given or own).resolve() for given in (found.load, found.save))
+    elsewhere = f"--load {found.load}" if found.load else f"--save {found.save} without --load"
     same = {
-        f"--load {found.load}": found.load and Path(found.load).resolve() != own,
+        elsewhere: load != save,
         f"--ckpt-step {found.ckpt_step}": found.ckpt_step,
         "--finetune": found.finetune,
     }
     for flag in (flag for flag, is_given in same.items() if is_given):
         raise UserError(
             f"supervise with {flag}: each start would begin there again, and lose the steps since. "
-            "Remedy: leave it out to go on with the run in --out; to begin a run from another "
-            "checkpoint, --branch-from or --pretrained-checkpoint."
+            "Remedy: leave it out to go on with the run in --out, or give --load and --save the "
+            "same folder; to begin a run from another checkpoint, --branch-from or "
+            "--pretrained-checkpoint."
         )

@@ -179,13 +179,21 @@ def test_flags_that_go_back_to_nothing(flags: list[str], capsys: pytest.CaptureF
     assert f"with {' '.join(flags).replace('=', ' ')} a damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--load", "X"], ["--ckpt-step", "8"], ["--finetune"]])
+@pytest.mark.parametrize(
+    "flags",
+    ["--load X", "--ckpt-step 8", "--finetune", "--save X", "--load X --save Y"],
+)
 @pytest.mark.parametrize("program", [["train"], ["srun", "python", "pretrain.py"]])
-def test_every_start_from_the_same_step(program: list[str], flags: list[str]) -> None:
-    with pytest.raises(UserError, match=f"supervise with {' '.join(flags)}: each start would"):
-        make_command([*program, "--data", "D", "--out", "O", *flags])
-    own = [*program, "--data", "D", "--out", "O", "--load", "O/checkpoints"]
-    assert "O/checkpoints" in make_command(own)[0]
+def test_every_start_from_the_same_step(program: list[str], flags: str) -> None:
+    first = " ".join(flags.split()[:2])
+    with pytest.raises(UserError, match=f"supervise with {first}( without --load)?: each start"):
+        make_command([*program, "--data", "D", "--out", "O", *flags.split()])
+
+
+@pytest.mark.parametrize("flags", ["--load O/checkpoints", "--load X --save ./X"])
+def test_the_run_s_own_folder(flags: str) -> None:
+    command, _ = make_command(["train", "--data", "D", "--out", "O", *flags.split()])
+    assert command[-2:] == ["--on-damage", "previous"] and flags.split()[1] in command
 
 
 def test_a_task_of_srun_that_refuses(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ except ImportError:
 
 _POLYNOMIAL = 0xEDB88320  # of CRC-32, the lowest power in the highest bit
 _ONE, _X_TO_THE_8 = 1 << 31, 1 << 23
-# Records below this size are read: that is faster than the arithmetic.
-_SMALL_BYTES = 64 * 2**10
+# Records and items below these sizes are read: that is faster than the arithmetic, and than finding
+# out what is in the archive.
+_SMALL_BYTES, _SMALL_ITEM_BYTES = 64 * 2**10, 128 * 2**10
 _PIECE_BYTES = 2**20
 _LOCAL_HEADER_BYTES = 30
 _TRAILER = re.compile(rb"\ncrc32 ([0-9a-f]{8})\n")
@@ -149,6 +150,8 @@ def derive_checksum(item: BinaryIO | io.RawIOBase, num_bytes: int) -> int | None
         item.seek(begin)
         return item.read(end - begin) or b""
 
+    if num_bytes < _SMALL_ITEM_BYTES:
+        return crc32(read(0, num_bytes))
     checksum, at = 0, 0
     for record in _records(item):
         if record.file_size < _SMALL_BYTES:

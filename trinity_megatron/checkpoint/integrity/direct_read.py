@@ -144,3 +144,24 @@ def read_pieces(place: memoryview, file: int, offset: int, checksum: int | None)
             checksum = crc32(place[at : at + count], checksum)
         at += count
     return checksum
+
+
+def read_checksum(buffer: bytearray, file: int, offset: int, num_bytes: int) -> int:
+    """CRC-32 of a part of a file, which is read piece by piece into the same memory.
+
+    Args:
+        buffer: Of the size of a piece.
+        file: Descriptor of the file.
+        offset: Where in the file the part begins.
+        num_bytes: Its size.
+
+    Raises:
+        EOFError: The file is too short.
+    """
+    place, checksum, at = memoryview(buffer), 0, 0
+    while at < num_bytes:
+        count = os.preadv(file, [place[: num_bytes - at]], offset + at)
+        if not count:
+            raise EOFError
+        checksum, at = crc32(place[:count], checksum), at + count
+    return checksum

@@ -16,12 +16,18 @@ from trinity_megatron.checkpoint.integrity.checksums import (
     check_records,
     get_checksum,
 )
-from trinity_megatron.checkpoint.integrity.direct_read import read_into, read_pieces
+from trinity_megatron.checkpoint.integrity.direct_read import (
+    read_checksum,
+    read_into,
+    read_pieces,
+)
 from trinity_megatron.checkpoint.integrity.safe_pickle import BadCheckpoint
 
 _NUM_THREADS = 2
 # Most bytes read ahead, unless one item is larger.
 _AHEAD_BYTES = 256 * 2**20
+# Of items that are only verified: a piece is hashed while it lies in the processor's cache.
+_PIECE_BYTES = 2**20
 _COPY_AGAIN = "Remedy: copy the file again."
 
 
@@ -46,10 +52,20 @@ class ReadAhead:
         folder: Folder of the checkpoint.
         requests: The items, in the order in which :meth:`take` will be called.
         checks: Settings of the integrity checks.
+        only_verify: The items are not needed: :meth:`take` returns empty memory for those that have
+            a checksum.
     """
 
-    def __init__(self, folder: Path, requests: Iterable[Request], checks: Checks) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        requests: Iterable[Request],
+        checks: Checks,
+        *,
+        only_verify: bool = False,
+    ) -> None:
         self._folder, self._checks = folder, checks
+        self._only_verify = only_verify
         self._waiting = deque(requests)
         self._running: deque[tuple[_StorageInfo, Future[tuple[bytearray, Window]]]] = deque()
         self._files: dict[str, int] = {}
@@ -99,7 +115,8 @@ class ReadAhead:
                 break
             request = self._waiting.popleft()
             has_target = request.target is not None
-            buffer = bytearray() if has_target else self._get_buffer(request.info.length)
+            length = _PIECE_BYTES if self._only_verify else request.info.length
+            buffer = bytearray() if has_target else self._get_buffer(length)
             reading = self._pool.submit(self._read, request, self._open(request.info), buffer)
             self._running.append((request.info, reading))
 
@@ -119,6 +136,10 @@ class ReadAhead:
                 if checksum is not None:
                     self._compare(info, checksum, expected)
                     return buffer, Window(memoryview(b""), request.target)
+            if self._only_verify and expected is not None:
+                checksum = read_checksum(buffer, file, info.offset, info.length)
+                self._compare(info, checksum, expected)
+                return buffer, Window(memoryview(b""))
             if len(buffer) < info.length:
                 buffer = bytearray(info.length)
             data = memoryview(buffer)[: info.length]

@@ -147,7 +147,8 @@ class TorchDistReader:
             BadCheckpoint: Names the first damaged file.
         """
         infos = share_of(list(self._metadata.storage_data.values()), rank, ranks)
-        with ReadAhead(self.folder, map(Request, infos), self._checks) as ahead:
+        requests = map(Request, infos)
+        with ReadAhead(self.folder, requests, self._checks, only_verify=True) as ahead:
             for info in infos:
                 if is_late():
                     return

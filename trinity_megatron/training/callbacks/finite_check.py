@@ -14,6 +14,7 @@ import torch
 from megatron.training import get_args
 from torch import Tensor
 
+from trinity_megatron.cpu_host.numerics import largest_magnitudes
 from trinity_megatron.errors import UserError
 from trinity_megatron.optimizer.fsdp.wrapper import shards_of
 from trinity_megatron.training.callbacks.callback import Callback
@@ -73,8 +74,12 @@ def find_spoilt(model: Any, optimizer: Any) -> tuple[list[str], Tensor]:
     names = [named[i][0] for i in kept]
     if not kept:
         return names, torch.zeros(0, dtype=torch.bool, device=device)
+    checked = [local[i] for i in kept]
     # The largest absolute value: NaN if there is one.
-    largest = torch._foreach_norm([local[i] for i in kept], float("inf"))
+    if all(tensor.device.type == "cpu" for tensor in checked):
+        largest = largest_magnitudes(checked)
+    else:
+        largest = list(torch._foreach_norm(checked, float("inf")))
     # States may lie on the host.
     return names, ~torch.stack([norm.to(device, torch.float32) for norm in largest]).isfinite()
 

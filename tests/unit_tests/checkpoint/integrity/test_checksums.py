@@ -18,6 +18,7 @@ from trinity_megatron.checkpoint.integrity.checksums import (
     seal,
     unseal,
 )
+from trinity_megatron.checkpoint.integrity.direct_read import read_checksum
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), (0, 5), (5, 0), (1, 1), (7, 100_003), (2**16, 2**20)])
@@ -51,6 +52,17 @@ def test_checksum_of_an_item_follows_from_those_inside(tmp_path: Path, value: ob
     with path.open("rb") as file:
         part = FilePart(file.fileno(), 6, len(content))
         assert derive_checksum(part, len(content)) == zlib.crc32(content)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 999, 1000, 1001, 5000])
+def test_checksum_piece_by_piece(tmp_path: Path, num_bytes: int) -> None:
+    content = random.Random(1).randbytes(num_bytes)
+    path, buffer = tmp_path / "file", bytearray(1000)
+    path.write_bytes(b"before" + content + b"behind")
+    with path.open("rb") as file:
+        assert read_checksum(buffer, file.fileno(), 6, num_bytes) == zlib.crc32(content)
+        with pytest.raises(EOFError):
+            read_checksum(buffer, file.fileno(), 6, num_bytes + 7)
 
 
 def test_items_without_checksums() -> None:
