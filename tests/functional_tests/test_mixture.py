@@ -14,7 +14,7 @@ import pytest
 from tests.functional_tests.launch import Job, Logs, entry, environment, only_in_all, train
 from tests.functional_tests.test_longer_run import shorten
 from tests.reference.mixture_order import mixture_samples, read_documents
-from trinity_megatron.data.mixture.corpora import read_mixture
+from trinity_megatron.data.mixture.open_corpora import read_mixture
 from trinity_megatron.data.mixture.plan import phase_starts
 from trinity_megatron.data.mixture.schedule import whole_parts
 from trinity_megatron.data.rsdb.length_bias import LengthBias

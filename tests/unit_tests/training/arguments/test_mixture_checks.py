@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit_tests.indexed_data import write_dataset
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
-from trinity_megatron.data.mixture.corpora import read_mixture
+from trinity_megatron.data.mixture.open_corpora import read_mixture, read_outline
 from trinity_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 from trinity_megatron.errors import UserError
 
@@ -18,7 +18,7 @@ enter_host()
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 
 from trinity_megatron.data.text.text_mixture import TextEncoder  # noqa: E402
-from trinity_megatron.training.arguments.mixture_checks import check_mixture  # noqa: E402
+from trinity_megatron.training.arguments import mixture_checks  # noqa: E402
 from trinity_megatron.training.datasets import validation_text  # noqa: E402
 from trinity_megatron.training.datasets.data_identity import (  # noqa: E402
     add_text,
@@ -70,6 +70,11 @@ def make_args(folder: Path, text: str = TEXT, **given: Any) -> Namespace:
         "dataloader_type": "single",
     }
     return Namespace(**{**values, **given})
+
+
+def check_mixture(args: Namespace) -> None:
+    """As the first rank does."""
+    mixture_checks.check_mixture(args, read_mixture(args.data))
 
 
 def test_a_mixture_is_described_in_plain_words(
@@ -175,7 +180,7 @@ def test_raw_text_has_a_loader_of_its_own(
     assert [item["prefix"] for item in identity["train"]] == ["web", "code"]
     assert json.loads(json.dumps([args.data_mixture, identity])) == [args.data_mixture, identity]
     others = make_raw_args(raw, rank=1)
-    check_mixture(others)
+    mixture_checks.check_mixture(others, read_outline(others.data))
     assert others.text_corpora is None  # rank 0 alone looks at the files
 
 
@@ -232,7 +237,7 @@ def test_validation_data_can_be_raw_text(raw: Path, capsys: pytest.CaptureFixtur
     count = sum(map(len, expected))
     assert f"> web: {count} validation tokens of" in capsys.readouterr().out
     # Once; and again where the text is another.
-    assert start(rank=1).valid_data_path == start().valid_data_path == [str(prefix)]
+    assert start().valid_data_path == [str(prefix)]
     assert "validation tokens" not in capsys.readouterr().out
     held_out.write_text('{"text": "x"}\n')
     start()
