@@ -5,23 +5,26 @@ import sys
 
 SCRIPT = """
 import resource
-from trinity_megatron.errors import UserError
-from trinity_megatron.process.open_files import allow_open_files
+from trinity_megatron.process.open_files import allow_open_files, explain_open_files
 
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 800))
-allow_open_files(500)
-print(resource.getrlimit(resource.RLIMIT_NOFILE))
-allow_open_files(2)
-print(resource.getrlimit(resource.RLIMIT_NOFILE))
+print(explain_open_files(FileNotFoundError(2, "no")), explain_open_files(None))
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 500))
+for datasets in (20, 2, 2000):
+    allow_open_files(datasets)
+    print(resource.getrlimit(resource.RLIMIT_NOFILE))
+opened = []
 try:
-    allow_open_files(600)
-except UserError as error:
-    print(error)
+    while True:
+        opened.append(open("/dev/null"))
+except OSError as error:
+    words = explain_open_files(error)
+opened.clear()
+print(words)
 """
 
 
 def test_a_file_for_each_dataset() -> None:
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    first, second, refused = run.stdout.splitlines()
-    assert first == second == "(756, 800)"
-    assert "600 datasets" in refused and "800 open files. Remedy: " in refused
+    *lines, words = run.stdout.splitlines()
+    assert lines == ["None None", "(376, 500)", "(376, 500)", "(500, 500)"]
+    assert "/dev/null cannot be opened: this process may have 500" in words and "Remedy: " in words

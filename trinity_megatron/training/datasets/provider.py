@@ -17,7 +17,7 @@ from megatron.training.utils import (
 
 from trinity_megatron.data.mixture.corpora import MixtureOutline
 from trinity_megatron.errors import UserError
-from trinity_megatron.process.open_files import allow_open_files
+from trinity_megatron.process.open_files import allow_open_files, explain_open_files
 from trinity_megatron.training.datasets.buffer_state import build_stream_loader
 from trinity_megatron.training.datasets.chat import ChatDataset
 from trinity_megatron.training.datasets.data_identity import fingerprints_of
@@ -215,6 +215,9 @@ def _named_index_errors(args: Any) -> Iterator[None]:
     except UserError:  # of the data
         raise
     except Exception as error:  # Megatron's own has no type
+        for one in (error, error.__cause__):
+            if words := explain_open_files(one):
+                raise UserError(f"--data {args.data}: {words}.") from error
         if isinstance(error.__cause__, OSError):
             raise UserError(
                 f"--data-cache-path {args.data_cache_path}: the order of the samples cannot be "
