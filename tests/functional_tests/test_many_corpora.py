@@ -55,7 +55,7 @@ def test_a_file_is_read_once_for_all_ranks(order: str, logs: Logs, folder: Path)
 
 def budget(order: str, rank: int) -> dict[str, int]:
     """Megatron's reader opens an index twice and its tokens once; the first rank reads the heads
-    of the indices, and hashes both files."""
+    of the indices, and hashes both files.  The first manifest names the tokenizer of all ranks."""
     is_first = rank == 0
     found = {f"{order}.yaml": 1}
     for number, name in enumerate(NAMES):
@@ -63,5 +63,5 @@ def budget(order: str, rank: int) -> dict[str, int]:
             found[f"{name}/{split}.idx"] = 2 + 2 * is_first
             found[f"{name}/{split}.bin"] = 1 + is_first
         if is_first or number == 0:
-            found[f"{name}/manifest.json"] = 1
+            found[f"{name}/manifest.json"] = is_first + (number == 0)
     return found

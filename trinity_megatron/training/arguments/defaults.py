@@ -11,7 +11,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.moe import moe_utils
 
 from trinity_megatron.cpu_host.cuda_stand_ins import is_cpu_host
-from trinity_megatron.data.mixture.corpora import MixtureData, MixtureOutline
+from trinity_megatron.data.mixture.corpora import MixtureOutline
 from trinity_megatron.model.architecture import ARGUMENT_DEST, TRINITY_ARCHITECTURE
 from trinity_megatron.model.presets import Preset
 from trinity_megatron.optimizer.register import MUON_ARGUMENT_DEFAULTS
@@ -92,13 +92,10 @@ def _checkpoint_arguments() -> dict[str, Any]:
 
 
 def _mixture_arguments(mixture: MixtureOutline) -> dict[str, Any]:
-    """What the file of a mixture names; a rank that has not seen the corpora gets these later."""
+    """What the file of a mixture names; its corpora are looked at later."""
     values: dict[str, Any] = {"tokenizer_type": "HuggingFaceTokenizer"}
     if mixture.tokenizer is not None:
         values["tokenizer_model"] = str(mixture.tokenizer)
-    if isinstance(mixture, MixtureData):
-        values["train_data_path"] = mixture.train_prefixes
-        values["valid_data_path"] = mixture.validation_prefixes
     return values
 
 

@@ -52,7 +52,9 @@ def check_mixture(args: argparse.Namespace, mixture: MixtureOutline | None) -> N
 
 
 def _check_corpora(args: argparse.Namespace, data: MixtureData) -> None:
-    _check_flags(args, data)
+    _check_flags(args)
+    args.train_data_path = data.train_prefixes
+    args.valid_data_path = data.validation_prefixes
     _check_tokenizer(args, data)
     if data.raw:
         _find_corpora(args, data)
@@ -72,15 +74,13 @@ def _check_corpora(args: argparse.Namespace, data: MixtureData) -> None:
         tell_once(f"> {line}")
 
 
-def _check_flags(args: argparse.Namespace, data: MixtureData) -> None:
+def _check_flags(args: argparse.Namespace) -> None:
     """The mixture is all of the data."""
-    expected = {
-        "train_data_path": data.train_prefixes,
-        "valid_data_path": data.validation_prefixes,
-    }
-    names = ("data_path", "data_args_path", "per_split_data_args_path", "test_data_path")
-    for name, value in {**expected, **dict.fromkeys(names), "mock_data": False}.items():
-        if getattr(args, name) != value:
+    for name in (
+        *("train_data_path", "valid_data_path", "test_data_path", "data_path"),
+        *("data_args_path", "per_split_data_args_path", "mock_data"),
+    ):
+        if getattr(args, name):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"{flag} beside --data {args.data}: the file names all data of the run. Remedy: "

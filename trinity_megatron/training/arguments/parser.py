@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +16,7 @@ from megatron.training.arguments import parse_args, validate_args
 
 from trinity_megatron.data.manifest import DataManifest, load_manifest
 from trinity_megatron.data.mixture.corpora import MixtureOutline
-from trinity_megatron.data.mixture.open_corpora import read_mixture, read_outline
+from trinity_megatron.data.mixture.open_corpora import open_mixture, read_outline
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.architecture import flag_of
 from trinity_megatron.model.config import FLAG_FIELDS, TrinityConfig
@@ -94,6 +93,8 @@ def parse_trinity_args(
     args.is_dry = is_dry
     if on_parsed:
         on_parsed(args)
+    if mixture is not None and args.rank == 0:
+        mixture = open_mixture(mixture.mixture)
     check_args(args, manifest, mixture)
     del args.is_dry  # no argument of the run
     if on_checked:
@@ -139,7 +140,7 @@ def add_trinity_args(
 
     Args:
         parser: Megatron's; changed.
-        on_mixture: Called with the mixture that ``--data`` names, or None.
+        on_mixture: Called with the outline of the mixture that ``--data`` names, or None.
     """
     friendly_parser_errors(parser)
     _add_own_flags(parser)
@@ -147,9 +148,7 @@ def add_trinity_args(
     # What Megatron's parse_args() acts on by itself.
     early = argparse.Namespace(yaml_cfg=given.yaml_cfg, enable_msc=given.enable_msc)
     refuse_flags(early, parser)
-    # Megatron's rank, before there are arguments.
-    is_first = int(os.environ.get("RANK", "0")) == 0
-    mixture = read_mixture(given.data) if is_first else read_outline(given.data)
+    mixture = read_outline(given.data)
     if on_mixture:
         on_mixture(mixture)
     defaults = default_arguments(get_preset(given.preset), given.data, mixture, given.out)

@@ -55,8 +55,8 @@ def make_args(folder: Path, text: str = TEXT, **given: Any) -> Namespace:
     values: dict[str, Any] = dict.fromkeys((*names, *more, "non_persistent_ckpt_type"))
     values |= {
         "data": str(folder / "mix.yaml"),
-        "train_data_path": [str(folder / "web"), str(folder / "code")],
-        "valid_data_path": [str(folder / "valid")] * text.count("validation: valid") or None,
+        "train_data_path": None,
+        "valid_data_path": None,
         "mock_data": False,
         "skip_train": False,
         "full_validation": False,
@@ -82,6 +82,8 @@ def test_a_mixture_is_described_in_plain_words(
 ) -> None:
     args = make_args(folder)
     check_mixture(args)
+    assert args.train_data_path == [str(folder / "web"), str(folder / "code")]
+    assert args.valid_data_path == [str(folder / "valid")] * 2
     described = args.data_mixture
     assert json.loads(json.dumps(described)) == described  # no class of ours in a checkpoint
     assert [phase["start"] for phase in described["phases"]] == [0, 32]
@@ -160,7 +162,7 @@ def raw(folder: Path) -> Path:
 
 
 def make_raw_args(folder: Path, text: str = RAW, **given: Any) -> Namespace:
-    values = {"train_data_path": None, "eval_iters": 0, "rank": 0, "data_identity": None}
+    values = {"eval_iters": 0, "rank": 0, "data_identity": None}
     values |= {"tokenizer_model": str(folder / "raw_tokenizer")}
     return make_args(folder, text, **{**values, **given})
 
@@ -206,9 +208,9 @@ def test_raw_text_and_prepared_data_in_one_mixture(
 def test_the_tokenizer_is_that_of_the_prepared_corpora(raw: Path, data: Path) -> None:
     text = RAW.replace("raw_code.jsonl", str(data))
     args = make_raw_args(raw, text, tokenizer_model=str(data / "tokenizer"))
-    args.valid_data_path = [str(data / "validation")]
     check_mixture(args)
-    args.tokenizer_model = str(raw / "raw_tokenizer")
+    assert args.valid_data_path == [str(data / "validation")]
+    args = make_raw_args(raw, text)
     with pytest.raises(UserError, match="raw_tokenizer is not the tokenizer .* of the prepared"):
         check_mixture(args)
 
