@@ -34,19 +34,19 @@ def main() -> None:
 
     from trinity_megatron.training import pretrain
 
-    build_datasets = pretrain.train_valid_test_datasets_provider
+    class FixedValidation(pretrain.DatasetsProvider):
+        """The datasets of a training, with the same samples in every evaluation."""
 
-    def build_with_fixed_validation(num_samples: list[int], vp_stage: int | None = None) -> tuple:
-        args = get_args()
-        train, _, test = build_datasets(num_samples, vp_stage)
-        num_repeated = args.eval_iters * args.eval_global_batch_size
-        seed, args.seed = args.seed, VALIDATION_SEED
-        _, validation, _ = build_datasets([num_samples[0], num_repeated, 0], vp_stage)
-        args.seed = seed
-        return train, RepeatedSamples(validation, num_repeated, num_samples[1]), test
+        def __call__(self, num_samples: list[int], vp_stage: int | None = None) -> tuple:
+            args = get_args()
+            train, _, test = super().__call__(num_samples, vp_stage)
+            num_repeated = args.eval_iters * args.eval_global_batch_size
+            seed, args.seed = args.seed, VALIDATION_SEED
+            _, validation, _ = super().__call__([num_samples[0], num_repeated, 0], vp_stage)
+            args.seed = seed
+            return train, RepeatedSamples(validation, num_repeated, num_samples[1]), test
 
-    build_with_fixed_validation.is_distributed = True  # type: ignore[attr-defined]
-    pretrain.train_valid_test_datasets_provider = build_with_fixed_validation
+    pretrain.DatasetsProvider = FixedValidation
     pretrain.run()
 
 

@@ -14,7 +14,7 @@ import pytest
 from tests.functional_tests.launch import Job, Logs, entry, environment, only_in_all, train
 from tests.functional_tests.test_longer_run import shorten
 from tests.reference.mixture_order import mixture_samples, read_documents
-from trinity_megatron.data.mixture.corpora import read_mixture
+from trinity_megatron.data.mixture.open_corpora import read_mixture
 from trinity_megatron.data.mixture.plan import phase_starts
 from trinity_megatron.data.mixture.schedule import whole_parts
 from trinity_megatron.data.rsdb.length_bias import LengthBias
@@ -182,6 +182,7 @@ def test_each_domain_has_its_loss(logs: Logs) -> None:
 
 STOPS, LONG_STEPS = 10, 60
 LONG_ENDS = (6500, 15_000)  # of 23,040 tokens: 30 steps of 4 sequences and 30 of 8
+LONG_SAMPLES = 30 * 4 + 30 * 8
 
 
 @only_in_all
@@ -189,18 +190,37 @@ LONG_ENDS = (6500, 15_000)  # of 23,040 tokens: 30 steps of 4 sequences and 30 o
 def test_ten_kills_change_nothing(order: str, data: Path, tmp_path: Path) -> None:
     """SIGKILL at random steps; then 1, 2 or 4 ranks go on with 0, 1 or 3 workers."""
     mixture = write(data, tmp_path, LONG_ENDS, ORDERS[order])
-    flags = f"{STEADY} --step-batch-size-schedule 0:4,7680:8 --micro-batch-size 1"
-    flags += f" --train-iters {LONG_STEPS} --data {mixture} --save-interval 2 --keep-last 3"
+    tokens = killed_ten_times(data, tmp_path, f"{STEADY} --data {mixture}")
+    expected = oracle(tmp_path, LONG_ENDS, LONG_SAMPLES)
+    if order == "rsdb":
+        expected = without_a_stop(mixture, LONG_SAMPLES)
+    np.testing.assert_array_equal(tokens, expected)
+
+
+def killed_ten_times(data: Path, folder: Path, flags: str) -> np.ndarray:
+    """The tokens of a run that is killed in ten random steps and goes on each time.
+
+    Args:
+        data: Prepared data, whose tokenizer the run has.
+        folder: For checkpoints and what the ranks have read.
+        flags: Of the run, without those of its steps.
+
+    Returns:
+        ``[LONG_SAMPLES, SEQ_LENGTH]``; a step that was read again after a kill counts as it was
+        read last.
+    """
+    flags += " --step-batch-size-schedule 0:4,7680:8 --micro-batch-size 1 --keep-last 3"
+    flags += f" --train-iters {LONG_STEPS} --save-interval 2"
     generator = random.Random(5)
     stops = sorted(generator.sample(range(4, LONG_STEPS - 2), STOPS)) + [None]
     worlds = [generator.choice((1, 2, 4)) for _ in stops]
     read: dict[int, np.ndarray] = {}
     attempts: list[tuple[Path, int]] = []
     for number, (stop, ranks) in enumerate(zip(stops, worlds, strict=True)):
-        prefix = tmp_path / f"tokens_{number}"
+        prefix = folder / f"tokens_{number}"
         more = f" --num-workers {generator.choice((0, 1, 3))}"
-        job = Job("run", flags + more, tmp_path / "checkpoints", {"tokens": str(prefix)})
-        train_until(data, tmp_path, job, ranks, stop)
+        job = Job("run", flags + more, folder / "checkpoints", {"tokens": str(prefix)})
+        train_until(data, folder, job, ranks, stop)
         attempts.append((prefix, ranks))
     begin = 2**31 - 1
     for prefix, ranks in reversed(attempts):
@@ -208,12 +228,7 @@ def test_ten_kills_change_nothing(order: str, data: Path, tmp_path: Path) -> Non
         begin = int(np.fromfile(f"{prefix}.0", np.int32, 1)[0])
         read |= steps
     assert sorted(read) == list(range(1, LONG_STEPS + 1))
-    tokens = np.concatenate([read[step] for step in sorted(read)])
-    samples = 30 * 4 + 30 * 8
-    expected = oracle(tmp_path, LONG_ENDS, samples)
-    if order == "rsdb":
-        expected = without_a_stop(mixture, samples)
-    np.testing.assert_array_equal(tokens, expected)
+    return np.concatenate([read[step] for step in sorted(read)])
 
 
 def without_a_stop(mixture: Path, samples: int) -> np.ndarray:

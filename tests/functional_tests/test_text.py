@@ -3,14 +3,25 @@
 import gzip
 import itertools
 import json
+from bisect import bisect_right
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from tests.functional_tests.launch import Job, Logs, train
-from tests.functional_tests.test_mixture import SEED, SEQ_LENGTH, read_rows, train_until
+from tests.functional_tests.launch import Job, Logs, only_in_all, train
+from tests.functional_tests.test_mixture import (
+    LONG_ENDS,
+    LONG_SAMPLES,
+    SEED,
+    SEQ_LENGTH,
+    killed_ten_times,
+    read_rows,
+    train_until,
+)
+from tests.reference.mixture_order import turns
 from tests.reference.text_order import (
     Buffer,
     Encode,
@@ -18,6 +29,7 @@ from tests.reference.text_order import (
     deal_rows,
     documents_of,
     make_encoder,
+    pack,
 )
 from trinity_megatron.data.manifest import load_manifest
 
@@ -81,25 +93,34 @@ def write_tokens(prefix: Path, encode: Encode) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
-@pytest.fixture(scope="module")
-def expected(data: Path, folder: Path) -> np.ndarray:
-    """The tokens of the run by an oracle, ``[samples, seq_length]``."""
-    web = [cut_lines(folder / f"web/{name}.jsonl", 2**16, STREAMS // 2) for name in "ab"]
-    parts = {"web": web[0] + web[1], "code": deal_rows(make_texts(150, 2000), STREAMS)}
+def feeds(folder: Path, stream: int, streams: int, *, shuffled: bool) -> dict[str, Iterator[str]]:
+    """The documents of a stream by corpus."""
+    web = [cut_lines(folder / f"web/{name}.jsonl", 2**16, streams // 2) for name in "ab"]
+    parts = {"web": web[0] + web[1], "code": deal_rows(make_texts(150, 2000), streams)}
     notes = make_texts(200, 3000)  # of less than 64 KiB for each stream
-    bounds = [200 * part // STREAMS for part in range(STREAMS + 1)]
+    bounds = [200 * part // streams for part in range(streams + 1)]
     parts["notes"] = [notes[one:end] for one, end in itertools.pairwise(bounds)]
+    return {
+        name: documents_of(name, of, seed=SEED, stream=stream, streams=streams, shuffled=shuffled)
+        for name, of in parts.items()
+    }
+
+
+def oracle(
+    data: Path, folder: Path, starts: list[int], weights: list[dict[str, int]], samples: int
+) -> np.ndarray:
+    """The tokens of a run in order ``rsdb``, ``[samples, SEQ_LENGTH]``.
+
+    Args:
+        starts: The first sample of each phase.
+        weights: Of each phase.
+    """
     encode = make_encoder(load_manifest(data).tokenizer_path)
-    streams = [
+    buffers = [
         Buffer(
-            {
-                name: documents_of(
-                    name, of, seed=SEED, stream=stream, streams=STREAMS, shuffled=True
-                )
-                for name, of in parts.items()
-            },
-            [{"web": 7, "code": 3}, {"code": 3, "web": 1, "notes": 2}],
-            lambda sample: int(sample >= PHASE),
+            feeds(folder, stream, STREAMS, shuffled=True),
+            weights,
+            lambda sample: bisect_right(starts, sample) - 1,
             encode,
             documents=DOCUMENTS,
             seed=SEED,
@@ -109,7 +130,34 @@ def expected(data: Path, folder: Path) -> np.ndarray:
         )
         for stream in range(STREAMS)
     ]
-    return np.array([streams[n % STREAMS].sequence(SEQ_LENGTH) for n in range(SAMPLES)])
+    return np.array([buffers[n % STREAMS].sequence(SEQ_LENGTH) for n in range(samples)])
+
+
+def sequential_oracle(
+    data: Path, folder: Path, starts: list[int], weights: list[dict[str, int]], samples: int
+) -> np.ndarray:
+    """As ``oracle``, in order ``sequential``, whose streams are as many as the smallest batch."""
+    encode = make_encoder(load_manifest(data).tokenizer_path)
+    packed = [
+        {name: pack(of, encode) for name, of in feeds(folder, n, 4, shuffled=False).items()}
+        for n in range(4)
+    ]
+    corpora: list[str] = []
+    for phase, (start, end) in enumerate(itertools.pairwise([*starts, samples])):
+        corpora += itertools.islice(turns(weights[phase], SEED, phase), end - start)
+    return np.array(
+        [
+            list(itertools.islice(packed[sample % 4][name], SEQ_LENGTH))
+            for sample, name in enumerate(corpora)
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(data: Path, folder: Path) -> np.ndarray:
+    """The tokens of the run by an oracle, ``[samples, seq_length]``."""
+    weights = [{"web": 7, "code": 3}, {"code": 3, "web": 1, "notes": 2}]
+    return oracle(data, folder, [0, PHASE], weights, SAMPLES)
 
 
 def job(folder: Path, name: str, more: str) -> Job:
@@ -144,3 +192,31 @@ def test_a_killed_run_goes_on(logs: Logs, folder: Path, expected: np.ndarray) ->
 def test_workers_change_no_loss(logs: Logs) -> None:
     losses = [logs[f"on_two_{workers}"].scalars("lm loss") for workers in (0, 1, 3)]
     assert losses[0] == losses[1] == losses[2] and len(losses[0]) >= 6
+
+
+CORPORA = TEXT[: TEXT.index("phases:")].format(*[""] * 4)
+LONG = """phases:
+  - {{until: {0}, weights: {{web: 0.7, code: 0.3}}}}
+  - {{until: {1}, weights: {{web: 0.25, notes: 0.25, code: 0.5}}}}
+  - {{weights: {{notes: 3, code: 1}}}}
+tokenizer: {2}
+order: {3}
+"""
+WEIGHTS = [{"web": 7, "code": 3}, {"web": 1, "notes": 1, "code": 2}, {"notes": 3, "code": 1}]
+ORACLES = {"rsdb": oracle, "sequential": sequential_oracle}
+
+
+@only_in_all
+@pytest.mark.parametrize("order", ORACLES)
+def test_ten_kills_change_nothing(order: str, data: Path, folder: Path, tmp_path: Path) -> None:
+    """SIGKILL at random steps; then 1, 2 or 4 ranks go on with 0, 1 or 3 workers."""
+    mixture = folder / f"long_{order}.yaml"
+    text = LONG.format(*LONG_ENDS, load_manifest(data).tokenizer_path, order)
+    if order == "rsdb":
+        text += f"rsdb: {{documents: {DOCUMENTS}, streams: {STREAMS}}}\n"
+    mixture.write_text(CORPORA + text)
+    steady = "--lr-decay-style constant --lr-warmup-fraction 0 --eval-iters 0"
+    tokens = killed_ten_times(data, tmp_path, f"{steady} --data {mixture}")
+    starts = [0, *(-(-end // SEQ_LENGTH) for end in LONG_ENDS)]
+    expected = ORACLES[order](data, folder, starts, WEIGHTS, LONG_SAMPLES)
+    np.testing.assert_array_equal(tokens, expected)

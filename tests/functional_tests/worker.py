@@ -62,6 +62,7 @@ def probed(
     poison: list[int] | None = None,
     kill: dict[str, Any] | None = None,
     slow: dict[str, Any] | None = None,
+    opened: dict[str, str] | None = None,
 ) -> Iterator[None]:
     """Record the routers' state as each step finds it; spoil the gradient of some steps.
 
@@ -77,6 +78,7 @@ def probed(
         poison: Steps (1-based) whose labels are all the same token.
         kill: See ``kills.killed``.
         slow: See ``slowed``.
+        opened: See ``noted_files``.
         gather_state: Save and load the optimizer's state as Megatron does, see ``gathered``.
     """
     from trinity_megatron.model import layer_specs
@@ -114,6 +116,7 @@ def probed(
             poisoned(poison or []),
             killed(kill),
             slowed(slow),
+            noted_files(opened),
         ):
             yield
     finally:
@@ -302,6 +305,33 @@ def read_tokens(prefix: str | None, kill_at: int | None = None) -> Iterator[None
         yield
     finally:
         forward_step.get_batch = get_batch
+
+
+@contextmanager
+def noted_files(opened: dict[str, str] | None) -> Iterator[None]:
+    """Count how often this rank opens each file of a folder.
+
+    Args:
+        opened: ``below``, the folder; ``prefix`` of the files, one for each rank: counts by name.
+    """
+    if opened is None:
+        yield
+        return
+    names: list[str] = []
+    active = [True]
+
+    def note(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and active and str(args[0]).startswith(opened["below"]):
+            names.append(str(args[0]))
+
+    sys.addaudithook(note)  # there is no way to remove it
+    try:
+        yield
+    finally:
+        active.clear()
+        counts = {str(Path(n).relative_to(opened["below"])): names.count(n) for n in set(names)}
+        path = Path(f"{opened['prefix']}.{torch.distributed.get_rank()}")
+        path.write_text(json.dumps(counts))
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, others: Sequence[str]) -> int:
     Raises:
         UserError: The file or a corpus is at fault, or the plan cannot be met.
     """
-    from trinity_megatron.data.mixture.corpora import find_texts, read_mixture
+    from trinity_megatron.data.mixture.open_corpora import find_texts, read_mixture
     from trinity_megatron.data.mixture.plan import make_plan
     from trinity_megatron.data.mixture.plan_table import format_plan
     from trinity_megatron.data.mixture.quantities import parse_tokens

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from trinity_megatron.data.corpus import Skipped, hash_file
-from trinity_megatron.data.index_file import read_index_size
+from trinity_megatron.data.index_file import IndexHead, read_head
 from trinity_megatron.data.inputs import FORMAT_VERSION, DataInputs
 from trinity_megatron.errors import MissingInputError, UserError
 from trinity_megatron.untrusted.json_file import read_json
@@ -101,10 +101,26 @@ def load_manifest(path: Path) -> DataManifest:
         UnsupportedFormatError: The folder has another format.
         UserError: The manifest is corrupt, or a file is missing or differs from the manifest.
     """
+    manifest = read_manifest(path)
+    check_files(manifest)
+    check_tokenizer(manifest)
+    return manifest
+
+
+def read_manifest(path: Path) -> DataManifest:
+    """Read the manifest of a data folder, and no other file of it.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        MissingInputError: The folder or its manifest is missing.
+        UnsupportedFormatError: The folder has another format.
+        UserError: The manifest is corrupt, or names a file outside the folder.
+    """
     path = Path(path)
-    remedy = f"run `trinity-megatron prepare-data --out {path}` to prepare it"
     if not path.is_dir():
-        raise MissingInputError(f"data folder {path} does not exist; {remedy}")
+        raise MissingInputError(f"data folder {path} does not exist; {_remedy(path)}")
     try:
         values = read_json(path / MANIFEST_NAME, max_bytes=_MAX_BYTES)
         if not isinstance(values, dict):
@@ -113,25 +129,26 @@ def load_manifest(path: Path) -> DataManifest:
         manifest = _from_json(path, values)
     except FileNotFoundError as error:
         raise MissingInputError(
-            f"data folder {path} is half-written: it has no {MANIFEST_NAME}; {remedy} again"
+            f"data folder {path} is half-written: it has no {MANIFEST_NAME}; {_remedy(path)} again"
         ) from error
     except UnsupportedFormatError:
         raise
     except OSError as error:
         raise UserError(
             f"data folder {path}: {MANIFEST_NAME} cannot be read ({error.strerror or error}); make "
-            f"it readable, or {remedy} again"
+            f"it readable, or {_remedy(path)} again"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f"data folder {path}: {MANIFEST_NAME} is corrupt "
-            f"({type(error).__name__}: {error}); {remedy} again"
+            f"({type(error).__name__}: {error}); {_remedy(path)} again"
         ) from error
     _check_paths(manifest)
-    damage = _find_damage(manifest)
-    if damage is not None:
-        raise UserError(f"data folder {path} is damaged: {damage}; {remedy} again")
     return manifest
+
+
+def _remedy(path: Path) -> str:
+    return f"run `trinity-megatron prepare-data --out {path}` to prepare it"
 
 
 def save_manifest(manifest: DataManifest) -> None:
@@ -229,19 +246,42 @@ def _check_paths(manifest: DataManifest) -> None:
             )
 
 
-def _find_damage(manifest: DataManifest) -> str | None:
+def check_files(manifest: DataManifest) -> dict[str, IndexHead]:
+    """Refuse a folder whose files are not those of its manifest; each index is opened once.
+
+    Returns:
+        What the heads of the indices say, by the names of the files.
+
+    Raises:
+        UserError: A file is missing or has another size, or an index is damaged.
+    """
+    heads = {}
     for name, size in manifest.files.items():
         path = manifest.path / name
         if not path.is_file():
-            return f"{name} is missing"
+            raise _damage(manifest, f"{name} is missing")
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
+            raise _damage(manifest, f"{name} has {path.stat().st_size} bytes, not {size}")
         if path.suffix == ".idx":
             try:
-                read_index_size(path, path.with_suffix(".bin"))
+                heads[name] = read_head(path, path.with_suffix(".bin"))
             except ValueError as error:
-                return f"{name} is no whole index of token ids ({error})"
+                what = f"{name} is no whole index of token ids ({error})"
+                raise _damage(manifest, what) from error
+    return heads
+
+
+def check_tokenizer(manifest: DataManifest) -> None:
+    """Refuse a folder whose tokenizer is not the one that made its tokens.
+
+    Raises:
+        UserError: It is another file.
+    """
     found = hash_file(manifest.tokenizer_path / "tokenizer.json")
     if found != manifest.tokenizer_fingerprint:
-        return "tokenizer/tokenizer.json is not the file that was written"
-    return None
+        raise _damage(manifest, "tokenizer/tokenizer.json is not the file that was written")
+
+
+def _damage(manifest: DataManifest, what: str) -> UserError:
+    path = manifest.path
+    return UserError(f"data folder {path} is damaged: {what}; {_remedy(path)} again")

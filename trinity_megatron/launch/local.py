@@ -84,7 +84,7 @@ def check_data(data: str) -> None:
         FileNotFoundError: Nothing is there.
     """
     from trinity_megatron.data.manifest import load_manifest
-    from trinity_megatron.data.mixture.corpora import read_mixture
+    from trinity_megatron.data.mixture.open_corpora import read_mixture
 
     if read_mixture(data) is None:
         load_manifest(Path(data))

@@ -52,7 +52,8 @@ def check_run(flags: Sequence[str], *, world_size: int, gpu: str | None) -> Plan
     check_upstream(REGISTRY.values(), allow_changes="--allow-upstream-changes" in flags)
     plan = _plan(flags, world_size, gpu) if gpu else None
     with _first_rank_of(world_size, _on_this_machine(flags) if gpu else flags):
-        model_config_from_args(parse_trinity_args(is_dry=True))
+        args, _ = parse_trinity_args(is_dry=True)
+        model_config_from_args(args)
     if plan is not None and not plan.fits:
         needed, there = sum(plan.fullest.needed) / 2 / GIB, plan.gpu.memory_bytes / GIB
         raise UserError(

@@ -46,6 +46,7 @@ from trinity_megatron.checkpoint.hf_assets import inherit_assets, keep_tokenizer
 from trinity_megatron.checkpoint.integrity.guarded_load import guarded_loads  # noqa: E402
 from trinity_megatron.checkpoint.save_worker import results_in_this_process  # noqa: E402
 from trinity_megatron.cpu_host.fsdp_stand_ins import fsdp_on_cpu  # noqa: E402
+from trinity_megatron.data.mixture.corpora import MixtureData  # noqa: E402
 from trinity_megatron.model.attention.rope import rope_on_device  # noqa: E402
 from trinity_megatron.model.config import TrinityConfig  # noqa: E402
 from trinity_megatron.model.initialization import (  # noqa: E402
@@ -91,7 +92,7 @@ from trinity_megatron.training.callbacks.step_metrics import StepMetrics  # noqa
 from trinity_megatron.training.callbacks.straggler import stragglers_named  # noqa: E402
 from trinity_megatron.training.damage import damage_left_behind  # noqa: E402
 from trinity_megatron.training.datasets.index_cache import plain_index_cache  # noqa: E402
-from trinity_megatron.training.datasets.provider import train_valid_test_datasets_provider  # noqa: E402
+from trinity_megatron.training.datasets.provider import DatasetsProvider  # noqa: E402
 from trinity_megatron.training.datasets.splits import check_splits  # noqa: E402
 from trinity_megatron.training.forward_step import forward_step  # noqa: E402
 from trinity_megatron.training.model_builder import model_config_from_args  # noqa: E402
@@ -125,7 +126,7 @@ def main() -> None:
                 log = Path(args.out) / LOGS_NAME / f"rank_{args.rank:05d}.log"
                 stack.enter_context(upstream_output_in(log))
 
-        args = parse_trinity_args(lambda args: stack.enter_context(_alone_in(args)), begin)
+        args, mixture = parse_trinity_args(lambda args: stack.enter_context(_alone_in(args)), begin)
         alarms = stack.enter_context(alarms_of(args))
         watchdog = stack.enter_context(hangs_watched(args, alarms))
         for line in check_upstream(REGISTRY.values(), allow_changes=args.allow_upstream_changes):
@@ -136,7 +137,8 @@ def main() -> None:
         check_folders(args)
         check_space(args)
         if args.rank == 0:
-            check_splits(args)
+            heads = mixture.heads if isinstance(mixture, MixtureData) else {}
+            check_splits(args, {prefix: head.tokens for prefix, head in heads.items()})
         stack.enter_context(replaced(_WANDB_WRITER, lambda _: open_writer(args)))
         stack.enter_context(registered_muon(MuonSettings.from_args(args)))
         if annealing := annealing_of(args.lineage):
@@ -144,7 +146,7 @@ def main() -> None:
         if args.use_megatron_fsdp:
             stack.enter_context(trinity_fsdp())
             stack.enter_context(fsdp_on_cpu() if ON_CPU else contextlib.nullcontext())
-        _train(args, watchdog, alarms)
+        _train(args, DatasetsProvider(mixture), watchdog, alarms)
 
 
 @contextlib.contextmanager
@@ -153,7 +155,12 @@ def _training_with_cuda() -> Iterator[None]:
         yield
 
 
-def _train(args: argparse.Namespace, watchdog: HangWatchdog, alarms: Alarms) -> None:
+def _train(
+    args: argparse.Namespace,
+    build_datasets: DatasetsProvider,
+    watchdog: HangWatchdog,
+    alarms: Alarms,
+) -> None:
     if args.save and args.rank == 0:
         for start in (args.load, args.pretrained_checkpoint):
             if start and start != args.save:
@@ -188,7 +195,7 @@ def _train(args: argparse.Namespace, watchdog: HangWatchdog, alarms: Alarms) -> 
             with _prepared_loop(args, metrics, watchdog, alarms):
                 pretrain(
                     pretrain_cfg_container_from_args(args, config),
-                    train_valid_test_datasets_provider,
+                    build_datasets,
                     ModelType.encoder_or_decoder,
                     watchdog.watched(partial(forward_step, validation)),
                 )

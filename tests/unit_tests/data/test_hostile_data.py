@@ -15,7 +15,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from trinity_megatron.data.corpus import ReadOptions, find_files, read_documents
-from trinity_megatron.data.mixture.corpora import read_size
+from trinity_megatron.data.mixture.open_corpora import read_dataset_head
 from trinity_megatron.data.tables import read_parquet
 from trinity_megatron.errors import UserError
 from trinity_megatron.untrusted.trial import try_apart
@@ -120,7 +120,8 @@ def index(tmp_path: Path) -> Path:
     for _ in range(4):
         builder.add_document(torch.arange(10), [10])
     builder.finalize(str(tmp_path / "a.idx"))
-    assert read_size(tmp_path / "a", "key") == (4, 40)
+    found = read_dataset_head(tmp_path / "a", "key")
+    assert (found.documents, found.tokens, found.has_modes) == (4, 40, False)
     return tmp_path / "a.idx"
 
 
@@ -149,7 +150,7 @@ def head(content: bytes, field: int, value: int) -> bytes:
 def test_an_index_that_lies(index: Path, name: str) -> None:
     index.write_bytes(LIES[name](index.read_bytes()))
     with pytest.raises(UserError, match="is no whole index of token ids"):
-        read_size(index.with_suffix(""), "corpora.web.path")
+        read_dataset_head(index.with_suffix(""), "corpora.web.path")
 
 
 def test_token_ids_are_no_objects(tmp_path: Path) -> None:

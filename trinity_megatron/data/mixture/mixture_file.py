@@ -130,16 +130,6 @@ class _Reader:
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise self.refuse("corpora", f"has the name {name!r}", "letters, digits, - _ . +")
             found[name] = self.corpus(name, entry)
-        paths: dict[str, str] = {}
-        for corpus in found.values():
-            path = corpus.path if isinstance(corpus.path, StoredAt) else corpus.path.resolve()
-            other = paths.setdefault(str(path), corpus.name)
-            if other != corpus.name:
-                raise self.refuse(
-                    f"corpora.{corpus.name}.path",
-                    f"is that of {other}",
-                    "one corpus for it, with the sum of the weights",
-                )
         return found
 
     def corpus(self, name: str, value: Any) -> Corpus:

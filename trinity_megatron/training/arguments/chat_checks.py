@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
+from trinity_megatron.data.index_file import IndexHead
 from trinity_megatron.data.manifest import DataManifest
 from trinity_megatron.errors import UserError
 from trinity_megatron.training.datasets.chat import has_modes
@@ -48,11 +50,12 @@ def finish_chat(args: argparse.Namespace, manifest: DataManifest | None) -> None
             )
 
 
-def check_chat_sources(args: argparse.Namespace) -> None:
+def check_chat_sources(args: argparse.Namespace, heads: Mapping[str, IndexHead]) -> None:
     """Refuse to read text as conversations, or conversations as text.
 
     Args:
         args: Of the run, with ``data_identity`` on rank 0.
+        heads: Of the indices that were read, by their prefixes.
 
     Raises:
         UserError: Names the dataset and the remedy.
@@ -60,7 +63,9 @@ def check_chat_sources(args: argparse.Namespace) -> None:
     for item in {
         item["prefix"]: item for items in (args.data_identity or {}).values() for item in items
     }.values():
-        if item["content"] is None or has_modes(item["prefix"]) == args.data_is_chat:
+        head = heads.get(item["prefix"])
+        is_chat = has_modes(item["prefix"]) if head is None else head.has_modes
+        if item["content"] is None or is_chat == args.data_is_chat:
             continue
         if args.data_is_chat:
             raise UserError(

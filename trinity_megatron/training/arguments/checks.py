@@ -8,6 +8,7 @@ import torch
 
 from trinity_megatron.cpu_host.cuda_stand_ins import is_cpu_host
 from trinity_megatron.data.manifest import DataManifest
+from trinity_megatron.data.mixture.corpora import MixtureData, MixtureOutline
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.fp8 import check_fp8, fp8_defaults
 from trinity_megatron.optimizer.register import validate_muon_arguments
@@ -29,12 +30,15 @@ from trinity_megatron.training.resume import check_start, resumed_samples
 from trinity_megatron.training.rewind import check_rewind
 
 
-def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
+def check_args(
+    args: argparse.Namespace, manifest: DataManifest | None, mixture: MixtureOutline | None
+) -> None:
     """Check the arguments of a run, and finish those that follow from others.
 
     Args:
         args: Of Megatron's parser with ours.
         manifest: Of ``--data``; None without.
+        mixture: That ``--data`` names, with its corpora on the first rank; None without.
 
     Raises:
         UserError: Names the flag, its value and the remedy.
@@ -65,10 +69,11 @@ def check_args(args: argparse.Namespace, manifest: DataManifest | None) -> None:
     finish_nan_check(args)
     if args.optimizer == "muon":
         validate_muon_arguments(args)
-    check_mixture(args)
+    check_mixture(args, mixture)
     if args.rank == 0:  # the others get it with the datasets
-        args.data_identity = add_text(read_identity(args), args.text_corpora)
-        check_chat_sources(args)
+        heads = mixture.heads if isinstance(mixture, MixtureData) else {}
+        args.data_identity = add_text(read_identity(args, heads), args.text_corpora)
+        check_chat_sources(args, heads)
     check_start(args, manifest)
     check_vocabulary(args, manifest)
     # Megatron's own readers of the arguments (FLOPs, memory) want the pattern too.

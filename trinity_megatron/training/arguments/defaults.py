@@ -11,25 +11,30 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.moe import moe_utils
 
 from trinity_megatron.cpu_host.cuda_stand_ins import is_cpu_host
-from trinity_megatron.data.mixture.corpora import read_mixture
+from trinity_megatron.data.mixture.corpora import MixtureOutline
 from trinity_megatron.model.architecture import ARGUMENT_DEST, TRINITY_ARCHITECTURE
 from trinity_megatron.model.presets import Preset
 from trinity_megatron.optimizer.register import MUON_ARGUMENT_DEFAULTS
 
 
-def default_arguments(preset: Preset, data: str | None, out: str | None) -> dict[str, Any]:
+def default_arguments(
+    preset: Preset, data: str | None, mixture: MixtureOutline | None, out: str | None
+) -> dict[str, Any]:
     """Defaults (by ``dest``) of a run; every one can be overridden by its Megatron flag.
 
     Args:
         preset: Of ``--preset``.
         data: Folder or file of ``--data``; None without.
+        mixture: That ``data`` names; None for a prepared folder and without.
         out: Folder of ``--out``; None without.
     """
     values = {**_model_arguments(preset), **_TRAINING, **_checkpoint_arguments()}
     values.update(preset.training)
     values.update(_host_arguments())
-    if data:
-        values.update(_data_arguments(data))
+    if mixture is not None:
+        values.update(_mixture_arguments(mixture))
+    elif data:
+        values.update(_folder_arguments(data))
     if out:
         values.update(_run_folder_arguments(out))
         values.setdefault("tensorboard_log_interval", 1)
@@ -86,16 +91,16 @@ def _checkpoint_arguments() -> dict[str, Any]:
     }
 
 
-def _data_arguments(data: str) -> dict[str, Any]:
-    """What ``prepare-data`` wrote to the folder, or the file of a mixture names."""
-    if mixture := read_mixture(data):
-        tokenizer = {} if mixture.tokenizer is None else {"tokenizer_model": str(mixture.tokenizer)}
-        return {
-            "train_data_path": mixture.train_prefixes,
-            "valid_data_path": mixture.validation_prefixes,
-            "tokenizer_type": "HuggingFaceTokenizer",
-            **tokenizer,
-        }
+def _mixture_arguments(mixture: MixtureOutline) -> dict[str, Any]:
+    """What the file of a mixture names; its corpora are looked at later."""
+    values: dict[str, Any] = {"tokenizer_type": "HuggingFaceTokenizer"}
+    if mixture.tokenizer is not None:
+        values["tokenizer_model"] = str(mixture.tokenizer)
+    return values
+
+
+def _folder_arguments(data: str) -> dict[str, Any]:
+    """What ``prepare-data`` wrote to the folder."""
     return {
         "train_data_path": [os.path.join(data, "train")],
         "valid_data_path": [os.path.join(data, "validation")],

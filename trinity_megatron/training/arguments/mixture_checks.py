@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from trinity_megatron.data.corpus import hash_file
 from trinity_megatron.data.given_tokenizer import load_tokenizer
-from trinity_megatron.data.mixture.corpora import MixtureData, RawText, find_texts, read_mixture
+from trinity_megatron.data.index_file import IndexHead
+from trinity_megatron.data.mixture.corpora import MixtureData, MixtureOutline, RawText
+from trinity_megatron.data.mixture.open_corpora import find_texts
 from trinity_megatron.data.mixture.plan import describe_epochs, make_plan
 from trinity_megatron.data.text.text_corpus import TextCorpus
 from trinity_megatron.data.text.token_parts import TokenCorpus
 from trinity_megatron.errors import UserError
+from trinity_megatron.process.environment import count_cores
 from trinity_megatron.process.screen import tell, tell_once
 from trinity_megatron.training.arguments.schedule import BatchSizes
 from trinity_megatron.training.datasets.data_identity import describe_dataset
@@ -22,21 +28,33 @@ from trinity_megatron.training.datasets.splits import is_evaluating
 from trinity_megatron.training.datasets.validation_text import tokenize_validation
 
 
-def check_mixture(args: argparse.Namespace) -> None:
+def check_mixture(args: argparse.Namespace, mixture: MixtureOutline | None) -> None:
     """Refuse a mixture that this run cannot follow; describe it in ``args.data_mixture``.
+
+    The first rank does so for all, see ``training/datasets/shared_data.py``.
 
     Args:
         args: Of the run, with its schedule; changed.
+        mixture: That ``--data`` names, with its corpora on the first rank; None without.
 
     Raises:
         UserError: Names the file, the key and the remedy.
     """
     args.data_mixture = None
     args.text_corpora = None
-    data = read_mixture(args.data)
-    if data is None:
-        return
-    _check_flags(args, data)
+    if isinstance(mixture, MixtureData):
+        _check_corpora(args, mixture)
+    elif mixture is not None and not args.tokenizer_model:
+        raise UserError(
+            f"--data {mixture.mixture.file} names no tokenizer. Remedy: tokenizer: FOLDER, of a "
+            "Hugging Face tokenizer."
+        )
+
+
+def _check_corpora(args: argparse.Namespace, data: MixtureData) -> None:
+    _check_flags(args)
+    args.train_data_path = data.train_prefixes
+    args.valid_data_path = data.validation_prefixes
     _check_tokenizer(args, data)
     if data.raw:
         _find_corpora(args, data)
@@ -56,15 +74,13 @@ def check_mixture(args: argparse.Namespace) -> None:
         tell_once(f"> {line}")
 
 
-def _check_flags(args: argparse.Namespace, data: MixtureData) -> None:
+def _check_flags(args: argparse.Namespace) -> None:
     """The mixture is all of the data."""
-    expected = {
-        "train_data_path": data.train_prefixes,
-        "valid_data_path": data.validation_prefixes,
-    }
-    names = ("data_path", "data_args_path", "per_split_data_args_path", "test_data_path")
-    for name, value in {**expected, **dict.fromkeys(names), "mock_data": False}.items():
-        if getattr(args, name) != value:
+    for name in (
+        *("train_data_path", "valid_data_path", "test_data_path", "data_path"),
+        *("data_args_path", "per_split_data_args_path", "mock_data"),
+    ):
+        if getattr(args, name):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"{flag} beside --data {args.data}: the file names all data of the run. Remedy: "
@@ -94,8 +110,6 @@ def _check_tokenizer(args: argparse.Namespace, data: MixtureData) -> None:
             "tokenizer: FOLDER in the file of the mixture, or --tokenizer-model FOLDER, of a "
             "Hugging Face tokenizer."
         )
-    if args.rank != 0:
-        return
     load_tokenizer(folder)
     known = data.manifest.tokenizer_fingerprint if data.manifest else None
     if known not in (None, hash_file(folder / "tokenizer.json")):
@@ -106,14 +120,13 @@ def _check_tokenizer(args: argparse.Namespace, data: MixtureData) -> None:
 
 
 def _find_corpora(args: argparse.Namespace, data: MixtureData) -> None:
-    """Find on rank 0 what the streams read; the others get it later.
+    """Find what the streams read.
 
     Raises:
         UserError: A corpus cannot be read.
     """
-    if args.rank != 0:
-        return
-    args.text_corpora = [_with_content(corpus) for corpus in find_texts(data)]
+    with ThreadPoolExecutor(count_cores()) as pool:
+        args.text_corpora = list(pool.map(partial(_with_content, data.heads), find_texts(data)))
     for corpus in args.text_corpora:
         what = "prepared"
         if isinstance(corpus, TextCorpus):
@@ -121,10 +134,13 @@ def _find_corpora(args: argparse.Namespace, data: MixtureData) -> None:
         tell(f"> {corpus.name}: {what}, {corpus.num_bytes:,} bytes")
 
 
-def _with_content(corpus: TextCorpus | TokenCorpus) -> TextCorpus | TokenCorpus:
+def _with_content(
+    heads: Mapping[str, IndexHead], corpus: TextCorpus | TokenCorpus
+) -> TextCorpus | TokenCorpus:
     if isinstance(corpus, TextCorpus):
         return corpus
-    return replace(corpus, content=describe_dataset(str(corpus.prefix))["content"])
+    prefix = str(corpus.prefix)
+    return replace(corpus, content=describe_dataset(prefix, heads[prefix])["content"])
 
 
 def _finish_streams(args: argparse.Namespace, data: MixtureData) -> None:

@@ -15,7 +15,8 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_args, validate_args
 
 from trinity_megatron.data.manifest import DataManifest, load_manifest
-from trinity_megatron.data.mixture.corpora import read_mixture
+from trinity_megatron.data.mixture.corpora import MixtureOutline
+from trinity_megatron.data.mixture.open_corpora import open_mixture, read_outline
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.architecture import flag_of
 from trinity_megatron.model.config import FLAG_FIELDS, TrinityConfig
@@ -54,12 +55,15 @@ def check_megatron_version(version: str = megatron_version) -> None:
 
 
 type _Hook = Callable[[argparse.Namespace], object]
+type _DataHook = Callable[[MixtureOutline | None], object]
 
 
 def parse_trinity_args(
     on_parsed: _Hook | None = None, on_checked: _Hook | None = None, *, is_dry: bool = False
-) -> argparse.Namespace:
+) -> tuple[argparse.Namespace, MixtureOutline | None]:
     """Parse ``sys.argv`` with Megatron's parser and ours, check, and set Megatron's globals.
+
+    The first rank reads the corpora of a mixture, once; the others read its file.
 
     Args:
         on_parsed: Called before the checks, which read the checkpoint of a resume and may name
@@ -67,24 +71,31 @@ def parse_trinity_args(
         on_checked: Called with the arguments when they are right and nothing is written yet.
         is_dry: Leave Megatron's list of the arguments out: nothing is written then.
 
+    Returns:
+        The arguments, and the mixture that ``--data`` names: with its corpora on the first rank.
+
     Raises:
         UserError: An argument is wrong; names field, value and remedy.
         FileNotFoundError: The data folder is missing.
     """
     check_megatron_version()
     parsers: list[argparse.ArgumentParser] = []
+    mixtures: list[MixtureOutline | None] = []
 
     def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parsers.append(parser)
-        return add_trinity_args(parser)
+        return add_trinity_args(parser, mixtures.append)
 
     args = parse_args(extra_args_provider=add_args)
-    refuse_flags(args, parsers[0])
-    manifest = _read_manifest(args.data)
+    (mixture,) = mixtures
+    refuse_flags(args, parsers[0], mixture)
+    manifest = _read_manifest(args.data, mixture)
     args.is_dry = is_dry
     if on_parsed:
         on_parsed(args)
-    check_args(args, manifest)
+    if mixture is not None and args.rank == 0:
+        mixture = open_mixture(mixture.mixture)
+    check_args(args, manifest, mixture)
     del args.is_dry  # no argument of the run
     if on_checked:
         on_checked(args)
@@ -96,12 +107,12 @@ def parse_trinity_args(
     with opened_later():
         global_vars.set_global_variables(args)
     set_vocab_size(args, manifest, rows)
-    return args
+    return args, mixture
 
 
-def _read_manifest(data: str | None) -> DataManifest | None:
+def _read_manifest(data: str | None, mixture: MixtureOutline | None) -> DataManifest | None:
     """The manifest of ``--data``: of the folder, or of a prepared folder of the mixture."""
-    if mixture := read_mixture(data):
+    if mixture is not None:
         return mixture.manifest
     return load_manifest(Path(data)) if data else None
 
@@ -122,15 +133,25 @@ def _argument_dump(args: argparse.Namespace) -> Iterator[None]:
         tell(f"> {path} is not written: {error.strerror}")
 
 
-def add_trinity_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add our flags; let ``--preset``, ``--data``, ``--out`` and the host set the defaults."""
+def add_trinity_args(
+    parser: argparse.ArgumentParser, on_mixture: _DataHook | None = None
+) -> argparse.ArgumentParser:
+    """Add our flags; let ``--preset``, ``--data``, ``--out`` and the host set the defaults.
+
+    Args:
+        parser: Megatron's; changed.
+        on_mixture: Called with the outline of the mixture that ``--data`` names, or None.
+    """
     friendly_parser_errors(parser)
     _add_own_flags(parser)
     given, _ = _early_parser().parse_known_args()
     # What Megatron's parse_args() acts on by itself.
     early = argparse.Namespace(yaml_cfg=given.yaml_cfg, enable_msc=given.enable_msc)
     refuse_flags(early, parser)
-    defaults = default_arguments(get_preset(given.preset), given.data, given.out)
+    mixture = read_outline(given.data)
+    if on_mixture:
+        on_mixture(mixture)
+    defaults = default_arguments(get_preset(given.preset), given.data, mixture, given.out)
     if given.optimizer not in (None, "muon"):  # one optimizer, one rate: that of AdamW
         for name in ("lr", "min_lr"):
             defaults[name] = defaults.pop(f"decoupled_{name}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trinity_megatron.cpu_host.cuda_stand_ins import is_cpu_host
-from trinity_megatron.data.mixture.corpora import read_mixture
+from trinity_megatron.data.mixture.corpora import MixtureOutline
 from trinity_megatron.errors import UserError
 from trinity_megatron.model.architecture import flag_of
 from trinity_megatron.process.screen import tell_once
@@ -43,10 +43,11 @@ class Reason:
     remedy: str = "drop the flag"
     unless: tuple[str, ...] = ()
 
-    def holds(self, args: argparse.Namespace) -> bool:
+    def holds(self, args: argparse.Namespace, mixture: MixtureOutline | None) -> bool:
         """Whether the run does not follow the flags."""
         return not any(
-            all(_is_met(part, args) for part in condition.split("+")) for condition in self.unless
+            all(_is_met(part, args, mixture) for part in condition.split("+"))
+            for condition in self.unless
         )
 
 
@@ -61,12 +62,17 @@ def load_reasons() -> tuple[Reason, ...]:
     return tuple(reasons)
 
 
-def refuse_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def refuse_flags(
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    mixture: MixtureOutline | None = None,
+) -> None:
     """Refuse what the run would not follow; say what has no effect on it.
 
     Args:
         args: Of the run; may lack some arguments, which are not looked at then.
         parser: That made them: a flag is given where its value is not the parser's default.
+        mixture: That ``--data`` names; None for a prepared folder and without.
 
     Raises:
         UserError: Names the flag, its value and the remedy.
@@ -75,7 +81,7 @@ def refuse_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         (reason, flag)
         for reason in load_reasons()
         for flag in _given_flags(reason, args, parser)
-        if reason.holds(args)
+        if reason.holds(args, mixture)
     ]
     for reason, flag in given:
         if reason.refused:
@@ -134,13 +140,12 @@ def _typed(value: Any) -> str:
     return str(getattr(value, "name", value))
 
 
-def _is_met(condition: str, args: argparse.Namespace) -> bool:
+def _is_met(condition: str, args: argparse.Namespace, mixture: MixtureOutline | None) -> bool:
     """Whether a condition of the table holds."""
     if condition == "cuda":
         return not is_cpu_host()
     if condition == "raw_text":
-        data = read_mixture(args.data)
-        return data is not None and data.tokenizer is None
+        return mixture is not None and mixture.tokenizer is None
     kind, _, package = condition.partition(":")
     if package:
         return importlib.util.find_spec(package) is not None

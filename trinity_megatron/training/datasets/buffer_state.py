@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from trinity_megatron.checkpoint.torch_dist.tracker import iteration_name
 from trinity_megatron.data.mixture.corpora import MixtureData
 from trinity_megatron.data.rsdb.length_bias import LengthBias
 from trinity_megatron.data.rsdb.virtual_stream import BufferedMixture
+from trinity_megatron.data.text.text_corpus import TextCorpus
+from trinity_megatron.data.text.token_parts import TokenCorpus
 from trinity_megatron.errors import UserError
 from trinity_megatron.process.screen import tell_once
 from trinity_megatron.training.datasets.buffer_loader import BufferedSamples, BufferLoader
@@ -31,7 +33,6 @@ from trinity_megatron.training.datasets.texts import (
     contents_of,
     is_other_text,
     make_text_mixture,
-    share_texts,
 )
 
 # Megatron's name, see maybe_save_dataloader_state; the folder has the pipeline's rank in it.
@@ -41,14 +42,16 @@ _FILES = "mp_rank_00*/train_dataloader_dprank*.pt"
 def build_stream_loader(
     args: argparse.Namespace,
     data: MixtureData,
+    texts: Sequence[TextCorpus | TokenCorpus],
     config: EpochOrderConfig,
     is_built: Callable[[], bool],
 ) -> StreamLoader | None:
-    """The loader of this rank, at the sample that the run has come to; call it on all ranks.
+    """The loader of this rank, at the sample that the run has come to.
 
     Args:
         args: Of the run, with the checkpoint's counters and ``data_mixture``.
         data: The mixture.
+        texts: What the streams of a mixture with raw text read.
         config: Of the datasets.
         is_built: Whether this rank reads data.
 
@@ -58,10 +61,9 @@ def build_stream_loader(
     Raises:
         UserError: The state is missing, damaged or does not fit; names the file and the remedy.
     """
-    corpora = share_texts(args) if data.raw else []
     if not is_built():
         return None
-    contents = contents_of(corpora, data.mixture.order) if data.raw else None
+    contents = contents_of(texts, data.mixture.order) if data.raw else None
     folder = None
     if args.consumed_train_samples:
         folder = Path(args.load) / iteration_name(args.iteration)
@@ -74,7 +76,7 @@ def build_stream_loader(
     check_streams(args.data_mixture["buffer"]["streams"], rank.at_a_time, data)
     loader: StreamLoader
     if data.raw:
-        mixture = make_text_mixture(args, data, corpora)
+        mixture = make_text_mixture(args, data, texts)
         workers = args.num_workers
         samples = PackedSamples(config)
         loader = TextLoader(mixture, samples, rank, args.consumed_train_samples, workers)

@@ -8,18 +8,18 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import RawIOBase
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import normalize
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from trinity_megatron.data.index_file import HEADER, MAGIC
+from trinity_megatron.data.index_file import HEADER, MAGIC, IndexHead
 from trinity_megatron.data.text.text_corpus import TextCorpus
 from trinity_megatron.data.text.token_parts import TokenCorpus
 from trinity_megatron.errors import UserError
@@ -42,11 +42,14 @@ Dataset = dict[str, Any]
 Identity = dict[str, list[Dataset]]
 
 
-def read_identity(args: argparse.Namespace) -> Identity | None:
+def read_identity(
+    args: argparse.Namespace, heads: Mapping[str, IndexHead] | None = None
+) -> Identity | None:
     """The datasets of each split, known by their content.
 
     Args:
         args: Of the run.
+        heads: Of the indices that were read, by their prefixes; the files are those of then.
 
     Returns:
         For each split (or for all of them, where ``--split`` cuts one) its datasets in the order of
@@ -54,23 +57,24 @@ def read_identity(args: argparse.Namespace) -> Identity | None:
         a fingerprint; None for mock data.
 
     Raises:
-        UserError: A file is missing or no dataset of Megatron; names it and the remedy.
+        UserError: A file is missing, has changed or is no dataset of Megatron; names it and the
+            remedy.
     """
     if args.mock_data:
         return None
+    descriptions = Descriptions(heads or {})
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
     except AssertionError:  # flags that exclude each other, which Megatron's own check names
         return None
-    known: dict[str, Dataset] = {}
     if blend is not None:
         split = parse_and_normalize_split(args.split or _DEFAULT_SPLIT)
-        return {_ALL: [{**item, "split": split} for item in _read_blend(blend, known)]}
+        return {_ALL: [{**item, "split": split} for item in _read_blend(blend, descriptions)]}
     if per_split is None:
         return None
     names = (_TRAIN, "validation", "test")
     blends = zip(names, per_split, strict=True)
-    return {name: _read_blend(blend, known) for name, blend in blends if blend is not None}
+    return {name: _read_blend(blend, descriptions) for name, blend in blends if blend is not None}
 
 
 def add_text(
@@ -84,79 +88,106 @@ def add_text(
     return {_TRAIN: found, **(identity or {})}
 
 
-def _read_blend(blend: Any, known: dict[str, Dataset]) -> list[Dataset]:
+class Descriptions:
+    """Size and fingerprint of datasets, each read once.
+
+    Args:
+        heads: Of the indices that were read, by their prefixes.
+    """
+
+    def __init__(self, heads: Mapping[str, IndexHead]) -> None:
+        self._heads = heads
+        self._known: dict[str, Dataset] = {}
+
+    def of(self, prefixes: Sequence[str]) -> list[Dataset]:
+        """Describe datasets side by side: reading and hashing let other threads work.
+
+        Raises:
+            UserError: See :func:`describe_dataset`.
+        """
+        new = [prefix for prefix in dict.fromkeys(prefixes) if prefix not in self._known]
+        with ThreadPoolExecutor(count_cores()) as pool:
+            found = pool.map(lambda prefix: describe_dataset(prefix, self._heads.get(prefix)), new)
+            self._known |= zip(new, found, strict=True)
+        return [self._known[prefix] for prefix in prefixes]
+
+
+def _read_blend(blend: Any, descriptions: Descriptions) -> list[Dataset]:
     prefixes, weights = blend
     # One dataset is read as it is, whatever its weight.
     shares = normalize(weights) if weights and len(weights) > 1 else [None] * len(prefixes)
-    new = [prefix for prefix in dict.fromkeys(prefixes) if prefix not in known]
-    # Reading and hashing let other threads work.
-    with ThreadPoolExecutor(count_cores()) as pool:
-        known |= zip(new, pool.map(describe_dataset, new), strict=True)
     return [
-        {"prefix": prefix, "weight": share, **known[prefix]}
-        for prefix, share in zip(prefixes, shares, strict=True)
+        {"prefix": prefix, "weight": share, **described}
+        for prefix, share, described in zip(
+            prefixes, shares, descriptions.of(prefixes), strict=True
+        )
     ]
 
 
-def describe_dataset(prefix: str) -> Dataset:
+def describe_dataset(prefix: str, head: IndexHead | None = None) -> Dataset:
     """Size and fingerprint of a dataset; without them if it lies in an object storage.
+
+    Each of its files is opened once.
 
     Args:
         prefix: Of its files ``.idx`` and ``.bin``.
+        head: Of its index, if that was read before.
 
     Raises:
-        UserError: A file is missing or no dataset of Megatron.
+        UserError: A file is missing or no dataset of Megatron, or has changed since ``head``.
     """
     if is_object_storage_path(prefix):
         return {"documents": None, "tokens": None, "content": None}
     index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    digest = hashlib.sha256()
     try:
-        with index.open("rb") as file:
-            head = file.read(HEADER.size).ljust(HEADER.size, b"\0")
-        magic, _, code, documents, _ = HEADER.unpack(head)
-        if magic != MAGIC or code not in {item.value for item in DType}:
-            raise UserError(
-                f"{index} does not begin as an index of Megatron does. Remedy: prepare the data "
-                "again, or name another path."
-            )
-        digest = hashlib.sha256()
-        for path in (index, tokens):
-            _add_file(digest, path)
-        count = tokens.stat().st_size // DType.size(code)
+        with index.open("rb", buffering=0) as file:
+            documents, token_bytes = _read_counts(file, index)
+            if head is not None:
+                head.index.check(index, os.fstat(file.fileno()))
+            _add_file(digest, file)
+        with tokens.open("rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if head is not None:
+                head.bin.check(tokens, status)
+            _add_file(digest, file)
     except OSError as error:
         raise UserError(
             f"the data {prefix} cannot be read ({error}). Remedy: the path of both files, .idx and "
             ".bin, without that ending."
         ) from error
+    count = status.st_size // token_bytes
     return {"documents": documents, "tokens": count, "content": digest.hexdigest()}
 
 
-def _add_file(digest: Any, path: Path) -> None:
-    size = path.stat().st_size
+def _read_counts(file: RawIOBase, path: Path) -> tuple[int, int]:
+    """Documents, and bytes of a token, as the head of an index says."""
+    head = (file.read(HEADER.size) or b"").ljust(HEADER.size, b"\0")
+    magic, _, code, documents, _ = HEADER.unpack(head)
+    if magic != MAGIC or code not in {item.value for item in DType}:
+        raise UserError(
+            f"{path} does not begin as an index of Megatron does. Remedy: prepare the data "
+            "again, or name another path."
+        )
+    return documents, DType.size(code)
+
+
+def _add_file(digest: Any, file: RawIOBase) -> None:
+    size = os.fstat(file.fileno()).st_size
     digest.update(struct.pack("<Q", size))
-    with path.open("rb", buffering=0) as file:
-        if size <= _WHOLE_BYTES:
-            while block := file.read(2**20):
-                digest.update(block)
-            return
+    if size > _WHOLE_BYTES:
         for index in range(_BLOCKS):
             start = (size - _BLOCK_BYTES) * index // (_BLOCKS - 1)
             digest.update(os.pread(file.fileno(), _BLOCK_BYTES, start))
+        return
+    file.seek(0)
+    while block := file.read(2**20):
+        digest.update(block)
 
 
-def share_identity(args: argparse.Namespace) -> dict[str, str]:
-    """Give every rank the identity that rank 0 has read; call it on all ranks.
-
-    ``args.data_identity`` is saved in every checkpoint, as all of ``args``.
-
-    Returns:
-        Fingerprint of each dataset, by its prefix.
-    """
-    shared = [getattr(args, "data_identity", None)]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(shared)
-    args.data_identity = shared[0]
-    datasets = [item for items in (shared[0] or {}).values() for item in items]
+def fingerprints_of(identity: Identity | None) -> dict[str, str]:
+    """Fingerprint of each dataset of an identity, by its prefix."""
+    datasets = [item for items in (identity or {}).values() for item in items]
     return {item["prefix"]: item["content"] for item in datasets if item["content"]}
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.utils import Split
 
+from trinity_megatron.data.index_file import IndexHead
 from trinity_megatron.data.mixture.corpora import MixtureData
 from trinity_megatron.data.mixture.plan import make_schedule
 from trinity_megatron.data.mixture.schedule import MixtureSchedule
@@ -94,7 +95,9 @@ def build_training_set(
     schedule = make_schedule(data.mixture, config.sequence_length, config.random_seed)
     counts = schedule.count(num_samples)
     datasets = [
-        _build(kind, config, Split.train, item.train, int(count), is_built) if count else None
+        _build(kind, config, Split.train, (item.train, item.train_head), int(count), is_built)
+        if count
+        else None
         for item, count in zip(data.indexed.values(), counts, strict=True)
     ]
     return MixtureDataset(schedule, datasets, num_samples) if is_built() else None
@@ -121,10 +124,12 @@ def build_validation_set(
     """
     each = -(-num_samples // max(1, len(prefixes)))
     numbers = {name: number for number, name in enumerate(data.corpora)}
-    datasets = {
-        numbers[name]: _build(EpochOrderGPTDataset, config, Split.valid, prefix, each, is_built)
-        for name, prefix in prefixes.items()
-    }
+    datasets = {}
+    for name, prefix in prefixes.items():
+        known = prefix, data.corpora[name].validation_head
+        datasets[numbers[name]] = _build(
+            EpochOrderGPTDataset, config, Split.valid, known, each, is_built
+        )
     return DomainDataset(datasets, num_samples) if is_built() and datasets else None
 
 
@@ -132,11 +137,19 @@ def _build(
     kind: type[EpochOrderGPTDataset],
     config: EpochOrderConfig,
     split: Split,
-    prefix: Path,
+    known: tuple[Path, IndexHead | None],
     num_samples: int,
     is_built: Callable[[], bool],
 ) -> Any:
-    """One corpus, by Megatron's builder, which lets rank 0 write the index."""
+    """One corpus, by Megatron's builder, which lets rank 0 write the index.
+
+    Args:
+        known: Its prefix, and the head of its index if that was read.
+    """
+    prefix, head = known
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if head is not None and is_first:
+        head.check_unchanged(prefix)
     blends: list[Any] = [None] * len(Split)
     blends[split.value] = ([str(prefix)], None)
     sizes = [0] * len(Split)

@@ -15,11 +15,12 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
 )
 
-from trinity_megatron.data.mixture.corpora import MixtureData, read_mixture
+from trinity_megatron.data.mixture.corpora import MixtureOutline
 from trinity_megatron.errors import UserError
+from trinity_megatron.process.open_files import allow_open_files, explain_open_files
 from trinity_megatron.training.datasets.buffer_state import build_stream_loader
 from trinity_megatron.training.datasets.chat import ChatDataset
-from trinity_megatron.training.datasets.data_identity import share_identity
+from trinity_megatron.training.datasets.data_identity import fingerprints_of
 from trinity_megatron.training.datasets.epoch_order import (
     EpochOrderConfig,
     EpochOrderGPTDataset,
@@ -31,15 +32,16 @@ from trinity_megatron.training.datasets.mixture import (
     build_training_set,
     build_validation_set,
 )
+from trinity_megatron.training.datasets.shared_data import SharedData, share_data
 from trinity_megatron.training.datasets.splits import check_unweighted, needed_splits
 from trinity_megatron.training.datasets.validation_text import validation_prefixes
 
 
 def gpt_dataset_config_from_args(args: Any) -> EpochOrderConfig:
-    """Megatron's dataset config from Megatron's arguments; call it on all ranks."""
+    """Megatron's dataset config from Megatron's arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return EpochOrderConfig(
-        fingerprints=share_identity(args),
+        fingerprints=fingerprints_of(args.data_identity),
         refuse_long_conversations=args.refuse_long_conversations,
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -106,29 +108,50 @@ def samples_to_build(args: Any, num_samples: list[int]) -> list[int]:
     return [train, valid, test]
 
 
-def train_valid_test_datasets_provider(
-    num_samples: list[int], vp_stage: int | None = None
-) -> tuple[Any, Any, Any]:
-    """Build the datasets; called by ``pretrain()`` on every rank.
+class DatasetsProvider:
+    """Builds the datasets; ``pretrain()`` calls it on every rank, for each virtual stage.
 
     Args:
-        num_samples: Samples of train, validation and test.
-        vp_stage: Virtual pipeline stage, if any.
-
-    Raises:
-        UserError: A flag takes the index for granted, and it is not in the cache.
+        mixture: That ``--data`` names, with its corpora on the first rank; None without.
     """
-    args = get_args()
-    config = gpt_dataset_config_from_args(args)
-    _leave_out(config, needed_splits(args))
-    is_read_as_text = not (config.mock or args.data_mixture or args.data_is_chat)
-    if is_read_as_text and args.rank == 0:
+
+    is_distributed = True  # Megatron asks for it
+
+    def __init__(self, mixture: MixtureOutline | None) -> None:
+        self._mixture = mixture
+        self._shared: SharedData | None = None
+
+    def __call__(self, num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+        """Build the datasets.
+
+        Args:
+            num_samples: Samples of train, validation and test.
+            vp_stage: Virtual pipeline stage, if any.
+
+        Raises:
+            UserError: A flag takes the index for granted, and it is not in the cache; or a file
+                has changed since the start of the run.
+        """
+        args = get_args()
+        if self._shared is None:
+            self._shared = share_data(args, self._mixture)
+        config = gpt_dataset_config_from_args(args)
+        _leave_out(config, needed_splits(args))
+        is_built = partial(_is_built_on_rank, vp_stage, args.dataloader_inter_document_masking)
+        if self._shared.mixture is None:
+            return _build_blends(args, config, num_samples, is_built)
+        num_samples = samples_to_build(args, num_samples)
+        with _named_index_errors(args):
+            return _build_mixture(args, self._shared, config, num_samples, is_built)
+
+
+def _build_blends(
+    args: Any, config: EpochOrderConfig, num_samples: list[int], is_built: Callable[[], bool]
+) -> tuple[Any, Any, Any]:
+    """By Megatron's own builder."""
+    if args.rank == 0 and not (config.mock or args.data_is_chat):
         check_unweighted(args, num_samples)
     num_samples = samples_to_build(args, num_samples)
-    is_built = partial(_is_built_on_rank, vp_stage, args.dataloader_inter_document_masking)
-    if (data := read_mixture(args.data)) is not None:
-        with _named_index_errors(args):
-            return _build_mixture(args, data, config, num_samples, is_built)
     dataset_type: Any = EpochOrderMockGPTDataset if args.mock_data else EpochOrderGPTDataset
     if args.data_is_chat:
         dataset_type = ChatDataset
@@ -141,11 +164,15 @@ def train_valid_test_datasets_provider(
 
 def _build_mixture(
     args: Any,
-    data: MixtureData,
+    shared: SharedData,
     config: EpochOrderConfig,
     num_samples: Sequence[int],
     is_built: Callable[[], bool],
 ) -> tuple[Any, Any, Any]:
+    data = shared.mixture
+    assert data is not None
+    if is_built():
+        allow_open_files(len(data.heads))
     is_trained, is_evaluated, _ = needed_splits(args)
     train: Any = None
     valid: Any = None
@@ -157,7 +184,7 @@ def _build_mixture(
             train = build_training_set(data, config, num_samples[0], is_built)
         return train, valid, None
     if is_trained:
-        train = build_stream_loader(args, data, config, is_built)
+        train = build_stream_loader(args, data, shared.texts, config, is_built)
     return train, None if valid is None else _iterate(valid, args), None
 
 
@@ -185,7 +212,12 @@ def _named_index_errors(args: Any) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:  # of the data
+        raise
     except Exception as error:  # Megatron's own has no type
+        for one in (error, error.__cause__):
+            if words := explain_open_files(one):
+                raise UserError(f"--data {args.data}: {words}.") from error
         if isinstance(error.__cause__, OSError):
             raise UserError(
                 f"--data-cache-path {args.data_cache_path}: the order of the samples cannot be "
@@ -198,6 +230,3 @@ def _named_index_errors(args: Any) -> Iterator[None]:
             f"--dataloader-{flag}: --data-cache-path {args.data_cache_path} has no index of these "
             f"samples ({error}). Remedy: one run of this length without the flag, which writes it."
         ) from error
-
-
-train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]

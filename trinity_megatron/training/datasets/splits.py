@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -35,12 +36,14 @@ class Source:
         prefix: Path without ``.bin`` and ``.idx``.
         weight: Of the blend; None if the sources are drawn from by their size.
         share: From where to where, as fractions of the dataset's sequences.
+        tokens: Of the share, if they are known.
     """
 
     flag: str
     prefix: str
     weight: float | None = None
     share: tuple[float, float] = (0.0, 1.0)
+    tokens: int | None = None
 
     def open(self) -> IndexedDataset | None:
         """The dataset; None if it is empty.
@@ -70,6 +73,8 @@ class Source:
 
     def num_tokens(self) -> int:
         """Tokens of the share, by its part of the file if its sequences are very many."""
+        if self.tokens is not None:
+            return self.tokens
         dataset = self.open()
         if dataset is None:
             return 0
@@ -105,11 +110,14 @@ def needed_splits(args: argparse.Namespace) -> tuple[bool, bool, bool]:
     return not args.skip_train, is_evaluating(args), is_evaluating(args)
 
 
-def split_sources(args: argparse.Namespace) -> tuple[list[Source], list[Source], list[Source]]:
+def split_sources(
+    args: argparse.Namespace, known: Mapping[str, int] | None = None
+) -> tuple[list[Source], list[Source], list[Source]]:
     """The sources of train, validation and test set; empty where the flags name none.
 
     Args:
         args: Of the run, after Megatron's checks.
+        known: Tokens of datasets that need not be opened, by their prefixes.
 
     Raises:
         UserError: A blend cannot be read.
@@ -134,7 +142,8 @@ def split_sources(args: argparse.Namespace) -> tuple[list[Source], list[Source],
             words = f"the {name} part of --split {args.split}"
             sources += _sources(flag, blend, share, words) if share else []
     for sources, blend, own in zip(found, blend_per_split or (), _SPLIT_FLAGS, strict=False):
-        sources += _sources(own if file is None else flag, blend) if blend else []
+        of_split = _sources(own if file is None else flag, blend) if blend else []
+        sources += [replace(item, tokens=(known or {}).get(item.prefix)) for item in of_split]
     return found
 
 
@@ -148,18 +157,19 @@ def _sources(
     ]
 
 
-def check_splits(args: argparse.Namespace) -> None:
+def check_splits(args: argparse.Namespace, known: Mapping[str, int] | None = None) -> None:
     """Refuse sets that the run needs and that have no sequence.
 
     Args:
         args: Of the run, after Megatron's checks.
+        known: Tokens of datasets that need not be opened, by their prefixes.
 
     Raises:
         UserError: Names the set, its tokens and the remedy.
     """
     if args.mock_data:
         return
-    splits = split_sources(args)
+    splits = split_sources(args, known)
     if is_evaluating(args) and not splits[1]:
         raise UserError(
             f"--eval-iters {args.eval_iters}, and there is no validation set. Remedy: --eval-iters "

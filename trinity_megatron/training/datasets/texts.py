@@ -1,4 +1,4 @@
-"""The raw text of a run: its files, which rank 0 finds, and its mixture from the arguments."""
+"""The raw text of a run: its mixture from the arguments."""
 
 from __future__ import annotations
 
@@ -6,26 +6,12 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from trinity_megatron.data.mixture.corpora import MixtureData
 from trinity_megatron.data.mixture.plan import make_schedule
 from trinity_megatron.data.text.text_corpus import TextCorpus
 from trinity_megatron.data.text.text_mixture import TextMixture
 from trinity_megatron.data.text.token_parts import TokenCorpus
 from trinity_megatron.training.datasets.mixture_past import numbered_parts
-
-
-def share_texts(args: argparse.Namespace) -> list[TextCorpus | TokenCorpus]:
-    """Give every rank the files that rank 0 has found; call it on all ranks.
-
-    They leave ``args``, all of which is saved in each checkpoint.
-    """
-    shared = [args.text_corpora]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(shared)
-    args.text_corpora = None
-    return shared[0]
 
 
 def make_text_mixture(

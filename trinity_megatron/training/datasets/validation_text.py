@@ -37,7 +37,7 @@ def validation_prefixes(args: argparse.Namespace, data: MixtureData) -> dict[str
 def tokenize_validation(args: argparse.Namespace, data: MixtureData) -> None:
     """Tokenise what is not in the cache yet, and name all validation data in ``args``.
 
-    Rank 0 writes, before the others read: they meet in between.
+    Rank 0 calls it, before the others read: they meet in between.
 
     Args:
         args: Of the run; ``valid_data_path`` is set.
@@ -58,9 +58,8 @@ def tokenize_validation(args: argparse.Namespace, data: MixtureData) -> None:
             f"{next(iter(texts.values()))[0].key} is raw text, and there is no folder to "
             "keep its tokens in. Remedy: --data-cache-path, or --out."
         )
-    if args.rank == 0:
-        for name, (text, corpus) in texts.items():
-            _tokenize(args, name, text, corpus)
+    for name, (text, corpus) in texts.items():
+        _tokenize(args, name, text, corpus)
     args.valid_data_path = [str(prefix) for prefix in validation_prefixes(args, data).values()]
 
 

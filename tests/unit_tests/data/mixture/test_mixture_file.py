@@ -60,7 +60,6 @@ BAD = {
     "a corpus without a path": ("corpora: {web: {language: en}}", "corpora.web has no path"),
     "a corpus as text": ("corpora: {web: data/web}", "corpora.web is a text"),
     "a name with a space": ("corpora: {a b: {path: a}}", "'a b'"),
-    "one path twice": ("corpora: {a: {path: x}, b: {path: ./x}}", "corpora.b.path is that of a"),
     "no field": ("corpora: {a: {path: x, text_key: 3}}", "corpora.a.text_key is 3"),
     "bad rows as a number": ("corpora: {a: {path: x, skip_bad_rows: 3}}", "skip_bad_rows is 3"),
     "Norwegian": ("corpora: {a: {path: x, language: no}}", "corpora.a.language is False", "'no'"),

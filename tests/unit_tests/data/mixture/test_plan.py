@@ -8,8 +8,10 @@ import pytest
 
 from tests.unit_tests.indexed_data import write_dataset
 from trinity_megatron.cli import main as cli
-from trinity_megatron.data.mixture.corpora import MixtureData, open_mixture
+from trinity_megatron.data.manifest import load_manifest
+from trinity_megatron.data.mixture.corpora import MixtureData
 from trinity_megatron.data.mixture.mixture_file import load_mixture
+from trinity_megatron.data.mixture.open_corpora import open_mixture, read_outline
 from trinity_megatron.data.mixture.plan import describe_epochs, make_plan, make_schedule
 from trinity_megatron.errors import UserError
 
@@ -184,6 +186,44 @@ def test_a_prepared_folder_brings_tokenizer_and_validation(folder: Path, data: P
     path.write_text(f"corpora: {{a: {{path: {data}, validation: {data}}}}}")
     with pytest.raises(UserError, match="is a folder of prepare-data. Remedy: .*/validation, the"):
         open_mixture(load_mixture(path))
+
+
+def test_one_path_twice(folder: Path) -> None:
+    path = folder / "twice.yaml"
+    path.write_text(
+        "corpora: {a: {path: web}, b: {path: ./web}}\ntokenizer: tokenizer\n"
+        "phases: [{weights: {a: 1, b: 1}}]"
+    )
+    with pytest.raises(UserError, match=r"corpora\.b\.path is that of a\. Remedy: one corpus"):
+        open_mixture(load_mixture(path))
+
+
+def test_the_first_wrong_corpus_is_named(folder: Path) -> None:
+    """Corpora are looked at side by side; what is said does not depend on which is faster."""
+    names = [f"none{number}" for number in range(40)]
+    corpora = ", ".join(f"{name}: {{path: {name}}}" for name in names)
+    weights = ", ".join(f"{name}: 1" for name in names)
+    path = folder / "wrong.yaml"
+    path.write_text(f"corpora: {{{corpora}}}\nphases: [{{weights: {{{weights}}}}}]")
+    with pytest.raises(FileNotFoundError, match=r"corpora\.none0\.path: .*none0\.idx"):
+        open_mixture(load_mixture(path))
+
+
+def test_what_a_rank_knows_before_it_is_told(folder: Path, data: Path) -> None:
+    path = folder / "outline.yaml"
+    text = f"corpora: {{a: {{path: nowhere}}, b: {{path: {data}}}}}\n"
+    text += "phases: [{weights: {a: 1, b: 1}}]"
+    path.write_text(text)
+    outline = read_outline(path)
+    assert outline is not None and not isinstance(outline, MixtureData)
+    assert outline.tokenizer == data / "tokenizer" and outline.manifest == load_manifest(data)
+    path.write_text(f"{text}\ntokenizer: tokenizer")
+    outline = read_outline(path)
+    assert outline is not None and outline.tokenizer == folder / "tokenizer"
+    path.write_text(f"{text}\ntokenizer: nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer.json"):
+        read_outline(path)
+    assert read_outline(data) is None
 
 
 def test_nothing_says_the_tokenizer(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit_tests.indexed_data import write_dataset
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
-from trinity_megatron.data.mixture.corpora import read_mixture
+from trinity_megatron.data.mixture.open_corpora import read_mixture, read_outline
 from trinity_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 from trinity_megatron.errors import UserError
 
@@ -18,7 +18,7 @@ enter_host()
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 
 from trinity_megatron.data.text.text_mixture import TextEncoder  # noqa: E402
-from trinity_megatron.training.arguments.mixture_checks import check_mixture  # noqa: E402
+from trinity_megatron.training.arguments import mixture_checks  # noqa: E402
 from trinity_megatron.training.datasets import validation_text  # noqa: E402
 from trinity_megatron.training.datasets.data_identity import (  # noqa: E402
     add_text,
@@ -55,8 +55,8 @@ def make_args(folder: Path, text: str = TEXT, **given: Any) -> Namespace:
     values: dict[str, Any] = dict.fromkeys((*names, *more, "non_persistent_ckpt_type"))
     values |= {
         "data": str(folder / "mix.yaml"),
-        "train_data_path": [str(folder / "web"), str(folder / "code")],
-        "valid_data_path": [str(folder / "valid")] * text.count("validation: valid") or None,
+        "train_data_path": None,
+        "valid_data_path": None,
         "mock_data": False,
         "skip_train": False,
         "full_validation": False,
@@ -72,11 +72,18 @@ def make_args(folder: Path, text: str = TEXT, **given: Any) -> Namespace:
     return Namespace(**{**values, **given})
 
 
+def check_mixture(args: Namespace) -> None:
+    """As the first rank does."""
+    mixture_checks.check_mixture(args, read_mixture(args.data))
+
+
 def test_a_mixture_is_described_in_plain_words(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = make_args(folder)
     check_mixture(args)
+    assert args.train_data_path == [str(folder / "web"), str(folder / "code")]
+    assert args.valid_data_path == [str(folder / "valid")] * 2
     described = args.data_mixture
     assert json.loads(json.dumps(described)) == described  # no class of ours in a checkpoint
     assert [phase["start"] for phase in described["phases"]] == [0, 32]
@@ -155,7 +162,7 @@ def raw(folder: Path) -> Path:
 
 
 def make_raw_args(folder: Path, text: str = RAW, **given: Any) -> Namespace:
-    values = {"train_data_path": None, "eval_iters": 0, "rank": 0, "data_identity": None}
+    values = {"eval_iters": 0, "rank": 0, "data_identity": None}
     values |= {"tokenizer_model": str(folder / "raw_tokenizer")}
     return make_args(folder, text, **{**values, **given})
 
@@ -175,7 +182,7 @@ def test_raw_text_has_a_loader_of_its_own(
     assert [item["prefix"] for item in identity["train"]] == ["web", "code"]
     assert json.loads(json.dumps([args.data_mixture, identity])) == [args.data_mixture, identity]
     others = make_raw_args(raw, rank=1)
-    check_mixture(others)
+    mixture_checks.check_mixture(others, read_outline(others.data))
     assert others.text_corpora is None  # rank 0 alone looks at the files
 
 
@@ -201,9 +208,9 @@ def test_raw_text_and_prepared_data_in_one_mixture(
 def test_the_tokenizer_is_that_of_the_prepared_corpora(raw: Path, data: Path) -> None:
     text = RAW.replace("raw_code.jsonl", str(data))
     args = make_raw_args(raw, text, tokenizer_model=str(data / "tokenizer"))
-    args.valid_data_path = [str(data / "validation")]
     check_mixture(args)
-    args.tokenizer_model = str(raw / "raw_tokenizer")
+    assert args.valid_data_path == [str(data / "validation")]
+    args = make_raw_args(raw, text)
     with pytest.raises(UserError, match="raw_tokenizer is not the tokenizer .* of the prepared"):
         check_mixture(args)
 
@@ -232,7 +239,7 @@ def test_validation_data_can_be_raw_text(raw: Path, capsys: pytest.CaptureFixtur
     count = sum(map(len, expected))
     assert f"> web: {count} validation tokens of" in capsys.readouterr().out
     # Once; and again where the text is another.
-    assert start(rank=1).valid_data_path == start().valid_data_path == [str(prefix)]
+    assert start().valid_data_path == [str(prefix)]
     assert "validation tokens" not in capsys.readouterr().out
     held_out.write_text('{"text": "x"}\n')
     start()

@@ -245,7 +245,7 @@ def test_text_is_not_read_as_conversations_nor_the_other_way(tmp_path: Path) -> 
     for data_is_chat, prefix in ((True, chat), (False, text)):
         identity = {"train": [{"prefix": prefix, "content": "x"}]}
         args: Any = make_args(data_is_chat=data_is_chat, data_identity=identity)
-        check_chat_sources(args)
+        check_chat_sources(args, {})
         args.data_is_chat = not data_is_chat
         with pytest.raises(UserError, match="would be read as text|is text, and"):
-            check_chat_sources(args)
+            check_chat_sources(args, {})

@@ -11,6 +11,8 @@ import pytest
 
 from tests.unit_tests.indexed_data import write_dataset
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
+from trinity_megatron.data.index_file import read_head
+from trinity_megatron.errors import UserError
 
 enter_host()
 
@@ -19,8 +21,8 @@ from trinity_megatron.training.datasets.data_identity import (  # noqa: E402
     check_data,
     describe_dataset,
     differences,
+    fingerprints_of,
     read_identity,
-    share_identity,
 )
 
 SPLITS = ("train_data_path", "valid_data_path", "test_data_path")
@@ -86,8 +88,8 @@ def test_the_same_data_elsewhere_go_on(
     now = make_args(**flags(moved, **line))
     resume(before, now)
     assert capsys.readouterr().out == ""
-    contents = set(share_identity(now).values())
-    assert contents and contents == set(share_identity(before).values())
+    contents = set(fingerprints_of(now.data_identity).values())
+    assert contents and contents == set(fingerprints_of(before.data_identity).values())
 
 
 def rewrite(folder: Path, name: str, change: str) -> None:
@@ -214,12 +216,15 @@ def test_nothing_was_read_yet(datasets: Path) -> None:
 
 def test_mock_data_have_no_identity(datasets: Path) -> None:
     args = make_args(**flags(datasets, train_data_path="a"), mock_data=True)
-    assert args.data_identity is None and share_identity(args) == {}
+    assert args.data_identity is None and fingerprints_of(args.data_identity) == {}
 
 
 def test_an_object_storage_is_not_read(datasets: Path) -> None:
     args = make_args(train_data_path=["s3://bucket/data"])
-    assert args.data_identity["train"][0]["content"] is None and share_identity(args) == {}
+    assert (
+        args.data_identity["train"][0]["content"] is None
+        and fingerprints_of(args.data_identity) == {}
+    )
     resume(args, args)
 
 
@@ -242,6 +247,26 @@ def test_large_files_are_read_in_blocks(datasets: Path, monkeypatch: pytest.Monk
         shutil.copy(datasets / "a.bin", datasets / "copy.bin")
         spoil(datasets / "copy.bin", offset)
         assert describe_dataset(str(datasets / "copy"))["content"] != known["content"]
+
+
+def test_a_file_that_has_changed_since_its_head_was_read(datasets: Path) -> None:
+    prefix = datasets / "a"
+    index, tokens = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
+    head = read_head(index, tokens)
+    assert describe_dataset(str(prefix), head) == describe_dataset(str(prefix))
+    os.utime(tokens, ns=(0, 1))
+    for read in (
+        lambda: describe_dataset(str(prefix), head),
+        lambda: head.check_unchanged(prefix),
+    ):
+        with pytest.raises(UserError, match="a.bin has changed .*: it has been written since"):
+            read()
+    tokens.write_bytes(tokens.read_bytes() + b"1234")
+    with pytest.raises(UserError, match="a.bin has changed .*: it has 484 bytes and had 480"):
+        describe_dataset(str(prefix), head)
+    os.utime(index, ns=(0, 1))
+    with pytest.raises(UserError, match="a.idx has changed .*Remedy: start again when nothing"):
+        head.check_unchanged(prefix)
 
 
 @pytest.mark.parametrize(

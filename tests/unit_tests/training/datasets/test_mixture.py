@@ -9,8 +9,9 @@ import pytest
 from tests.reference.mixture_order import mixture_samples, read_documents
 from tests.unit_tests.indexed_data import write_dataset
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
-from trinity_megatron.data.mixture.corpora import MixtureData, open_mixture
+from trinity_megatron.data.mixture.corpora import MixtureData
 from trinity_megatron.data.mixture.mixture_file import load_mixture
+from trinity_megatron.data.mixture.open_corpora import open_mixture
 
 enter_host()
 

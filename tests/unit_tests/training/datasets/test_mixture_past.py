@@ -8,8 +8,8 @@ import pytest
 
 from tests.unit_tests.indexed_data import write_dataset
 from trinity_megatron.cpu_host.cuda_stand_ins import enter_host
-from trinity_megatron.data.mixture.corpora import open_mixture
 from trinity_megatron.data.mixture.mixture_file import load_mixture
+from trinity_megatron.data.mixture.open_corpora import open_mixture
 from trinity_megatron.errors import UserError
 
 enter_host()
