@@ -143,7 +143,7 @@ def _box_of_view(key: str, shape: torch.Size, view: Tensor) -> Box:
             f"strides {view.stride()}, which is no slice of it; its optimizer state cannot be "
             "saved where it lies"
         )
-    offset, rest = [], view.storage_offset()
+    offset, rest = [], int(view.storage_offset())
     for stride in strides:
         offset.append(rest // stride)
         rest %= stride

@@ -129,7 +129,7 @@ def _make_group(ranks: list[int], data_parallel: ProcessGroup, timeout: timedelt
     for rank, (first, _) in enumerate(of_all):
         members.setdefault(first, []).append(rank)
     assert members[ranks[0]] == ranks
-    groups = {
+    groups: dict[int, Any] = {  # of members alone
         first: torch.distributed.new_group(members[first], timeout=timeout)
         for first in sorted(members)
     }
