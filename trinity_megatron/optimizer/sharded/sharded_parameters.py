@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
