@@ -43,7 +43,7 @@ class Reason:
     remedy: str = "drop the flag"
     unless: tuple[str, ...] = ()
 
-    def holds(self, args: argparse.Namespace, mixture: MixtureOutline | None) -> bool:
+    def holds(self, args: argparse.Namespace, mixture: MixtureOutline | None = None) -> bool:
         """Whether the run does not follow the flags."""
         return not any(
             all(_is_met(part, args, mixture) for part in condition.split("+"))
