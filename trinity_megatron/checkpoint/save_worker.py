@@ -7,7 +7,10 @@ ends the writing process without a word.
 import queue
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import wraps
 from typing import Any
+
+from torch import Tensor
 
 from trinity_megatron.upstream.registry import replaced
 
@@ -25,6 +28,42 @@ def results_in_this_process() -> AbstractContextManager[None]:
     return replaced(
         f"{_WRITER_MODULE}:get_write_results_queue", lambda _: lambda *_args: queue.SimpleQueue()
     )
+
+
+def copies_for_async_saves() -> AbstractContextManager[None]:
+    """Let an asynchronous save write copies of what lies on the host.
+
+    Megatron copies what is on a device, and of the host's tensors those that are a part of a
+    storage; whole ones it would share with the process that writes, while the next steps go on.
+    """
+    return replaced(f"{_WRITER_MODULE}:FileSystemWriterAsync.prepare_write_data", _with_copies)
+
+
+def _with_copies(prepare: Callable[..., None]) -> Callable[..., None]:
+    @wraps(prepare)
+    def wrapper(self: Any, plan: Any, planner: Any) -> None:
+        from megatron.training import get_args
+
+        prepare(self, plan, _Copies(planner) if get_args().async_save else planner)
+
+    return wrapper
+
+
+class _Copies:
+    """A planner whose tensors the next steps of the training do not change."""
+
+    def __init__(self, planner: Any) -> None:
+        self._planner = planner
+
+    def resolve_data(self, item: Any) -> Any:
+        data = self._planner.resolve_data(item)
+        is_on_host = isinstance(data, Tensor) and data.device.type == "cpu"
+        return data.detach().clone() if is_on_host and not _is_part(data) else data
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether a tensor is smaller than its storage: Megatron copies it."""
+    return tensor.untyped_storage().nbytes() != tensor.nbytes
 
 
 class _Results:

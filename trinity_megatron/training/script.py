@@ -88,6 +88,7 @@ def check_script(script: str) -> Path:
 @contextlib.contextmanager
 def training_without_cuda() -> Iterator[None]:
     """Let ``pretrain()`` and the process that saves begin without CUDA."""
+    from trinity_megatron.checkpoint.save_worker import copies_for_async_saves
     from trinity_megatron.training.checkpoint_worker import host_in_worker
     from trinity_megatron.upstream.registry import replaced
 
@@ -98,6 +99,7 @@ def training_without_cuda() -> Iterator[None]:
         replaced(initialize, lambda before: partial(before, allow_no_cuda=True)),
         replaced(iterators, _leave_generator_as_loaded),
         host_in_worker(),
+        copies_for_async_saves(),
     ):
         yield
 

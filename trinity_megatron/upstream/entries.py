@@ -271,6 +271,11 @@ _ENTRIES = (
         fingerprint="e395fb0e86a0",
     ),
     Replacement(
+        f"{_WRITER}.prepare_write_data",
+        "what an asynchronous save writes is a copy on a CPU, too",
+        fingerprint="60f430ed8238",
+    ),
+    Replacement(
         f"{_WRITER}.get_save_function_and_args",
         "an error of a writer keeps its text",
         fingerprint="91b193455aa9",

@@ -24,7 +24,6 @@ from trinity_megatron.optimizer.fsdp.managed_parameters import (
     managed_parameters,
 )
 from trinity_megatron.optimizer.sharded.checkpoint_boxes import collect_boxes, shard_to_boxes
-from trinity_megatron.optimizer.sharded.distributed_optimizer import is_part_of_storage
 from trinity_megatron.upstream.registry import replaced
 
 _CLASS = "megatron.training.models.dist_utils:FullyShardedDataParallel"
@@ -93,7 +92,7 @@ class TrinityFSDP(FullyShardedDataParallel):
                     state[key] = dict(enumerate(boxes))
                 self._views[key] = {number: box.data for number, box in enumerate(boxes)}
                 for box in boxes:
-                    box.data = _apart(box.data)
+                    box.data = box.data.contiguous()
         return state
 
     @torch.no_grad()
@@ -135,12 +134,6 @@ class TrinityFSDP(FullyShardedDataParallel):
         if not index.use_hybrid_fsdp or index.hsdp_outer_dp_shard:
             return 0
         return int(index.get_outer_fsdp_group().rank())
-
-
-def _apart(view: Tensor) -> Tensor:
-    """A contiguous tensor that the next steps do not change while an ``--async-save`` writes it."""
-    is_shared = view.device.type == "cpu" and not is_part_of_storage(view)
-    return view.clone() if is_shared else view.contiguous()
 
 
 def bare_model(chunk: Module) -> Any:

@@ -88,8 +88,6 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
                 shard = states[name] if name in states else torch.zeros_like(states["param"])
                 if is_loading:
                     shard = torch.empty_like(shard, device="cpu")
-                else:
-                    shard = unshared(shard)
                 boxes = shard_to_boxes(
                     described[param],
                     f"optimizer.state.{name}.{described[param].key}",
@@ -127,11 +125,9 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
             return state
         for number in range(len(self.gbuf_ranges)):
             for part in (p for buckets in state[number].values() for b in buckets for p in b):
-                is_gap = part["padding"].obj
                 for tensor in part.values():
-                    if isinstance(tensor, ShardedTensor):
-                        data = tensor.data.detach()
-                        tensor.data = data.zero_() if is_gap else unshared(data)
+                    if isinstance(tensor, ShardedTensor) and part["padding"].obj:
+                        tensor.data = tensor.data.detach().zero_()
         return state
 
     @torch.no_grad()
@@ -244,18 +240,3 @@ def gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
     values: list[Any] = [None] * group.size()
     torch.distributed.all_gather_object(values, value, group=group)
     return values
-
-
-def unshared(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where an ``--async-save`` would share it with its process.
-
-    Megatron copies to the host what is on a device, and of the host's tensors those that are a part
-    of a storage; the others it shares, while the next steps go on.
-    """
-    is_shared = tensor.device.type == "cpu" and not is_part_of_storage(tensor)
-    return tensor.clone() if is_shared else tensor
-
-
-def is_part_of_storage(tensor: Tensor) -> bool:
-    """Whether a tensor is smaller than its storage; an ``--async-save`` copies such tensors."""
-    return tensor.untyped_storage().nbytes() != tensor.nbytes
