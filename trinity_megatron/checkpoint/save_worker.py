@@ -30,23 +30,24 @@ def results_in_this_process() -> AbstractContextManager[None]:
     )
 
 
-def copies_for_async_saves() -> AbstractContextManager[None]:
+def copies_for_async_saves(is_async: Callable[[], bool]) -> AbstractContextManager[None]:
     """Let an asynchronous save write copies of what lies on the host.
 
     Megatron copies what is on a device, and of the host's tensors those that are a part of a
     storage; whole ones it would share with the process that writes, while the next steps go on.
+
+    Args:
+        is_async: Whether the run saves so; asked at each save.
     """
-    return replaced(f"{_WRITER_MODULE}:FileSystemWriterAsync.prepare_write_data", _with_copies)
 
+    def with_copies(prepare: Callable[..., None]) -> Callable[..., None]:
+        @wraps(prepare)
+        def wrapper(self: Any, plan: Any, planner: Any) -> None:
+            prepare(self, plan, _Copies(planner) if is_async() else planner)
 
-def _with_copies(prepare: Callable[..., None]) -> Callable[..., None]:
-    @wraps(prepare)
-    def wrapper(self: Any, plan: Any, planner: Any) -> None:
-        from megatron.training import get_args
+        return wrapper
 
-        prepare(self, plan, _Copies(planner) if get_args().async_save else planner)
-
-    return wrapper
+    return replaced(f"{_WRITER_MODULE}:FileSystemWriterAsync.prepare_write_data", with_copies)
 
 
 class _Copies:

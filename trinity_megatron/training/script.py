@@ -99,9 +99,15 @@ def training_without_cuda() -> Iterator[None]:
         replaced(initialize, lambda before: partial(before, allow_no_cuda=True)),
         replaced(iterators, _leave_generator_as_loaded),
         host_in_worker(),
-        copies_for_async_saves(),
+        copies_for_async_saves(_saves_async),
     ):
         yield
+
+
+def _saves_async() -> bool:
+    from megatron.training import get_args
+
+    return bool(get_args().async_save)
 
 
 def _leave_generator_as_loaded(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 import os
 import queue
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,18 +77,15 @@ def test_which_thread_fails_does_not_matter(
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-def test_an_asynchronous_save_writes_what_was_there(
-    is_async: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_asynchronous_save_writes_what_was_there(is_async: bool, tmp_path: Path) -> None:
     """Whole tensors of the host, which Megatron shares with its process, and parts of a storage."""
-    monkeypatch.setattr("megatron.training.get_args", lambda: Namespace(async_save=is_async))
     buffer = torch.zeros(8)
     state = {"whole": torch.zeros(4, requires_grad=True), "part": buffer[:4]}
     items = [item for name, value in state.items() for item in _create_write_items(name, value)]
     plan = SavePlan(items, storage_data=_StoragePrefix("__0_"))
     planner = SimpleNamespace(resolve_data=lambda item: state[item.index.fqn])
     writer = FileSystemWriterAsync(tmp_path, thread_count=1)
-    with copies_for_async_saves(), results_in_this_process():
+    with copies_for_async_saves(lambda: is_async), results_in_this_process():
         writer.prepare_write_data(plan, planner)
     for tensor in (*state.values(), buffer):
         tensor.data.add_(1)  # the next step
