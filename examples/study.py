@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from trinity_megatron.errors import UserError
 
+CLI = (sys.executable, "-m", "trinity_megatron.cli")
 COMPLETE_NAME, LOG_NAME = "complete.json", "train.log"
 # Neither checkpoints nor W&B: the TensorBoard file is all that is read.
 LOGS_ONLY = ("--save", "", "--load", "", "--wandb-project", "")
@@ -127,6 +129,25 @@ def train_all[SomeJob: Job](
             process.terminate()
         for process in running:
             process.wait()
+
+
+def one_thread() -> dict[str, str]:
+    """The environment of a run with one thread; what the user has set takes precedence."""
+    return {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ}
+
+
+def prepare_text(folder: Path, *flags: str) -> Path:
+    """Prepare Python's standard library, as ``make train`` does; returns the folder.
+
+    Args:
+        folder: Where the data go; they are kept if they are there.
+        flags: Further ones of ``prepare-data``.
+
+    Raises:
+        CalledProcessError: The command failed.
+    """
+    subprocess.run([*CLI, "prepare-data", "--out", str(folder), *flags], check=True)
+    return folder
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import sysconfig
@@ -69,8 +68,8 @@ def compare_rules(args: argparse.Namespace, megatron_flags: Sequence[str]) -> No
     study.train_all(
         jobs,
         num_at_once=args.jobs,
-        command=_cli("train"),
-        environment=_environment(),
+        command=[*study.CLI, "train"],
+        environment=study.one_thread(),
         describe=describe,
     )
     runs = [read_run(args.out, job.rule, job.seed) for job in sorted(jobs, key=_rule_order)]
@@ -117,10 +116,11 @@ def prepare_skewed_data(folder: Path) -> Path:
         if size < wanted and 0 < file.stat().st_size <= _MAX_BROAD_BYTES:
             broad.append(file)
             size += file.stat().st_size
-    command = _cli("prepare-data", "--out", str(folder), "--vocab-size", str(VOCAB_SIZE))
+    command = [*study.CLI, "prepare-data", "--out", str(folder)]
+    command += ["--vocab-size", str(VOCAB_SIZE)]
     command += ["--validation-fraction", str(VALIDATION_FRACTION)]
     command += ["--source", str(narrow), *map(str, broad)]
-    subprocess.run(command, env=_environment(), check=True)
+    subprocess.run(command, env=study.one_thread(), check=True)
     return folder
 
 
@@ -161,15 +161,6 @@ def report(runs: Sequence[Run], args: argparse.Namespace) -> str:
     pictures = draw_study(runs, args.out, noise_floor=floor)
     files = [args.out / "results.md", args.out / "results.json", *pictures]
     return table + "\n\n" + "\n".join(map(str, files))
-
-
-def _cli(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "trinity_megatron.cli", *arguments]
-
-
-def _environment() -> dict[str, str]:
-    """One thread a run; whatever the user has set takes precedence."""
-    return {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ}
 
 
 def _rule_order(job: Job) -> tuple[int, int]:

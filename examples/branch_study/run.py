@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +38,6 @@ MODEL = (
     f"--eval-interval {EVAL_INTERVAL} --eval-iters {EVAL_ITERS} --log-interval 10 "
     "--tensorboard-log-interval 1"
 )
-_CLI = [sys.executable, "-m", "trinity_megatron.cli"]
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def compare(args: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
     """Train the runs, then their branches; write table and picture."""
-    data = (args.data or prepare_text(args.out / "data")).resolve()
-    common = [*MODEL.split(), "--train-iters", str(args.steps), "--data", str(data)]
+    data = args.data or study.prepare_text(args.out / "data", "--vocab-size", str(VOCAB_SIZE))
+    common = [*MODEL.split(), "--train-iters", str(args.steps), "--data", str(data.resolve())]
     common += ["--save-interval", str(args.steps - args.anneal_steps), *megatron_flags]
     seeds = range(1, args.seeds + 1)
     jobs = [_job(args.out, "plateau", seed, common) for seed in seeds]
@@ -100,14 +97,6 @@ def compare(args: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
         branches.append(_job(args.out, "branch", job.seed, [*common, *flags]))
     _train(branches, args)
     print("\n" + report([*jobs, *branches], args))
-
-
-def prepare_text(out: Path) -> Path:
-    """The standard library, prepared once."""
-    if not (out / "manifest.json").is_file():
-        command = [*_CLI, "prepare-data", "--out", str(out), "--vocab-size", str(VOCAB_SIZE)]
-        subprocess.run(command, check=True)
-    return out
 
 
 def report(jobs: Sequence[Job], args: argparse.Namespace) -> str:
@@ -190,8 +179,8 @@ def _train(jobs: Sequence[Job], args: argparse.Namespace) -> None:
     study.train_all(
         jobs,
         num_at_once=args.jobs,
-        command=[*_CLI, "train"],
-        environment={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ},
+        command=[*study.CLI, "train"],
+        environment=study.one_thread(),
         describe=lambda job: (
             f"{job.name}, seed {job.seed}: {list(read_curve(job.folder).values())[-1]:.3f}"
         ),

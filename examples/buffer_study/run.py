@@ -11,7 +11,6 @@ A run that is complete is not trained again.  Any further flag goes to Megatron,
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,6 @@ from study import positive
 VOCAB_SIZE, VALIDATION_FRACTION, EVAL_ITERS = 2048, 0.1, 8
 # Documents of the buffer of each stream; one stream for each sequence of a batch.
 BUFFER_DOCUMENTS = 32
-_CLI = [sys.executable, "-m", "trinity_megatron.cli"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,8 @@ def compare_orders(args: argparse.Namespace, megatron_flags: Sequence[str]) -> N
     study.train_all(
         jobs,
         num_at_once=args.jobs,
-        command=[*_CLI, "train"],
-        environment=_environment(),
+        command=[*study.CLI, "train"],
+        environment=study.one_thread(),
         describe=describe,
     )
     ordered = sorted(jobs, key=lambda job: (list(ARMS).index(job.arm), job.seed))
@@ -143,11 +141,11 @@ def _prepare(label: str, seed: int, folder: Path, args: argparse.Namespace) -> P
         return out
     source = folder / f"{label}_{seed}.jsonl"
     write_clustered(source, cluster_bytes=args.cluster_bytes[label == "long"], seed=seed)
-    command = [*_CLI, "prepare-data", "--out", str(out), "--source", str(source)]
+    command = [*study.CLI, "prepare-data", "--out", str(out), "--source", str(source)]
     command += ["--validation-fraction", str(VALIDATION_FRACTION)]
     is_first = out == tokenizer.parent
     command += ["--vocab-size", str(VOCAB_SIZE)] if is_first else ["--tokenizer", str(tokenizer)]
-    subprocess.run(command, env=_environment(), check=True)
+    subprocess.run(command, env=study.one_thread(), check=True)
     return out
 
 
@@ -165,11 +163,6 @@ def report(runs: Sequence[Run], args: argparse.Namespace) -> str:
     table = write_results(runs, args.out, settings=study.settings_of(args))
     files = [args.out / "results.md", args.out / "results.json", draw_study(runs, args.out)]
     return table + "\n\n" + "\n".join(map(str, files))
-
-
-def _environment() -> dict[str, str]:
-    """One thread a run; whatever the user has set takes precedence."""
-    return {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ}
 
 
 if __name__ == "__main__":

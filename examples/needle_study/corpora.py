@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from haystacks import (
     write_list,
 )
 from results import GROUPS, LONG_LENGTH, SHORT_LENGTH, SIZES_NAME, task_name
+from study import CLI
 
 from trinity_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 
@@ -133,7 +133,7 @@ def _prepare(
         return
     source = folder.with_suffix(".jsonl")
     _write_rows(source, ({"text": text} for text in documents))
-    command = [sys.executable, "-m", "trinity_megatron.cli", "prepare-data", "--out", str(folder)]
+    command = [*CLI, "prepare-data", "--out", str(folder)]
     command += ["--source", str(source), "--tokenizer", str(tokenizer)]
     command += ["--validation-fraction", str(VALIDATION_FRACTION)]
     subprocess.run(command, env=dict(environment), check=True)

@@ -12,7 +12,6 @@ that is complete is not trained again.  Any further flag goes to Megatron, for a
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -37,7 +36,6 @@ from results import (
 from results import GROUPS as DISTANCES
 from study import positive
 
-_CLI = [sys.executable, "-m", "trinity_megatron.cli"]
 # Tokens of a batch: many small ones before, then one long sequence.
 BATCH_TOKENS = {"short": 2048, "continued": 4096, "extended": 4096}
 # Of Muon, and of AdamW for embedding, head and norms.  The extension follows the report (3.5) for
@@ -78,7 +76,7 @@ def extend(args: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
         num_documents=tuple(args.documents),
         num_questions=args.questions,
         first_tokens=args.list_steps * BATCH_TOKENS["short"],
-        environment=_environment(),
+        environment=study.one_thread(),
     )
     arms = [arm for arm in ARMS if arm in {"short", *args.arms}]
     for arm in arms:  # the first one is where the others begin
@@ -86,8 +84,8 @@ def extend(args: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
         study.train_all(
             jobs,
             num_at_once=args.jobs,
-            command=[*_CLI, "train"],
-            environment=_environment(),
+            command=[*study.CLI, "train"],
+            environment=study.one_thread(),
             describe=lambda job: f"{ARMS[job.arm].label}, seed {job.seed}",
         )
         for job in jobs:
@@ -185,19 +183,14 @@ def evaluate(job: Job, args: argparse.Namespace) -> None:
     if find_evaluation(job.folder) is not None:
         return
     tasks = ",".join([*map(task_name, DISTANCES), "perplexity"])
-    command = [*_CLI, "evaluate", "--load", str(job.folder / "checkpoints"), "--tasks", tasks]
+    command = [*study.CLI, "evaluate", "--load", str(job.folder / "checkpoints"), "--tasks", tasks]
     command += ["--data", str(args.out / "questions"), "--max-length", str(LONG_LENGTH)]
     with (job.folder / "evaluate.log").open("w") as log:
-        subprocess.run(command, env=_environment(), stdout=log, stderr=log, check=True)
+        subprocess.run(command, env=study.one_thread(), stdout=log, stderr=log, check=True)
 
 
 def _seeds(args: argparse.Namespace) -> range:
     return range(1, args.seeds + 1)
-
-
-def _environment() -> dict[str, str]:
-    """One thread a run; whatever the user has set takes precedence."""
-    return {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ}
 
 
 if __name__ == "__main__":

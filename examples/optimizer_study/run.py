@@ -14,7 +14,6 @@ import argparse
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,7 +111,7 @@ def compare_optimizers(args: argparse.Namespace, megatron_flags: Sequence[str]) 
     Raises:
         UserError: The best of the search is at an edge, or a run failed.
     """
-    data = (args.data or prepare_text(args.out / "data")).resolve()
+    data = (args.data or study.prepare_text(args.out / "data")).resolve()
     jobs = partial(phase_jobs, args, [*common_flags(args, data), *megatron_flags])
     recipes = [
         (optimizer, recipe)
@@ -210,13 +209,6 @@ def check_search(args: argparse.Namespace) -> None:
                 f"{flag} {steps} is no multiple of --eval-interval {args.eval_interval}. "
                 "Remedy: change one of them."
             )
-
-
-def prepare_text(folder: Path) -> Path:
-    """Python's standard library, as ``make train`` prepares it."""
-    command = [sys.executable, "-m", "trinity_megatron.cli", "prepare-data", "--out", str(folder)]
-    subprocess.run(command, check=True)
-    return folder
 
 
 def common_flags(args: argparse.Namespace, data: Path) -> list[str]:

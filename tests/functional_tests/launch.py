@@ -1,6 +1,7 @@
 """Start real trainings on one or more gloo ranks of this machine."""
 
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -39,6 +41,17 @@ def sampled[Key, Value](table: dict[Key, Value], *names: Key) -> dict[Key, Value
     """The entries of these names, in the order of the table; all of them in ``make test-all``."""
     assert set(names) <= set(table)
     return {name: value for name, value in table.items() if TAKES_ALL or name in names}
+
+
+def load_of_study(study: str, name: str) -> ModuleType:
+    """A module of a study in ``examples``; other studies have modules of the same name."""
+    path = ROOT / "examples" / study / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{study}_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.functional_tests.launch import ROOT, TAKES_ALL, environment
+from tests.functional_tests.launch import ROOT, TAKES_ALL, environment, load_of_study
 from trinity_megatron.telemetry.tensorboard_log import RunLog
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -23,20 +22,10 @@ ARMS = ("sequential", "rsdb")
 SMALL = "--seeds 1 --steps 4 --seq-length 64 --global-batch-size 4 --num-layers 2"
 
 
-def load(name: str) -> ModuleType:
-    """A module of the study, under a name that no other study has."""
-    spec = importlib.util.spec_from_file_location(f"buffer_study_{name}", STUDY / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def results() -> ModuleType:
     """The module of the study that condenses."""
-    return load("results")
+    return load_of_study("buffer_study", "results")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +65,7 @@ def test_the_table_says_what_the_logs_say(study: SimpleNamespace) -> None:
 
 
 def test_documents_come_clustered(tmp_path: Path) -> None:
-    text = load("clustered_text")
+    text = load_of_study("buffer_study", "clustered_text")
     kinds = text.read_kinds()
     assert len(kinds) == 5 and all(len(documents) > 100 for documents in kinds.values())
     for name, cluster_bytes in (("short", 1200), ("long", 65_536)):

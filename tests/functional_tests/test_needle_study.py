@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import random
@@ -14,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.functional_tests.launch import ROOT, environment, only_in_all
+from tests.functional_tests.launch import ROOT, environment, load_of_study, only_in_all
 from trinity_megatron.evaluation.niah import NOISE, NUM_KEYS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -23,26 +22,16 @@ STUDY = ROOT / "examples" / "needle_study"
 GROUPS = (512, 1024, 2048, 4096)
 
 
-def load(name: str) -> ModuleType:
-    """A module of the study, under a name that no other study has."""
-    spec = importlib.util.spec_from_file_location(f"needle_study_{name}", STUDY / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def haystacks() -> ModuleType:
     """The module of the study that writes documents and questions."""
-    return load("haystacks")
+    return load_of_study("needle_study", "haystacks")
 
 
 @pytest.fixture(scope="module")
 def results() -> ModuleType:
     """The module of the study that judges."""
-    return load("results")
+    return load_of_study("needle_study", "results")
 
 
 def count_tokens(text: str) -> int:

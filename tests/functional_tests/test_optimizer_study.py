@@ -1,7 +1,6 @@
 """The optimizer study: steps to a loss, an equal search, and no run that is trained twice."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.functional_tests.launch import ROOT, TAKES_ALL, environment
+from tests.functional_tests.launch import ROOT, TAKES_ALL, environment, load_of_study
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -47,13 +46,8 @@ def study(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results() -> ModuleType:
-    """The module of the study that condenses; another study has one of the same name."""
-    name = "optimizer_study_results"
-    spec = importlib.util.spec_from_file_location(name, STUDY / "results.py")
-    assert spec and spec.loader
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module of the study that condenses."""
+    return load_of_study("optimizer_study", "results")
 
 
 def test_every_evaluation_reads_the_same_text(study: Path) -> None:
