@@ -23,6 +23,7 @@ import study
 from matplotlib.figure import Figure
 from study import positive
 
+from trinity_megatron.errors import UserError
 from trinity_megatron.report.charts import BLUE, DPI, RED, axes_in_grid, finish
 from trinity_megatron.telemetry.tensorboard_log import RunLog
 
@@ -82,7 +83,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def compare(args: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
-    """Train the runs, then their branches; write table and picture."""
+    """Train the runs, then their branches; write table and picture.
+
+    Raises:
+        UserError: The steps do not fit, or a run failed.
+    """
+    check_steps(args)
     data = args.data or study.prepare_text(args.out / "data", "--vocab-size", str(VOCAB_SIZE))
     common = [*MODEL.split(), "--train-iters", str(args.steps), "--data", str(data.resolve())]
     common += ["--save-interval", str(args.steps - args.anneal_steps), *megatron_flags]
@@ -97,6 +103,24 @@ def compare(args: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
         branches.append(_job(args.out, "branch", job.seed, [*common, *flags]))
     _train(branches, args)
     print("\n" + report([*jobs, *branches], args))
+
+
+def check_steps(args: argparse.Namespace) -> None:
+    """Refuse steps between which there is nothing to compare.
+
+    Raises:
+        UserError: Names the flags and the remedy.
+    """
+    for flag, steps in (("--steps", args.steps), ("--anneal-steps", args.anneal_steps)):
+        if steps % EVAL_INTERVAL:
+            raise UserError(
+                f"{flag} {steps} is no multiple of {EVAL_INTERVAL}, the steps between evaluations. "
+                "Remedy: change it."
+            )
+    if args.anneal_steps >= args.steps:
+        raise UserError(
+            f"--anneal-steps {args.anneal_steps} is not below --steps {args.steps}. Remedy: fewer."
+        )
 
 
 def report(jobs: Sequence[Job], args: argparse.Namespace) -> str:
